@@ -1,0 +1,157 @@
+"""Partition: which operators of a quantized program become one kernel.
+
+Runs on the quantized program, before kernels are written. Nothing is rewritten here; the result is a list of
+steps in execution order::
+
+    conv2d -> add(residual) -> clip -> encode     ==>  Group(anchor=conv2d, members=[conv2d, add, clip, encode])
+    reshape                                       ==>  Single(reshape)
+
+An anchor is a linear operator, a row operator (softmax, LayerNorm), a pooling, or an elementwise operator that
+could not join an earlier group. An elementwise operator or an encode joins the group of an argument if it has the
+shape of the anchor's output and all its other arguments exist before the anchor runs: then the group's kernel can
+run in the anchor's place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tvm import ir, relax
+
+from tvm_qfp8.topi.elementwise import ELEMENTWISE
+
+LINEAR = ("relax.qfp8.matmul", "relax.qfp8.conv2d", "relax.qfp8.batch_matmul")
+ROW = ("relax.nn.softmax", "relax.nn.log_softmax", "relax.nn.layer_norm")
+POOL = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
+POINTWISE = (*ELEMENTWISE, "relax.qfp8.interpolate", "relax.qfp8.encode")
+
+
+@dataclass
+class Group:
+    """Bindings that become one kernel; ``members[0]`` is the anchor."""
+
+    members: list[tuple[relax.Var, relax.Call]]
+    outputs: list[relax.Var] = field(default_factory=list)
+
+    @property
+    def anchor(self) -> relax.Call:
+        return self.members[0][1]
+
+
+@dataclass
+class Single:
+    """A binding that stays as it is."""
+
+    var: relax.Var
+    value: relax.Expr
+
+
+def op_name(value: relax.Expr) -> str:
+    """The name of a called operator, or an empty string."""
+    if isinstance(value, relax.Call) and isinstance(value.op, ir.Op):
+        return value.op.name
+    return ""
+
+
+def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
+    """The shape of a tensor as ints, None if it is not static or not a tensor."""
+    shape = getattr(expr.ty, "shape", None)
+    if shape is None or not all(hasattr(extent, "value") for extent in shape):
+        return None
+    return tuple(int(extent) for extent in shape)
+
+
+def tensor_arguments(call: relax.Call) -> list[relax.Expr]:
+    """The arguments of a call that are tensors (``clip`` has its bounds as scalars)."""
+    return [argument for argument in call.args if isinstance(argument.ty, relax.TensorType)]
+
+
+def _is_float_or_code(expr: relax.Expr) -> bool:
+    dtype = str(getattr(expr.ty, "dtype", ""))
+    return dtype == "float32" or dtype.startswith("custom[qfp8")
+
+
+def _pointwise(value: relax.Expr) -> bool:
+    return op_name(value) in POINTWISE and all(
+        _is_float_or_code(argument) and static_shape(argument) is not None for argument in tensor_arguments(value)
+    )
+
+
+def is_row_operator(value: relax.Expr) -> bool:
+    """Softmax, log-softmax or LayerNorm over the last axis of a float32 tensor."""
+    if op_name(value) not in ROW or not _is_float_or_code(value.args[0]):
+        return False
+    rank = len(value.args[0].ty.shape)
+    if op_name(value) == "relax.nn.layer_norm":
+        return [int(axis) % rank for axis in value.attrs.axes] == [rank - 1]
+    return int(value.attrs.axis) % rank == rank - 1
+
+
+def is_pooling(value: relax.Expr) -> bool:
+    """NHWC pooling over windows, or the mean over height and width."""
+    name = op_name(value)
+    if name not in POOL or str(value.args[0].ty.dtype) != "float32" or static_shape(value.args[0]) is None:
+        return False
+    if name == "relax.mean":
+        axes = value.attrs.axis
+        return len(value.args[0].ty.shape) == 4 and axes is not None and sorted(int(a) % 4 for a in axes) == [1, 2]
+    attrs = value.attrs
+    plain = not attrs.ceil_mode and str(attrs.layout) == "NHWC" and str(attrs.out_layout) in ("", "NHWC")
+    return plain and all(int(d) == 1 for d in attrs.dilation)
+
+
+def _can_anchor(value: relax.Expr) -> bool:
+    return op_name(value) in LINEAR or is_row_operator(value) or is_pooling(value) or _pointwise(value)
+
+
+def partition(block: relax.DataflowBlock, results: set[relax.Var]) -> list[Group | Single]:
+    """Steps of one dataflow block; ``results`` are the variables that live on after it."""
+    steps: list[Group | Single] = []
+    position: dict[relax.Var, int] = {}
+    group_of: dict[relax.Var, Group] = {}
+
+    for binding in block.bindings:
+        var, value = binding.var, binding.value
+        group = _group_to_join(value, position, group_of, steps) if _pointwise(value) else None
+        if group is None and _can_anchor(value):
+            group = Group([])
+            steps.append(group)
+        if group is None:
+            steps.append(Single(var, value))
+            position[var] = len(steps) - 1
+        else:
+            group.members.append((var, value))
+            group_of[var] = group
+            position[var] = next(i for i, step in enumerate(steps) if step is group)
+
+    used_outside = set(results)
+    for step in steps:
+        inner = {var for var, _ in step.members} if isinstance(step, Group) else set()
+        values = [value for _, value in step.members] if isinstance(step, Group) else [step.value]
+        for value in values:
+            relax.analysis.post_order_visit(
+                value, lambda e, inner=inner: used_outside.add(e) if isinstance(e, relax.Var) and e not in inner else None
+            )
+    for step in steps:
+        if isinstance(step, Group):
+            step.outputs = [var for var, _ in step.members if var in used_outside]
+    return steps
+
+
+def _group_to_join(value, position: dict, group_of: dict, steps: list) -> Group | None:
+    candidates = [a for a in tensor_arguments(value) if isinstance(a, relax.Var) and a in group_of]
+    if not candidates:
+        return None
+    latest = max(candidates, key=lambda a: position[a])
+    group = group_of[latest]
+    if static_shape(group.members[0][0]) != static_shape(value):
+        return None
+    if str(latest.ty.dtype) != "float32":
+        return None
+    place = position[latest]
+    for argument in tensor_arguments(value):
+        if not isinstance(argument, relax.Var) or group_of.get(argument) is group:
+            continue
+        if position.get(argument, -1) >= place:
+            return None
+    return group

@@ -1,0 +1,50 @@
+"""Replaces nonlinear operators by tables: ``R.nn.gelu(x)`` -> ``R.qfp8.interpolate(x, "gelu", max_error)``.
+
+Runs after quantization, before grouping. Operators that IEEE arithmetic fixes to the bit (ReLU, clip, sqrt,
+division) stay; softmax and LayerNorm become row kernels later, with tables inside.
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm import relax
+
+from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes.fuse import op_name, static_shape
+
+FUNCTIONS = {
+    "relax.nn.gelu": "gelu",
+    "relax.nn.gelu_tanh": "gelu_tanh",
+    "relax.nn.silu": "silu",
+    "relax.nn.softplus": "softplus",
+    "relax.sigmoid": "sigmoid",
+    "relax.tanh": "tanh",
+    "relax.erf": "erf",
+    "relax.exp": "exp",
+    "relax.log": "log",
+}
+
+
+@tvm.transform.module_pass(opt_level=0, name="Interpolate")
+class Interpolate:
+    """Turn every float32 nonlinear operator with a table into an interpolation."""
+
+    def __init__(self, max_error: float) -> None:
+        self.max_error = max_error
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        max_error = self.max_error
+
+        @relax.expr_functor.mutator
+        class Rewrite(relax.PyExprMutator):
+            def visit_call_(self, call):
+                call = self.visit_expr_post_order(call)
+                function = FUNCTIONS.get(op_name(call))
+                if function is None or str(call.args[0].ty.dtype) != "float32" or static_shape(call) is None:
+                    return call
+                return qfp8_ops.interpolate(call.args[0], function, max_error)
+
+        rewrite = Rewrite(mod)
+        function = rewrite.visit_expr(mod["main"])
+        rewrite.builder_.update_func(mod.get_global_var("main"), function)
+        return rewrite.builder_.get()

@@ -1,0 +1,97 @@
+"""Writes one kernel per group and the program that calls them.
+
+Before (quantized Relax, one function)::
+
+    lv = R.qfp8.encode(x, layout="E3M4", scale=...)
+    lv1 = R.qfp8.matmul(lv, w, a, bias)
+    lv2 = R.qfp8.interpolate(lv1, function="gelu", max_error=...)
+    lv3 = R.qfp8.encode(lv2, ...)
+
+After: QFP8 tensors are uint8, weights are packed for the instruction set, every group is one scheduled PrimFunc::
+
+    lv = R.call_tir(cls.encode, (x, ...), out=R.Tensor(..., "uint8"))
+    lv3 = R.call_tir(cls.matmul_interpolate_encode, (lv, w_panels, a, bias, ...), out=R.Tensor(..., "uint8"))
+
+Equal kernels are written once. Operators that belong to no group stay for ``LegalizeOps`` and
+``schedule_rest``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvm_qfp8.relay_passes.fuse import Group, Single, partition
+from tvm_qfp8.relay_passes.kernels import write_kernel
+from tvm_qfp8.topi.isa import InstructionSet
+
+
+@tvm.transform.module_pass(opt_level=0, name="LowerGroups")
+class LowerGroups:
+    """Write the kernels of a quantized module for one instruction set."""
+
+    def __init__(self, isa: InstructionSet, threads: int) -> None:
+        self.isa, self.threads = isa, threads
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        main = mod["main"]
+        parameters = [relax.Var(p.name, p.ty) for p in main.params]
+        builder = relax.BlockBuilder()
+        rewriter = _Rewriter(builder, self.isa, self.threads, dict(zip(main.params, parameters, strict=True)))
+        with builder.function("main", parameters, attrs={"num_input": len(parameters)}):
+            with builder.dataflow():
+                results = _results(main)
+                for block in main.body.blocks:
+                    for step in partition(block, results):
+                        rewriter.step(step)
+                output = builder.emit_output(rewriter.expression(main.body.body))
+            builder.emit_func_output(output)
+        return builder.get()
+
+
+def _results(function: relax.Function) -> set[relax.Var]:
+    found: set[relax.Var] = set()
+    relax.analysis.post_order_visit(
+        function.body.body, lambda e: found.add(e) if isinstance(e, relax.Var) else None
+    )
+    return found
+
+
+class _Rewriter:
+    def __init__(self, builder, isa: InstructionSet, threads: int, variables: dict) -> None:
+        self.builder, self.isa, self.threads, self.variables = builder, isa, threads, variables
+        self._written: dict[str, relax.GlobalVar] = {}
+
+    def expression(self, expr: relax.Expr) -> relax.Expr:
+        """The expression over the new variables."""
+        if isinstance(expr, relax.Var):
+            return self.variables[expr]
+        if isinstance(expr, relax.Tuple):
+            return relax.Tuple([self.expression(field) for field in expr.fields])
+        if isinstance(expr, relax.TupleGetItem):
+            return relax.TupleGetItem(self.expression(expr.tuple_value), expr.index)
+        if isinstance(expr, relax.Call):
+            arguments = [self.expression(argument) for argument in expr.args]
+            return relax.Call(expr.op, arguments, expr.attrs, expr.ty_args)
+        return expr
+
+    def step(self, step: Group | Single) -> None:
+        if isinstance(step, Single):
+            self.variables[step.var] = self.builder.emit(self.expression(step.value), step.var.name)
+            return
+        kernel = write_kernel(step, self.isa, self.threads)
+        if kernel.key not in self._written:
+            self._written[kernel.key] = self.builder.add_func(kernel.function(), kernel.name)
+        arguments = [
+            relax.const(a) if isinstance(a, np.ndarray) else self.expression(a) for a in kernel.arguments
+        ]
+        types = [relax.TensorType(spec.shape, spec.dtype) for spec in kernel.outputs]
+        result = self.builder.emit(
+            relax.call_tir(self._written[kernel.key], arguments, types if len(types) > 1 else types[0]),
+            step.outputs[0].name,
+        )
+        for index, var in enumerate(step.outputs):
+            self.variables[var] = (
+                result if len(types) == 1 else self.builder.emit(relax.TupleGetItem(result, index), var.name)
+            )

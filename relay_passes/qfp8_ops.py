@@ -1,0 +1,114 @@
+"""The Relax operators of a quantized program.
+
+They carry QFP8 tensors by their own data types, so that a printed program shows what is stored how::
+
+    lv: R.Tensor((1, 56, 56, 64), "custom[qfp8_ue2m6]8") = R.qfp8.encode(x, layout="UE2M6", scale=0.012)
+    lv1: R.Tensor((1, 56, 56, 24), "float32") = R.qfp8.conv2d(lv, w, a, bias, strides=[1, 1], ...)
+
+==================  =========================================  ==================================================
+operator            arguments                                  result
+==================  =========================================  ==================================================
+qfp8.encode         x float32                                  codes of ``layout``; r = fl32(1 / scale)
+qfp8.matmul         x codes, w codes ``(out, in)``, a, bias    float32: fl32(fl32(acc) * a[c]) + bias[c]
+qfp8.conv2d         x codes NHWC, w codes OHWI, a, bias        the same
+qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc) * scale
+qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
+==================  =========================================  ==================================================
+"""
+
+from __future__ import annotations
+
+import tvm
+from tvm import ir, relax
+
+from tvm_qfp8 import dtype as _dtype  # noqa: F401  (registers the data types)
+from tvm_qfp8.format import Layout, get_layout
+
+
+def _encode_type(call, _builder):
+    return relax.TensorType(call.args[0].ty.shape, get_layout(str(call.attrs["layout"])).ir_dtype)
+
+
+def _same_type(call, _builder):
+    return call.args[0].ty
+
+
+def _matmul_type(call, _builder):
+    shape = list(call.args[0].ty.shape)
+    return relax.TensorType([*shape[:-1], call.args[1].ty.shape[0]], "float32")
+
+
+def _conv2d_type(call, _builder):
+    batch, height, width, _ = (int(extent) for extent in call.args[0].ty.shape)
+    out_channels, kernel_h, kernel_w, _ = (int(extent) for extent in call.args[1].ty.shape)
+    top, left, bottom, right = (int(p) for p in call.attrs["padding"])
+    strides = [int(s) for s in call.attrs["strides"]]
+    dilation = [int(d) for d in call.attrs["dilation"]]
+    out_h = (height + top + bottom - dilation[0] * (kernel_h - 1) - 1) // strides[0] + 1
+    out_w = (width + left + right - dilation[1] * (kernel_w - 1) - 1) // strides[1] + 1
+    return relax.TensorType([batch, out_h, out_w, out_channels], "float32")
+
+
+def _batch_matmul_type(call, _builder):
+    x, y = (list(arg.ty.shape) for arg in call.args[:2])
+    columns = y[-2] if bool(call.attrs["transpose_y"]) else y[-1]
+    return relax.TensorType([*x[:-1], columns], "float32")
+
+
+_OPERATORS = {
+    "encode": _encode_type,
+    "matmul": _matmul_type,
+    "conv2d": _conv2d_type,
+    "batch_matmul": _batch_matmul_type,
+    "interpolate": _same_type,
+}
+
+
+def _register() -> None:
+    known = {str(name) for name in ir._ffi_api.ListOpNames()}
+    for name, infer_type in _OPERATORS.items():
+        full = f"relax.qfp8.{name}"
+        if full in known:
+            continue
+        ir._ffi_api.RegisterOp(full, f"QFP8 {name}.")
+        ir.register_op_attr(full, "FInferType", infer_type)
+        ir.register_op_attr(full, "FPurity", True)
+
+
+_register()
+
+
+def _call(name: str, args: list, **attrs) -> relax.Call:
+    return relax.Call(ir.Op.get(f"relax.qfp8.{name}"), args, tvm.ir.make_node("ir.DictAttrs", **attrs))
+
+
+def encode(x, layout: Layout, scale: float) -> relax.Call:
+    """Codes of ``x`` with one scale for the whole tensor."""
+    return _call("encode", [x], layout=layout.name, scale=float(scale))
+
+
+def matmul(x, weight, a, bias) -> relax.Call:
+    """``x`` codes ``(..., in)`` times ``weight`` codes ``(out, in)``; ``a`` and ``bias`` float32 ``(out,)``."""
+    return _call("matmul", [x, weight, a, bias])
+
+
+def conv2d(x, weight, a, bias, *, strides, padding, dilation, groups: int) -> relax.Call:
+    """NHWC convolution of codes by OHWI codes."""
+    return _call(
+        "conv2d",
+        [x, weight, a, bias],
+        strides=list(strides),
+        padding=list(padding),
+        dilation=list(dilation),
+        groups=int(groups),
+    )
+
+
+def batch_matmul(x, y, scale: float, *, transpose_y: bool) -> relax.Call:
+    """Product of two activations, codes ``(..., m, k)`` by ``(..., k, n)``, or ``(..., n, k)`` transposed."""
+    return _call("batch_matmul", [x, y], scale=float(scale), transpose_y=transpose_y)
+
+
+def interpolate(x, function: str, max_error: float) -> relax.Call:
+    """``function(x)`` by its table."""
+    return _call("interpolate", [x], function=function, max_error=float(max_error))

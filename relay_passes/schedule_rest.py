@@ -1,0 +1,85 @@
+"""A loop schedule for the operators that no kernel of ours covers (data movement, comparisons, integer ops).
+
+Runs after ``LegalizeOps``, on every PrimFunc without the attribute ``tirx.is_scheduled``: producers are inlined,
+outer loops fused and run in parallel where the work is worth a parallel region, the innermost loop vectorised.
+"""
+
+from __future__ import annotations
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.s_tir.dlight.analysis import normalize_prim_func
+from tvm.s_tir.dlight.base import try_inline
+
+from tvm_qfp8.topi.float_contract import mul
+
+MIN_PARALLEL_ELEMENTS = 65_536
+VECTOR = 16
+
+
+@tvm.transform.module_pass(opt_level=0, name="ScheduleRest")
+class ScheduleRest:
+    """Schedule what is left, and keep its float products uncontracted."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        for var, function in list(mod.functions_items()):
+            if isinstance(function, tirx.PrimFunc) and not (function.attrs and "tirx.is_scheduled" in function.attrs):
+                mod[var] = fence_products(schedule(function, self.threads)).with_attr("tirx.is_scheduled", True)
+        return mod
+
+
+def fence_products(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Every float32 product through the fence, see ``topi.float_contract``."""
+
+    def fence(node):
+        return mul(node.a, node.b) if str(node.ty.dtype).startswith("float32") else node
+
+    return tvm_ffi.structural_map(function, {tirx.Mul: fence})
+
+
+def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:
+    """The scheduled function; one that the scheduler cannot normalise is returned as it is."""
+    sch = s_tir.Schedule(function)
+    blocks = normalize_prim_func(sch)
+    if blocks is None:
+        return function
+    for info in try_inline(sch, blocks):
+        block = info.block_rv
+        loops = sch.get_loops(block)
+        kinds = info.dom_kind()
+        spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == "S"]
+        if len(spatial) != len(loops):
+            reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != "S"]
+            if spatial:
+                sch.reorder(*spatial, *reduction)
+            _parallel(sch, spatial, threads)
+            continue
+        if not spatial:
+            continue
+        extent = _extent(sch, spatial[-1])
+        if extent is not None and extent >= VECTOR and extent % VECTOR == 0:
+            outer, inner = sch.split(spatial[-1], [None, VECTOR])
+            sch.vectorize(inner)
+            spatial = [*spatial[:-1], outer]
+        elif extent is not None and 1 < extent <= VECTOR and extent & (extent - 1) == 0:
+            sch.vectorize(spatial[-1])
+            spatial = spatial[:-1]
+        _parallel(sch, spatial, threads)
+    return sch.mod["main"]
+
+
+def _extent(sch: s_tir.Schedule, loop) -> int | None:
+    extent = sch.get(loop).extent
+    return int(extent) if isinstance(extent, tirx.IntImm) else None
+
+
+def _parallel(sch: s_tir.Schedule, loops: list, threads: int) -> None:
+    size = 1
+    for loop in loops:
+        size *= _extent(sch, loop) or MIN_PARALLEL_ELEMENTS
+    if loops and threads > 1 and size * VECTOR >= MIN_PARALLEL_ELEMENTS:
+        sch.parallel(sch.fuse(*loops))

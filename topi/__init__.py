@@ -1,0 +1,1 @@
+"""Operator definitions, micro-kernels per instruction set and their schedules."""

@@ -1,0 +1,171 @@
+"""Product of two activations, ``(batch, m, k)`` codes by ``(batch, k, n)`` or ``(batch, n, k)`` codes (attention).
+
+Both operands change from call to call, so the right one is decoded into panels at run time. The reduction is cut
+into blocks short enough that no int32 sum can overflow for any codes; blocks are added in float32, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.format import Layout
+from tvm_qfp8.topi.codec import decode_expr
+from tvm_qfp8.topi.float_contract import add, to_float, with_lanes
+from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.micro_kernel import RegisterTile
+from tvm_qfp8.topi.panels import decode_run, round_up, zero_run
+from tvm_qfp8.topi.prim_func import load, store, vector_runs
+
+INT32_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class BatchMatmulShape:
+    """``(batch, rows, depth) x (batch, depth, columns)``; ``transpose_y``: y is ``(batch, columns, depth)``."""
+
+    batch: int
+    rows: int
+    columns: int
+    depth: int
+    x: Layout
+    y: Layout
+    transpose_y: bool
+
+    @property
+    def block_depth(self) -> int:
+        """Longest reduction (even) whose sum cannot overflow int32, whatever the codes."""
+        return INT32_LIMIT // (self.x.max_grid * self.y.max_grid) // 2 * 2
+
+
+def emit_batch_matmul(isa: InstructionSet, shape: BatchMatmulShape, x, y, epilogue: Callable, threads: int) -> None:
+    """Emit the loops; ``epilogue(sum float32xL, row, column, valid)`` with ``row`` counted over all batches."""
+    tile_rows, vectors = isa.tile(shape.rows, shape.columns)
+    width = vectors * isa.lanes
+    depth = round_up(shape.depth, isa.pair)
+    steps = depth // isa.pair
+    block_steps = max(1, shape.block_depth // isa.pair)
+    panel_step = width * isa.pair
+    panel_count = -(-shape.columns // width)
+    macs = shape.batch * shape.rows * shape.columns * shape.depth
+    parallel = threads > 1 and shape.batch > 1 and macs >= MIN_PARALLEL_MACS
+
+    def panel_at(column, step):
+        """Place of the ``pair`` values of (column, step) in the decoded panels."""
+        panel, lane = tirx.floordiv(column, width), tirx.floormod(column, width)
+        return (panel * steps + step) * panel_step + lane * isa.pair
+
+    def decode_transposed(batch, panels) -> None:
+        row = T.alloc_buffer((depth,), "int16", align=64)
+        zero_run(isa, row, 0, depth)
+        with T.serial(0, shape.columns) as n:
+            decode_run(isa, shape.y, y, (batch * shape.columns + n) * shape.depth, row, 0, shape.depth)
+            start = T.bind(panel_at(n, 0))
+            with T.serial(0, steps) as step:
+                store(panels, start + step * panel_step, load(row, step * isa.pair, isa.pair), isa.pair)
+
+    def decode_straight(batch, panels) -> None:
+        """Rows of y are steps of the reduction: neighbouring columns stay neighbours."""
+        start = batch * shape.depth * shape.columns
+
+        def columns_of(panel: int, length: int, step) -> None:
+            def emit(offset, lanes):
+                at = (panel * steps + step) * panel_step + offset * isa.pair
+
+                def grid(k):
+                    codes = load(y, start + k * shape.columns + panel * width + offset, lanes)
+                    return decode_expr(codes, shape.y, "int16" if isa.pair == 1 else "int32")
+
+                if isa.pair == 1:
+                    store(panels, at, grid(step), lanes)
+                    return
+                lane32 = with_lanes("int32", lanes)
+                low = grid(2 * step) & tirx.const(0xFFFF, lane32)
+                high = tirx.const(0, lane32)
+                if shape.depth % 2 == 0:
+                    high = grid(2 * step + 1) << tirx.const(16, lane32)
+                else:
+                    # An odd last row has no partner: read it again and take nothing of it.
+                    partner = tirx.min(2 * step + 1, shape.depth - 1)
+                    keep = tirx.Select(2 * step + 1 < shape.depth, tirx.const(-1, "int32"), tirx.const(0, "int32"))
+                    mask = tirx.Broadcast(keep, lanes) if lanes > 1 else keep
+                    high = (grid(partner) & mask) << tirx.const(16, lane32)
+                pairs = tirx.reinterpret(with_lanes("int16", 2 * lanes), low | high)
+                store(panels, at, pairs, 2 * lanes)
+
+            vector_runs(length, isa.lanes, emit)
+
+        with T.serial(0, steps) as step:
+            for panel in range(panel_count):
+                columns_of(panel, min(width, shape.columns - panel * width), step)
+
+    def tile(scratch, panels, batch, first_row, panel, valid_vectors) -> None:
+        lanes = isa.lanes
+        single = steps <= block_steps
+        totals = None
+        if not single:
+            totals = T.alloc_buffer((tile_rows * vectors * lanes,), "float32", scope="local")
+            for index in range(tile_rows * vectors):
+                store(totals, index * lanes, tirx.const(0.0, with_lanes("float32", lanes)), lanes)
+
+        def block(first_step, count: int) -> RegisterTile:
+            registers = RegisterTile(isa, tile_rows, vectors)
+            with T.serial(0, count) as k:
+                step = first_step + k
+                starts = [(first_row + i) * depth + step * isa.pair for i in range(tile_rows)]
+                base = (panel * steps + step) * panel_step
+                registers.accumulate(
+                    scratch,
+                    starts,
+                    lambda j: T.bind(load(panels, base + j * lanes * isa.pair, lanes * isa.pair)),
+                )
+            return registers
+
+        def add_block(first_step, count: int) -> None:
+            registers = block(first_step, count)
+            for i in range(tile_rows):
+                for j in range(vectors):
+                    at = (i * vectors + j) * lanes
+                    store(totals, at, add(load(totals, at, lanes), to_float(registers.value(i, j))), lanes)
+
+        if single:
+            registers = block(0, steps)
+        else:
+            with T.serial(0, steps // block_steps) as b:
+                add_block(b * block_steps, block_steps)
+            if steps % block_steps:
+                add_block(steps // block_steps * block_steps, steps % block_steps)
+        for i in range(tile_rows):
+            for j, valid in enumerate(valid_vectors):
+                at = (i * vectors + j) * lanes
+                value = to_float(registers.value(i, j)) if single else load(totals, at, lanes)
+                epilogue(value, batch * shape.rows + first_row + i, panel * width + j * lanes, valid)
+
+    with (T.parallel if parallel else T.serial)(0, shape.batch) as batch:
+        scratch = T.alloc_buffer((shape.rows * depth,), "int16", align=64)
+        with T.serial(0, shape.rows) as row:
+            source = (batch * shape.rows + row) * shape.depth
+            decode_run(isa, shape.x, x, source, scratch, row * depth, shape.depth)
+            zero_run(isa, scratch, row * depth + shape.depth, depth - shape.depth)
+        panels = T.alloc_buffer((panel_count * depth * width,), "int16", align=64)
+        if shape.columns % width:
+            zero_run(isa, panels, 0, panel_count * depth * width)
+        (decode_transposed if shape.transpose_y else decode_straight)(batch, panels)
+
+        def tiles(panel, valid_vectors) -> None:
+            full, rest = divmod(shape.rows, tile_rows)
+            with T.serial(0, full) as t:
+                tile(scratch, panels, batch, t * tile_rows, panel, valid_vectors)
+            if rest:
+                tile(scratch, panels, batch, shape.rows - tile_rows, panel, valid_vectors)
+
+        full_panels, left = divmod(shape.columns, width)
+        if full_panels:
+            with T.serial(0, full_panels) as panel:
+                tiles(panel, [isa.lanes] * vectors)
+        if left:
+            tiles(full_panels, [min(isa.lanes, left - at) for at in range(0, left, isa.lanes)])

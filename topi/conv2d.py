@@ -1,0 +1,189 @@
+"""Convolution, NHWC codes in, as an implicit matrix product over decoded rows.
+
+The input rows that a block of output rows needs are decoded once into a zero-padded int16 slab; a register tile
+covers neighbouring pixels of one output row, and walks the taps and channels. Groups are walked one after the
+other. Code 0 stands for zero in every layout, so padding is a zero in the slab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.format import Layout
+from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, SCRATCH_BYTES
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.micro_kernel import RegisterTile
+from tvm_qfp8.topi.panels import (
+    PanelShape,
+    PanelWeights,
+    decode_run,
+    for_each_panel,
+    pack_panels,
+    round_up,
+    zero_run,
+)
+from tvm_qfp8.topi.prim_func import load, store
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """A convolution of ``(batch, height, width, channels)`` codes; all numbers static."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    """Top, left, bottom, right."""
+    dilation: tuple[int, int]
+    groups: int
+    activation: Layout
+    weight: Layout
+
+    @property
+    def out_height(self) -> int:
+        reach = self.dilation[0] * (self.kernel[0] - 1) + 1
+        return (self.height + self.padding[0] + self.padding[2] - reach) // self.stride[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        reach = self.dilation[1] * (self.kernel[1] - 1) + 1
+        return (self.width + self.padding[1] + self.padding[3] - reach) // self.stride[1] + 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """A 1x1 convolution that is just a dense layer over pixels."""
+        ones = self.kernel == (1, 1) and self.stride == (1, 1)
+        return ones and self.padding == (0, 0, 0, 0) and self.groups == 1
+
+
+def conv_tile(isa: InstructionSet, shape: ConvShape) -> tuple[int, int]:
+    """(pixels, vectors) of the register tile."""
+    return isa.tile(shape.out_width, shape.out_channels // shape.groups, row_length=shape.out_width)
+
+
+def pack_conv_weights(isa: InstructionSet, shape: ConvShape, codes: np.ndarray) -> np.ndarray:
+    """Codes OHWI ``(out_channels, kh, kw, channels / groups)`` -> panels, one set per group."""
+    _, vectors = conv_tile(isa, shape)
+    padding = round_up(codes.shape[3], isa.pair) - codes.shape[3]
+    padded = np.pad(codes, ((0, 0), (0, 0), (0, 0), (0, padding)))
+    per_group = padded.reshape(shape.groups, codes.shape[0] // shape.groups, -1)
+    return np.stack([pack_panels(group, vectors * isa.lanes, isa.pair) for group in per_group])
+
+
+def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Callable, threads: int) -> None:
+    """Emit the loops; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel."""
+    tile_rows, vectors = conv_tile(isa, shape)
+    kernel_h, kernel_w = shape.kernel
+    stride_h, stride_w = shape.stride
+    dilation_h, dilation_w = shape.dilation
+    channels = shape.channels // shape.groups
+    out_channels = shape.out_channels // shape.groups
+    slab_channels = round_up(channels, isa.pair)
+    slab_width = shape.width + shape.padding[1] + shape.padding[3]
+    slab_row = slab_width * slab_channels
+    depth = kernel_h * kernel_w * slab_channels
+    out_h, out_w = shape.out_height, shape.out_width
+    panel_shape = PanelShape(out_channels, depth, vectors, shape.weight)
+    panel_codes = round_up(out_channels, vectors * isa.lanes) * depth
+
+    macs = shape.batch * out_h * out_w * shape.out_channels * depth
+    parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
+    reach = dilation_h * (kernel_h - 1) + 1
+    block_h = max(1, min(out_h, (SCRATCH_BYTES // (2 * slab_row) - reach) // stride_h + 1))
+    by_rows = parallel and out_h >= 2 * threads
+    if by_rows:
+        block_h = min(block_h, -(-out_h // (2 * threads)))
+    blocks = -(-out_h // block_h)
+    slab_h = (block_h - 1) * stride_h + reach
+
+    def decode_row(image, source_row, group, slab, slab_at) -> None:
+        source = ((image * shape.height + source_row) * shape.width) * shape.channels + group * channels
+        left = shape.padding[1] * slab_channels
+        zero_run(isa, slab, slab_at, left)
+        if shape.groups == 1 and slab_channels == channels:
+            decode_run(isa, shape.activation, x, source, slab, slab_at + left, shape.width * channels)
+        elif shape.groups == 1:
+            # Decode the row in one run, then spread the pixels to their padded length.
+            row = T.alloc_buffer((shape.width * channels,), "int16", align=64)
+            decode_run(isa, shape.activation, x, source, row, 0, shape.width * channels)
+            with T.serial(0, shape.width) as pixel:
+                at = slab_at + left + pixel * slab_channels
+                for c in range(channels):
+                    store(slab, at + c, load(row, pixel * channels + c, 1), 1)
+                zero_run(isa, slab, at + channels, slab_channels - channels)
+        else:
+            with T.serial(0, shape.width) as pixel:
+                at = slab_at + left + pixel * slab_channels
+                decode_run(isa, shape.activation, x, source + pixel * shape.channels, slab, at, channels)
+                zero_run(isa, slab, at + channels, slab_channels - channels)
+        right = shape.padding[3] * slab_channels
+        zero_run(isa, slab, slab_at + slab_row - right, right)
+
+    def decode_slab(image, first_out_row, group, slab) -> None:
+        with T.serial(0, slab_h) as r:
+            source_row = T.bind(first_out_row * stride_h + r - shape.padding[0])
+            with T.If(tirx.And(source_row >= 0, source_row < shape.height)):
+                with T.Then():
+                    decode_row(image, source_row, group, slab, r * slab_row)
+                with T.Else():
+                    zero_run(isa, slab, r * slab_row, slab_row)
+
+    def tile(slab, row_in_block, first_pixel, out_row_at, group, weights: PanelWeights) -> None:
+        registers = RegisterTile(isa, tile_rows, vectors)
+        corner = T.bind((row_in_block * stride_h) * slab_row + first_pixel * (stride_w * slab_channels))
+
+        def taps(kh, kw, step) -> None:
+            offset = corner + kh * (dilation_h * slab_row) + kw * (dilation_w * slab_channels) + step * isa.pair
+            starts = [offset + i * (stride_w * slab_channels) for i in range(tile_rows)]
+            weight_step = (kh * kernel_w + kw) * (slab_channels // isa.pair) + step
+            registers.accumulate(slab, starts, lambda j: weights.load(weight_step, j))
+
+        with T.serial(0, kernel_h) as kh:
+            with T.serial(0, kernel_w) as kw:
+                with T.serial(0, slab_channels // isa.pair) as step:
+                    taps(kh, kw, step)
+        for i in range(tile_rows):
+            for j, valid in enumerate(weights.valid):
+                column = group * out_channels + weights.column(j)
+                epilogue(registers.value(i, j), out_row_at + first_pixel + i, column, valid)
+
+    def tiles_of_block(slab, image, first_out_row, group, weights: PanelWeights) -> None:
+        full, rest = divmod(out_w, tile_rows)
+        with T.serial(0, block_h) as row:
+            out_row_at = T.bind((image * out_h + first_out_row + row) * out_w)
+            with T.serial(0, full) as t:
+                tile(slab, row, t * tile_rows, out_row_at, group, weights)
+            if rest:
+                tile(slab, row, out_w - tile_rows, out_row_at, group, weights)
+
+    def block(image, index, group) -> None:
+        first_out_row = T.bind(tirx.min(index * block_h, out_h - block_h)) if blocks > 1 else 0
+        slab = T.alloc_buffer((slab_h * slab_row,), "int16", align=64)
+        decode_slab(image, first_out_row, group, slab)
+        group_panels = T.decl_buffer(
+            (panel_codes,), "uint8", data=panels.data, elem_offset=group * panel_codes
+        ) if shape.groups > 1 else panels
+        for_each_panel(
+            isa,
+            panel_shape,
+            group_panels,
+            lambda weights: tiles_of_block(slab, image, first_out_row, group, weights),
+            loop=T.parallel if parallel and not by_rows else T.serial,
+        )
+
+    with T.serial(0, shape.batch) as image:
+        with T.serial(0, shape.groups) as group:
+            if blocks == 1:
+                block(image, 0, group)
+            else:
+                with (T.parallel if by_rows else T.serial)(0, blocks) as index:
+                    block(image, index, group)

@@ -1,0 +1,87 @@
+"""Float32 arithmetic that gives the same bits on every target.
+
+LLVM may contract ``a * b + c`` to one fused multiply-add, which rounds once instead of twice, and TVM allows it.
+Every product therefore passes through ``llvm.arithmetic.fence``, which no optimisation looks through. All kernels
+of this package do their float arithmetic with the functions of this module, on scalars and vectors alike.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+# 1.5 * 2**23: adding it rounds to an integer (ties to even), which then stands in the low mantissa bits.
+ROUND_MAGIC = 12582912.0
+ROUND_MAGIC_BITS = 0x4B400000
+
+LANES = 16
+"""Accumulators of every float reduction: element i goes to lane i mod 16, whatever the vector width."""
+
+
+def dtype_of(expr) -> str:
+    """The dtype of a scalar or vector expression, such as ``float32x16``."""
+    return str(expr.ty.dtype)
+
+
+def lanes_of(expr) -> int:
+    """The number of lanes of an expression, 1 for a scalar."""
+    return int(expr.ty.dtype.lanes)
+
+
+def with_lanes(dtype: str, lanes: int) -> str:
+    """``("float32", 8) -> "float32x8"``; a scalar dtype for one lane."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def like(value: float | int, expr, dtype: str = "float32"):
+    """A constant of ``dtype`` with as many lanes as ``expr``."""
+    return tirx.const(value, with_lanes(dtype, lanes_of(expr)))
+
+
+def bind(expr):
+    """Name an intermediate value, so that later uses do not repeat its expression.
+
+    Outside an IRBuilder (in TE or in a rewriting pass) the expression itself is returned.
+    """
+    return T.bind(expr) if IRBuilder.is_in_scope() else expr
+
+
+def mul(a, b):
+    """fl32(a * b), never contracted with a following addition."""
+    product = a * b
+    return tirx.call_llvm_pure_intrin(dtype_of(product), "llvm.arithmetic.fence", product)
+
+
+def add(a, b):
+    """fl32(a + b)."""
+    return a + b
+
+
+def sub(a, b):
+    """fl32(a - b)."""
+    return a - b
+
+
+def rint_to_int(x):
+    """x rounded to the nearest integer, ties to even, as int32; |x| < 2**22.
+
+    The magic-number addition stands for ``rint``, which is a libm call on plain SSE2.
+    """
+    shifted = x + like(ROUND_MAGIC, x)
+    bits = tirx.reinterpret(with_lanes("int32", lanes_of(x)), shifted)
+    return bits - like(ROUND_MAGIC_BITS, x, "int32")
+
+
+def to_float(x):
+    """int32 to float32, rounded to nearest even."""
+    return x.astype(with_lanes("float32", lanes_of(x)))
+
+
+def tree_sum(vector_parts: list):
+    """Combine 16 lane accumulators, given as scalars, in the fixed tree 8-4-2-1."""
+    parts = list(vector_parts)
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = [bind(add(parts[i], parts[i + half])) for i in range(half)]
+    return parts[0]

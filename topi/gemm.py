@@ -1,0 +1,110 @@
+"""Dense layers: codes ``(rows, depth)`` times weight panels, exactly in int32, then the epilogue.
+
+Activations of a block of rows are decoded once into int16 scratch; a weight panel is decoded into cache and
+reused by every tile of the block. With few rows (batch 1) there is nothing to reuse: weights are decoded in
+registers. Parallel over blocks of rows, or over panels where there are few rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.format import Layout
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.micro_kernel import RegisterTile
+from tvm_qfp8.topi.panels import PanelShape, PanelWeights, decode_run, for_each_panel, round_up, zero_run
+
+SCRATCH_BYTES = 384 * 1024
+"""Decoded activations of one block: they should stay in the second-level cache."""
+
+MIN_PARALLEL_MACS = 1_500_000
+"""Below this a parallel region (about 7 us) costs more than it gives."""
+
+REGISTER_DECODE_ROWS = 6
+"""Up to so many rows weights are decoded in registers instead of through a scratch panel."""
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """``(rows, depth) x (depth, columns)`` and the layouts of both operands."""
+
+    rows: int
+    columns: int
+    depth: int
+    activation: Layout
+    weight: Layout
+
+
+def gemm_tile(isa: InstructionSet, rows: int, columns: int) -> tuple[int, int]:
+    """(rows, vectors) of the register tile; the panel width is ``vectors * lanes``."""
+    if rows <= REGISTER_DECODE_ROWS:
+        return rows, max(1, min(4, -(-columns // isa.lanes), (isa.registers - 4) // (rows + 2)))
+    return isa.tile(rows, columns)
+
+
+def emit_gemm(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Callable, threads: int) -> None:
+    """Emit the loops. ``epilogue(acc int32xL, row, column, valid)`` finishes and stores one vector.
+
+    ``valid`` is the number of lanes that are real columns (the last panel may be padded).
+    """
+    tile_rows, vectors = gemm_tile(isa, shape.rows, shape.columns)
+    depth = round_up(shape.depth, isa.pair)
+    panel_shape = PanelShape(shape.columns, depth, vectors, shape.weight)
+    parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
+
+    block_rows = max(tile_rows, min(shape.rows, SCRATCH_BYTES // (2 * depth)) // tile_rows * tile_rows)
+    by_rows = parallel and shape.rows >= 2 * threads * 48
+    if by_rows:
+        block_rows = min(block_rows, round_up(-(-shape.rows // threads), tile_rows))
+    block_rows = min(block_rows, shape.rows)
+    blocks = -(-shape.rows // block_rows)
+
+    def decode_block(first_row, scratch) -> None:
+        if depth == shape.depth:
+            decode_run(isa, shape.activation, x, first_row * depth, scratch, 0, block_rows * depth)
+            return
+        with T.serial(0, block_rows) as row:
+            decode_run(isa, shape.activation, x, (first_row + row) * shape.depth, scratch, row * depth, shape.depth)
+            zero_run(isa, scratch, row * depth + shape.depth, depth - shape.depth)
+
+    def tile(scratch, first_row, row_in_block, weights: PanelWeights) -> None:
+        registers = RegisterTile(isa, tile_rows, vectors)
+        with T.serial(0, depth // isa.pair) as k:
+            starts = [(row_in_block + i) * depth + k * isa.pair for i in range(tile_rows)]
+            registers.accumulate(scratch, starts, lambda j: weights.load(k, j))
+        for i in range(tile_rows):
+            for j, valid in enumerate(weights.valid):
+                epilogue(registers.value(i, j), first_row + row_in_block + i, weights.column(j), valid)
+
+    def tiles_of_block(scratch, first_row, weights: PanelWeights) -> None:
+        full, rest = divmod(block_rows, tile_rows)
+        if full == 1:
+            tile(scratch, first_row, 0, weights)
+        else:
+            with T.serial(0, full) as t:
+                tile(scratch, first_row, t * tile_rows, weights)
+        if rest:
+            tile(scratch, first_row, block_rows - tile_rows, weights)
+
+    def block(index) -> None:
+        # The last block overlaps the one before it: rows written twice get the same bits.
+        first_row = T.bind(T.min(index * block_rows, shape.rows - block_rows)) if blocks > 1 else 0
+        scratch = T.alloc_buffer((block_rows * depth,), "int16", align=64)
+        decode_block(first_row, scratch)
+        for_each_panel(
+            isa,
+            panel_shape,
+            panels,
+            lambda weights: tiles_of_block(scratch, first_row, weights),
+            loop=T.parallel if parallel and not by_rows else T.serial,
+            in_registers=shape.rows <= REGISTER_DECODE_ROWS,
+        )
+
+    if blocks == 1:
+        block(0)
+    else:
+        with (T.parallel if by_rows else T.serial)(0, blocks) as index:
+            block(index)

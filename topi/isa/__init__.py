@@ -1,0 +1,57 @@
+"""Instruction sets: vector width, micro-kernel tile and the multiply-add of each.
+
+A micro-kernel is written once (``topi/micro_kernel.py``); an instruction set says how many int32 lanes a vector
+has, how many reduction steps one multiply-add takes (``pair``: two on x86, where ``vpmaddwd`` adds the products
+of neighbouring int16 lanes), how large the register tile is, and emits the multiply-add itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What a kernel generator needs to know of a target."""
+
+    name: str
+    lanes: int
+    """int32 or float32 lanes of one vector register."""
+    pair: int
+    """int16 products that one multiply-add sums into each int32 lane."""
+    registers: int
+    """Vector registers."""
+    multiply_add: Callable
+    """(acc int32xL, a, b) -> int32xL; a holds one group of ``pair`` values in each lane, b is int16x(L*pair)."""
+    broadcast: Callable
+    """(buffer int16, index) -> the ``pair`` values at index, repeated in every lane."""
+
+    def tile(self, rows: int, columns: int, row_length: int | None = None) -> tuple[int, int]:
+        """(rows, vectors) of the register tile for an output of ``rows`` x ``columns``.
+
+        All accumulators, the weight vectors of one step and one broadcast must fit the registers. ``row_length``
+        is given where a tile may not cross a row of pixels (convolution).
+        """
+        best, best_cost = (1, 1), float("inf")
+        length = row_length or rows
+        for vectors in (1, 2, 3, 4):
+            if vectors > 1 and (vectors - 1) * self.lanes >= columns:
+                break
+            for tile_rows in range(1, min(length, 14) + 1):
+                if tile_rows * vectors + vectors + 1 > self.registers:
+                    continue
+                steps = -(-length // tile_rows) * -(-columns // (vectors * self.lanes))
+                # One multiply-add each, plus the loads: vectors of weights and tile_rows broadcasts a step.
+                cost = steps * (tile_rows * vectors + 0.5 * max(vectors + tile_rows - tile_rows * vectors / 2, 0) + 1.5)
+                if cost < best_cost:
+                    best, best_cost = (tile_rows, vectors), cost
+        return best
+
+
+def instruction_set(name: str) -> InstructionSet:
+    """The instruction set called ``avx512``, ``avx2``, ``sse2``, ``neon`` or ``generic``."""
+    from tvm_qfp8.topi.isa import avx2, avx512, neon, sse2
+
+    sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon, "generic": neon}
+    return sets[name].INSTRUCTION_SET

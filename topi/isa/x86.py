@@ -1,0 +1,27 @@
+"""What the x86 instruction sets share: pairs of int16 values, multiplied and added by ``pmaddwd``."""
+
+from __future__ import annotations
+
+from tvm import tirx
+
+from tvm_qfp8.topi.float_contract import with_lanes
+
+
+def broadcast_pair(lanes: int):
+    """Load two neighbouring int16 values as one int32 and repeat them in every lane."""
+
+    def broadcast(buffer, index):
+        pair = tirx.reinterpret("int32", buffer.vload([index], "int16x2"))
+        return tirx.reinterpret(with_lanes("int16", 2 * lanes), tirx.Broadcast(pair, lanes))
+
+    return broadcast
+
+
+def multiply_add_by(intrinsic: str, lanes: int):
+    """acc + pmaddwd(a, b); LLVM makes one ``vpdpwssd`` of it where the target has VNNI."""
+
+    def multiply_add(acc, a, b):
+        products = tirx.call_llvm_pure_intrin(with_lanes("int32", lanes), intrinsic, a, b)
+        return acc + products
+
+    return multiply_add

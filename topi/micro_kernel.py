@@ -1,0 +1,52 @@
+"""The register tile of every integer kernel: ``rows x (vectors * lanes)`` int32 accumulators.
+
+One reduction step reads ``pair`` int16 grid values of each row, repeats them over a vector, and multiplies and
+adds them to ``vectors`` weight vectors. The accumulators live in a local buffer with constant indices, which LLVM
+keeps in registers. Exactness: products and sums are int32, and the caller has proved that no partial sum
+overflows (``overflow.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.topi.float_contract import with_lanes
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.prim_func import load, store
+
+
+class RegisterTile:
+    """Accumulators of one micro-kernel tile."""
+
+    def __init__(self, isa: InstructionSet, rows: int, vectors: int) -> None:
+        self.isa, self.rows, self.vectors = isa, rows, vectors
+        self._buffer = T.alloc_buffer((rows * vectors * isa.lanes,), "int32", scope="local")
+        zero = tirx.const(0, with_lanes("int32", isa.lanes))
+        for index in range(rows * vectors):
+            store(self._buffer, index * isa.lanes, zero, isa.lanes)
+
+    def _at(self, row: int, vector: int) -> int:
+        return (row * self.vectors + vector) * self.isa.lanes
+
+    def accumulate(self, activations, row_starts: list, load_weights: Callable[[int], tirx.PrimExpr]) -> None:
+        """One reduction step: ``activations[row_starts[i]:]`` times the weight vectors."""
+        lanes = self.isa.lanes
+        weights = [load_weights(vector) for vector in range(self.vectors)]
+        for row, start in enumerate(row_starts):
+            repeated = T.bind(self.isa.broadcast(activations, start))
+            for vector, weight in enumerate(weights):
+                at = self._at(row, vector)
+                total = self.isa.multiply_add(load(self._buffer, at, lanes), repeated, weight)
+                store(self._buffer, at, total, lanes)
+
+    def accumulate_vector(self, row: int, activation, weight) -> None:
+        """Multiply two int16 vectors lane by lane into the row's first accumulator (depthwise)."""
+        lanes, at = self.isa.lanes, self._at(row, 0)
+        store(self._buffer, at, self.isa.multiply_add(load(self._buffer, at, lanes), activation, weight), lanes)
+
+    def value(self, row: int, vector: int):
+        """The int32 accumulator vector of one row."""
+        return load(self._buffer, self._at(row, vector), self.isa.lanes)

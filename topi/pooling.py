@@ -1,0 +1,136 @@
+"""Pooling of NHWC float32 tensors: one vector holds neighbouring channels of one pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, tree_sum, with_lanes
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.prim_func import load, store, vector_runs
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """A 2-D pooling of ``(batch, height, width, channels)``; padding is top, left, bottom, right."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    window: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    kind: str
+    """``max`` or ``mean``."""
+    count_include_pad: bool
+
+    @property
+    def out_height(self) -> int:
+        return (self.height + self.padding[0] + self.padding[2] - self.window[0]) // self.stride[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        return (self.width + self.padding[1] + self.padding[3] - self.window[1]) // self.stride[1] + 1
+
+
+def emit_pool(isa: InstructionSet, shape: PoolShape, x, finish: Callable, threads: int) -> None:
+    """``finish(value, row, channel, lanes)`` for every output vector; a mean adds its window in 16 lanes."""
+    window_h, window_w = shape.window
+    out_h, out_w = shape.out_height, shape.out_width
+    reciprocals = np.zeros(shape.out_height * shape.out_width, np.float32)
+    for oy in range(out_h):
+        for ox in range(out_w):
+            top, left = oy * shape.stride[0] - shape.padding[0], ox * shape.stride[1] - shape.padding[1]
+            rows = min(top + window_h, shape.height) - max(top, 0)
+            columns = min(left + window_w, shape.width) - max(left, 0)
+            count = window_h * window_w if shape.count_include_pad else rows * columns
+            reciprocals[oy * out_w + ox] = np.float32(1.0) / np.float32(max(count, 1))
+    uniform = len(set(reciprocals.tolist())) == 1
+    neutral = float("-inf") if shape.kind == "max" else 0.0
+    size = shape.batch * shape.height * shape.width * shape.channels
+
+    def tap(image, oy, ox, kh: int, kw: int, channel, lanes: int):
+        y, x_at = oy * shape.stride[0] + kh - shape.padding[0], ox * shape.stride[1] + kw - shape.padding[1]
+        index = ((image * shape.height + y) * shape.width + x_at) * shape.channels + channel
+        padded = any(shape.padding)
+        value = load(x, tirx.max(tirx.min(index, size - lanes), 0) if padded else index, lanes)
+        if not padded:
+            return bind(value)
+        inside = tirx.And(tirx.And(y >= 0, y < shape.height), tirx.And(x_at >= 0, x_at < shape.width))
+        mask = tirx.Broadcast(inside, lanes) if lanes > 1 else inside
+        return bind(tirx.Select(mask, value, tirx.const(neutral, with_lanes("float32", lanes))))
+
+    def pixel(image, oy, ox, channel, lanes: int):
+        taps = [(kh, kw) for kh in range(window_h) for kw in range(window_w)]
+        lane_values: list = []
+        for index, (kh, kw) in enumerate(taps):
+            value = tap(image, oy, ox, kh, kw, channel, lanes)
+            if shape.kind == "max":
+                lane_values = [bind(tirx.max(lane_values[0], value))] if lane_values else [value]
+            elif index < LANES:
+                lane_values.append(value)
+            else:
+                lane_values[index % LANES] = bind(add(lane_values[index % LANES], value))
+        if shape.kind == "max":
+            return lane_values[0]
+        zero = tirx.const(0.0, with_lanes("float32", lanes))
+        total = tree_sum(lane_values + [zero] * (LANES - len(lane_values)))
+        if uniform:
+            factor = tirx.const(float(reciprocals[0]), "float32")
+        else:
+            rows = _overlap(oy, shape.stride[0], shape.padding[0], window_h, shape.height)
+            columns = _overlap(ox, shape.stride[1], shape.padding[1], window_w, shape.width)
+            factor = tirx.const(1.0, "float32") / (rows * columns).astype("float32")
+        factor = T.bind(factor)
+        return bind(mul(total, tirx.Broadcast(factor, lanes) if lanes > 1 else factor))
+
+    parallel = threads > 1 and size >= 65_536
+    with (T.parallel if parallel else T.serial)(0, shape.batch * out_h) as row:
+        image, oy = tirx.floordiv(row, out_h), tirx.floormod(row, out_h)
+        with T.serial(0, out_w) as ox:
+            vector_runs(
+                shape.channels,
+                isa.lanes,
+                lambda channel, lanes: finish(
+                    pixel(image, oy, ox, channel, lanes), row * out_w + ox, channel, lanes
+                ),
+            )
+
+
+def _overlap(position, stride: int, padding: int, window: int, extent: int):
+    start = position * stride - padding
+    return tirx.min(start + window, extent) - tirx.max(start, 0)
+
+
+def emit_global_mean(isa: InstructionSet, shape: tuple[int, ...], x, finish: Callable) -> None:
+    """Mean over height and width; pixel i is added in lane i mod 16 of its channel."""
+    batch, height, width, channels = shape
+    pixels = height * width
+
+    def one(image, channel, lanes: int) -> None:
+        vector = with_lanes("float32", lanes)
+        sums = T.alloc_buffer((LANES * lanes,), "float32", scope="local", align=64)
+        for lane in range(LANES):
+            store(sums, lane * lanes, tirx.const(0.0, vector), lanes)
+
+        def accumulate(index, lane: int) -> None:
+            value = load(x, (image * pixels + index) * channels + channel, lanes)
+            store(sums, lane * lanes, add(load(sums, lane * lanes, lanes), value), lanes)
+
+        if pixels >= LANES:
+            with T.serial(0, pixels // LANES) as block:
+                for lane in range(LANES):
+                    accumulate(block * LANES + lane, lane)
+        for lane in range(pixels % LANES):
+            accumulate(pixels // LANES * LANES + lane, lane)
+        total = tree_sum([bind(load(sums, lane * lanes, lanes)) for lane in range(LANES)])
+        mean = bind(mul(total, tirx.const(float(np.float32(1.0) / np.float32(pixels)), vector)))
+        finish(mean, image, channel, lanes)
+
+    with T.serial(0, batch) as image:
+        vector_runs(channels, isa.lanes, lambda channel, lanes: one(image, channel, lanes))

@@ -1,0 +1,77 @@
+"""Builds a PrimFunc from explicit loops, and the vector loads and stores that all kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.topi.float_contract import with_lanes
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one kernel argument; scalars in the shape are ints (static)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+def build_prim_func(name: str, arguments: Sequence[TensorSpec], body: Callable) -> tirx.PrimFunc:
+    """A PrimFunc ``name`` whose body is emitted by ``body(*flat_buffers)``; every argument is seen as 1-D."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"tirx.noalias": True, "global_symbol": name, "tirx.is_scheduled": True})
+            buffers = [
+                T.arg(f"p{i}", T.buffer(spec.shape, spec.dtype)) for i, spec in enumerate(arguments)
+            ]
+            flat = [
+                T.decl_buffer((spec.size,), spec.dtype, data=buffer.data)
+                for spec, buffer in zip(arguments, buffers, strict=True)
+            ]
+            body(*flat)
+    return builder.get()
+
+
+def load(buffer, index, lanes: int):
+    """``lanes`` neighbouring elements from ``index``."""
+    return buffer.vload([index], with_lanes(str(buffer.dtype), lanes))
+
+
+def store(buffer, index, value, lanes: int) -> None:
+    """Write ``lanes`` neighbouring elements at ``index``."""
+    T.buffer_store(buffer, value, [index if lanes == 1 else tirx.Ramp(index, 1, lanes)])
+
+
+def vector_runs(length: int, lanes: int, emit: Callable) -> None:
+    """Cover ``length`` elements by calls ``emit(offset, lanes)``.
+
+    The last vector overlaps the one before it, so the same elements may be written twice with the same value:
+    input and output of ``emit`` must not alias. A run shorter than a vector goes by powers of two.
+    """
+    if length >= lanes:
+        full = length // lanes
+        if full == 1:
+            emit(0, lanes)
+        else:
+            with T.serial(0, full) as i:
+                emit(i * lanes, lanes)
+        if length % lanes:
+            emit(length - lanes, lanes)
+        return
+    offset = 0
+    while offset < length:
+        part = 1 << ((length - offset).bit_length() - 1)
+        emit(offset, part)
+        offset += part

@@ -1,0 +1,37 @@
+"""QFP8: 8-bit inference with a dynamic-bias float format and interpolated nonlinear layers, on Apache TVM.
+
+Names are resolved on first use, so that importing the package costs little.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "compile": "compiler",
+    "Config": "config",
+    "load": "runtime",
+    "CompiledModule": "runtime",
+    "Report": "report",
+    "encode": "format",
+    "decode": "format",
+    "quantize": "quantize",
+    "QTensor": "quantize",
+    "build_table": "tables",
+    "Table": "tables",
+    "QFP8Error": "errors",
+}
+
+__all__ = sorted(_PUBLIC)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tvm_qfp8' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tvm_qfp8.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,159 @@
+"""Linear operators and products of activations: which are quantized, and what they compute then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from tvm_qfp8.calibration.evaluate import Name, Program, Step, TensorSpec
+from tvm_qfp8.calibration.fake_quantize import fake_quantize
+from tvm_qfp8.calibration.operators import TABLE
+from tvm_qfp8.calibration.plan import LinearQuantization
+from tvm_qfp8.errors import ModelError
+
+_OPERATORS = ("relax.nn.conv2d", "relax.nn.conv2d_transpose", "relax.matmul")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear call with a constant float32 weight.
+
+    Attributes
+    ----------
+    step : Step
+    source : str
+        Variable that holds the activation.
+    weight : float32 array in the operator's own layout
+    weight_axis, channel_axis : int
+        Output channels in the weight and in the operator's result.
+    """
+
+    step: Step
+    source: str
+    weight: np.ndarray
+    weight_axis: int
+    channel_axis: int
+
+    def output(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """The operator's float32 result for an activation and a weight."""
+        return TABLE[self.step.operator](self.step.attrs, x, weight)
+
+    def quantized_output(self, x: np.ndarray, chosen: LinearQuantization, weight: np.ndarray) -> np.ndarray:
+        """The same with the activation rounded to its layout; ``weight`` is already the rounded one."""
+        if chosen.activation_layout is not None and chosen.activation_scale is not None:
+            x = fake_quantize(x, chosen.activation_layout, chosen.activation_scale)
+        return self.output(x, weight)
+
+    def per_channel(self, vector: np.ndarray) -> np.ndarray:
+        """A vector of output channels, in a shape that broadcasts to the operator's result."""
+        after = len(self.step.spec.shape) - 1 - self.channel_axis  # type: ignore[union-attr]
+        return vector.reshape((-1, *(1,) * after))
+
+    def rows(self, array: np.ndarray) -> np.ndarray:
+        """An array shaped as the result, as ``(pixels or tokens, out_channels)``."""
+        return np.moveaxis(array, self.channel_axis, -1).reshape(-1, array.shape[self.channel_axis])
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matmul of two activations, as in attention; ``sources`` are the variables of its operands."""
+
+    step: Step
+    sources: tuple[str, str]
+
+    def output(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The float32 product."""
+        return TABLE[self.step.operator](self.step.attrs, x, y)
+
+    def quantized_output(
+        self, x: np.ndarray, y: np.ndarray, chosen: tuple[tuple[str, float], tuple[str, float]]
+    ) -> np.ndarray:
+        """The product of the operands rounded to their layouts."""
+        return self.output(fake_quantize(x, *chosen[0]), fake_quantize(y, *chosen[1]))
+
+
+def _axes(step: Step, weight: np.ndarray) -> tuple[int, int]:
+    if step.operator == "relax.matmul":
+        return 1, len(step.spec.shape) - 1  # type: ignore[union-attr]
+    return step.attrs.kernel_layout.index("O"), step.attrs.out_layout.index("C")
+
+
+def _reason_to_skip(step: Step, skip: tuple[str, ...]) -> str | None:
+    """Why a linear call stays float32, or None."""
+    activation, weight = step.arguments[:2]
+    spec = step.spec
+    if not isinstance(spec, TensorSpec) or spec.dtype != "float32":
+        return "the result is not float32"
+    for pattern in skip:
+        if fnmatchcase(step.name, pattern) or fnmatchcase(step.operator, pattern):
+            return f"skipped by configuration ({pattern})"
+    if not isinstance(weight, np.ndarray):
+        if step.operator == "relax.matmul" and isinstance(activation, Name):
+            return None
+        return "the right operand is computed"
+    if not isinstance(activation, Name):
+        return "both operands are constant"
+    if step.operator == "relax.matmul" and weight.ndim != 2:
+        return f"the weight has {weight.ndim} dimensions; 2 are supported"
+    return None
+
+
+@dataclass
+class LinearSteps:
+    """What there is to quantize in a program, each by variable name in binding order.
+
+    Attributes
+    ----------
+    linear : dict of str to Linear
+    products : dict of str to Product
+    skipped : dict of str to str
+        What stays float32, with the reason.
+    """
+
+    linear: dict[str, Linear] = field(default_factory=dict)
+    products: dict[str, Product] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
+    """Linear calls and products of a program.
+
+    Parameters
+    ----------
+    program : Program
+        From a canonical module.
+    skip : iterable of str
+        Names of variables or operators to leave in float32; shell patterns (``lv1*``) work.
+
+    Raises
+    ------
+    ModelError
+        A weight holds NaN or infinity.
+    """
+    patterns = tuple(skip)
+    found = LinearSteps()
+    for step in program.steps:
+        if step.operator not in _OPERATORS:
+            continue
+        name, (activation, weight) = step.name, step.arguments[:2]
+        reason = _reason_to_skip(step, patterns)
+        if reason is not None:
+            found.skipped[name] = reason
+        elif isinstance(weight, Name):
+            found.products[name] = Product(step, (activation.name, weight.name))
+        else:
+            _check_finite(step, weight)
+            found.linear[name] = Linear(step, activation.name, weight, *_axes(step, weight))
+    return found
+
+
+def _check_finite(step: Step, weight: np.ndarray) -> None:
+    bad = int(weight.size - np.count_nonzero(np.isfinite(weight)))
+    if bad:
+        raise ModelError(
+            f"the weight of {step.name} ({step.operator}) holds {bad} values that are NaN or infinite; "
+            "only finite weights can be quantized: repair the model file"
+        )

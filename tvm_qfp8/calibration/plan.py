@@ -1,0 +1,58 @@
+"""What calibration decides: one record for each linear operator, read by the passes that quantize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tvm_qfp8.quantize import QTensor
+
+
+@dataclass(frozen=True)
+class LinearQuantization:
+    """How one linear operator (convolution, transposed convolution, matmul) is quantized.
+
+    Attributes
+    ----------
+    weight : QTensor
+        Codes in the operator's own weight shape, one scale per output channel.
+    activation_layout, activation_scale : str, float
+        Of the operator's input tensor; None when only the weight is quantized.
+    bias_correction : float32 array ``(out_channels,)``
+        Mean of (quantized - float32) output before the bias; to be taken off the bias. None without data.
+    sqnr_db : float
+        Signal to error of the operator's corrected output against float32, in dB, with every
+        earlier layer quantized. None without data.
+    note : str
+        Why something differs from the usual, for the report; else empty.
+    """
+
+    weight: QTensor
+    activation_layout: str | None = None
+    activation_scale: float | None = None
+    bias_correction: np.ndarray | None = None
+    sqnr_db: float | None = None
+    note: str = ""
+
+
+@dataclass
+class QuantizationPlan:
+    """Decisions for a whole module, keyed by the name of the variable that a linear call is bound to.
+
+    Attributes
+    ----------
+    linear : dict of str to LinearQuantization
+        In the order of the module's bindings.
+    products : dict of str to ((layout, scale), (layout, scale))
+        Matmuls of two activations (attention), with the layout and scale of either operand.
+    skipped : dict of str to str
+        Linear calls and products that stay float32, with the reason.
+    samples : int
+        Number of calibration samples seen; 0 means weights only.
+    """
+
+    linear: dict[str, LinearQuantization] = field(default_factory=dict)
+    products: dict[str, tuple[tuple[str, float], tuple[str, float]]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    samples: int = 0

@@ -1,0 +1,54 @@
+"""NumPy evaluation of a module under a plan: the reference of what a compiled module computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tvm
+
+from tvm_qfp8.calibration.evaluate import Program, Step
+from tvm_qfp8.calibration.linear import find_linear
+from tvm_qfp8.calibration.plan import QuantizationPlan
+
+
+class QuantizedProgram:
+    """A canonical module with its linear operators quantized, in float32 arithmetic.
+
+    Compiled kernels sum exact integers where this sums float32 products, so the two differ by float32
+    rounding only (and by what the nonlinear tables may err).
+    """
+
+    def __init__(self, mod: tvm.IRModule, plan: QuantizationPlan) -> None:
+        self.program, self.plan = Program(mod), plan
+        found = find_linear(self.program)
+        self.linear = {name: linear for name, linear in found.linear.items() if name in plan.linear}
+        self.products = {name: product for name, product in found.products.items() if name in plan.products}
+        self.weights = {name: plan.linear[name].weight.dequantize() for name in self.linear}
+
+    def _value(self, step: Step, values: Mapping[str, Any]) -> Any:
+        name = step.name
+        if name in self.products:
+            x, y = (values[source] for source in self.products[name].sources)
+            return self.products[name].quantized_output(x, y, self.plan.products[name])
+        if name not in self.linear:
+            return step.run(values)
+        linear, chosen = self.linear[name], self.plan.linear[name]
+        y = linear.quantized_output(values[linear.source], chosen, self.weights[name])
+        return y if chosen.bias_correction is None else y - linear.per_channel(chosen.bias_correction)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Results for arrays given by input name."""
+        values: dict[str, Any] = dict(inputs)
+        with np.errstate(all="ignore"):
+            for step in self.program.steps:
+                values[step.name] = self._value(step, values)
+        return self.program.outputs(values)
+
+
+def evaluate_quantized(
+    mod: tvm.IRModule, plan: QuantizationPlan, inputs: Mapping[str, np.ndarray]
+) -> list[np.ndarray]:
+    """Run a canonical module once under a plan; for many inputs keep a ``QuantizedProgram``."""
+    return QuantizedProgram(mod, plan).run(inputs)

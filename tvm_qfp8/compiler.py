@@ -1,0 +1,131 @@
+"""``compile``: from a trained float network to a module, as one flat list of passes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvm_qfp8.calibration import calibrate
+from tvm_qfp8.config import Config
+from tvm_qfp8.importers import load_model
+from tvm_qfp8.relay_passes.fuse import op_name
+from tvm_qfp8.relay_passes.interpolate import FUNCTIONS, Interpolate
+from tvm_qfp8.relay_passes.lower_dtype import LowerDtype
+from tvm_qfp8.relay_passes.lower_groups import LowerGroups
+from tvm_qfp8.relay_passes.prepare import prepare
+from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
+from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
+from tvm_qfp8.report import Report
+from tvm_qfp8.reporting import describe
+from tvm_qfp8.runtime import METADATA_FUNCTION, CompiledModule, TensorInfo, encode_metadata
+from tvm_qfp8.targets import isa as isa_name
+from tvm_qfp8.targets import parse_target
+from tvm_qfp8.topi.isa import InstructionSet, instruction_set
+
+Calibration = Iterable[Mapping[str, np.ndarray]] | str | os.PathLike | None
+
+
+def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> list:
+    """The passes from the canonical float program to scheduled kernels, in order."""
+    return [
+        # -- quantize: linear layers on QFP8 tensors, with the calibration's layouts, scales and biases
+        QuantizeLinear(plan),
+        # -- interpolate: nonlinear layers become tables
+        Interpolate(config.max_error),
+        # -- fuse and schedule: one kernel per group of layers, from codes to codes
+        LowerGroups(isa, threads),
+        # -- the rest: remaining QFP8 tensors become bytes, remaining operators get a generic schedule
+        LowerDtype(),
+        relax.transform.LegalizeOps(),
+        relax.transform.FoldConstant(),
+        relax.transform.DeadCodeElimination(),
+        ScheduleRest(threads),
+    ]
+
+
+def build_passes() -> list:
+    """TVM's own passes from scheduled kernels to an executable of the virtual machine."""
+    return [
+        relax.transform.RewriteDataflowReshape(),
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]
+
+
+def compile(  # noqa: A001 - the public name
+    mod: Any,
+    target: Any = "llvm",
+    *,
+    params: Mapping[str, np.ndarray] | None = None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    calibration: Calibration = None,
+    config: Config | None = None,
+    tuning_logs: str | os.PathLike | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CompiledModule:
+    """Compile a trained float network.
+
+    Parameters
+    ----------
+    mod : Relax IRModule, onnx.ModelProto, path to an .onnx file, or torch.export.ExportedProgram
+    target : str, dict or tvm.target.Target
+        ``"llvm"`` is this machine; see ``tvm-qfp8 targets``.
+    params : dict of name to array
+        Parameters of a Relax module that are not bound yet.
+    input_shapes : dict of name to shape
+        Needed where the model leaves dimensions open.
+    calibration : iterable of ``{input name: array}``, path of an .npz, or None
+        Samples with the inputs' full shapes; None quantizes weights only.
+    config : Config
+    progress : callable ``(stage, done, total)``
+        Called as the work goes on.
+
+    Raises
+    ------
+    QFP8Error
+        A subclass says what is wrong with model, target or data.
+    """
+    config = config or Config()
+    parsed = parse_target(target)
+    imported = load_model(mod, params=params, input_shapes=input_shapes)
+    canonical = prepare(imported.mod)
+    plan = calibrate(canonical, calibration, config, progress)
+    threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
+    isa = instruction_set(isa_name(parsed))
+    report = describe(canonical, plan, config, parsed, imported.notes)
+    inputs = [
+        TensorInfo(name, tuple(int(d) for d in p.ty.shape), str(p.ty.dtype))
+        for name, p in zip(imported.input_names, canonical["main"].params, strict=True)
+    ]
+    with parsed:
+        lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads))(canonical)
+        lowered = _add_metadata(lowered, inputs, imported.output_names, report, config)
+        pipeline = tvm.transform.Sequential(build_passes())
+        executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
+    return CompiledModule(executable, executable)
+
+
+def _add_metadata(mod: tvm.IRModule, inputs, outputs, report: Report, config: Config) -> tvm.IRModule:
+    versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
+    data = encode_metadata(inputs, list(outputs), report, versions, config.check_finite)
+    builder = relax.BlockBuilder(mod)
+    with builder.function(METADATA_FUNCTION, []):
+        builder.emit_func_output(builder.emit(relax.const(data)))
+    return builder.get()
+
+
+__all__ = ["FUNCTIONS", "compile", "op_name"]

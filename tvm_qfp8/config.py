@@ -1,0 +1,30 @@
+"""Options of ``compile``; every default is meant to need no thought."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a model is lowered.
+
+    Attributes
+    ----------
+    max_error : float
+        Bound on the error of every interpolated nonlinear layer (DESIGN: absolute up to 1, relative above).
+    skip : tuple of str
+        Names or shell patterns (``fnmatch``) of linear layers to leave in float32.
+    activations : str
+        ``auto``: the layout of least error per tensor; or one layout's name for all.
+    check_finite : bool
+        ``run`` refuses inputs with NaN or infinity, naming input and index.
+    threads : int or None
+        Threads that kernels are written for; None takes the target's cores.
+    """
+
+    max_error: float = 1e-3
+    skip: tuple[str, ...] = ()
+    activations: str = "auto"
+    check_finite: bool = True
+    threads: int | None = None

@@ -1,0 +1,76 @@
+"""What became of each layer: the report of a compiled module, as text and JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LayerReport:
+    """One layer.
+
+    ``sqnr_db`` is signal to error of the layer's output on calibration data, every earlier layer quantized.
+    ``bias`` is the dynamic bias b of the activation, scale = 2**-b.
+    """
+
+    name: str
+    operator: str
+    became: str
+    weight_layout: str = ""
+    activation_layout: str = ""
+    activation_bias: float | None = None
+    sqnr_db: float | None = None
+    bytes_before: int = 0
+    bytes_after: int = 0
+    reason: str = ""
+
+
+@dataclass
+class Report:
+    """All layers in execution order, and notes on the whole model."""
+
+    target: str = ""
+    layers: list[LayerReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    totals: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The inverse of ``to_json``."""
+        data = json.loads(text)
+        layers = [LayerReport(**layer) for layer in data.pop("layers")]
+        return cls(layers=layers, **data)
+
+    def to_text(self) -> str:
+        """A table, one line per layer, then totals and notes."""
+        header = ("layer", "operator", "became", "weight", "activation", "b", "SQNR dB", "bytes", "")
+        rows = [header]
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer.name,
+                    layer.operator,
+                    layer.became,
+                    layer.weight_layout,
+                    layer.activation_layout,
+                    "" if layer.activation_bias is None else f"{layer.activation_bias:.2f}",
+                    "" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}",
+                    f"{layer.bytes_before} -> {layer.bytes_after}" if layer.bytes_before else "",
+                    layer.reason,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "-" * min(sum(widths) + 2 * len(widths), 160))
+        lines += [f"{key}: {value}" for key, value in self.totals.items()]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.to_text()

@@ -1,0 +1,79 @@
+"""Fills the report from the canonical program and the calibration's plan."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.ir import GenericConst
+
+from tvm_qfp8.calibration.plan import QuantizationPlan
+from tvm_qfp8.config import Config
+from tvm_qfp8.relay_passes.fuse import is_row_operator, op_name
+from tvm_qfp8.relay_passes.interpolate import FUNCTIONS
+from tvm_qfp8.report import LayerReport, Report
+from tvm_qfp8.tables import build_table
+
+LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
+
+
+def describe(
+    canonical: tvm.IRModule, plan: QuantizationPlan, config: Config, target: tvm.target.Target, notes: list[str]
+) -> Report:
+    """The report of a compilation."""
+    report = Report(target=str(target), notes=list(notes))
+    if plan.samples == 0:
+        report.notes.append("no calibration data: only weights are quantized, activations stay float32")
+    for block in canonical["main"].body.blocks:
+        for binding in block.bindings:
+            layer = _layer(binding.var, binding.value, plan, config)
+            if layer is not None:
+                report.layers.append(layer)
+    before = sum(layer.bytes_before for layer in report.layers)
+    after = sum(layer.bytes_after for layer in report.layers)
+    if before:
+        report.totals["weight bytes"] = f"{before} -> {after} ({after / before:.3f})"
+    return report
+
+
+def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Config) -> LayerReport | None:
+    name = op_name(value)
+    short = name.removeprefix("relax.").removeprefix("nn.")
+    if name in LINEAR:
+        return _linear(var, value, short, plan)
+    if name in FUNCTIONS:
+        table = build_table(FUNCTIONS[name], max_error=config.max_error)
+        return LayerReport(var.name, short, f"table {FUNCTIONS[name]}, error <= {table.max_error:.1e}")
+    if name in ("relax.nn.softmax", "relax.nn.log_softmax", "relax.nn.layer_norm") and is_row_operator(value):
+        inside = "exp table inside" if "softmax" in name else "exact rsqrt inside"
+        return LayerReport(var.name, short, f"fused row kernel, {inside}")
+    return None
+
+
+def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPlan) -> LayerReport:
+    if var.name in plan.products:
+        (x_layout, _), (y_layout, _) = plan.products[var.name]
+        return LayerReport(var.name, short, f"QFP8 {x_layout} x {y_layout}", y_layout, x_layout)
+    quantization = plan.linear.get(var.name)
+    constants = [argument.value.numpy() for argument in value.args if isinstance(argument, GenericConst)]
+    before = sum(array.nbytes for array in constants)
+    if quantization is None:
+        reason = plan.skipped.get(var.name, "no constant weight")
+        return LayerReport(var.name, short, "float32", bytes_before=before, bytes_after=before, reason=reason)
+    scale = quantization.activation_scale
+    after = quantization.weight.codes.nbytes + np.asarray(quantization.weight.scale).nbytes
+    kind = "QFP8" if scale is not None else "QFP8 weights"
+    return LayerReport(
+        var.name,
+        short,
+        kind,
+        quantization.weight.layout,
+        quantization.activation_layout or "float32",
+        -math.log2(scale) if scale else None,
+        quantization.sqnr_db,
+        before,
+        after,
+        quantization.note,
+    )

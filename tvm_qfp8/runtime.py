@@ -1,0 +1,159 @@
+"""A compiled module: call it, save it, load it again in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from tvm_qfp8.errors import InputError, ModelError
+from tvm_qfp8.report import Report
+
+METADATA_FUNCTION = "qfp8_metadata"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, shape and dtype of an input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def encode_metadata(
+    inputs: list[TensorInfo], outputs: list[str], report: Report, versions: dict[str, str], check_finite: bool
+) -> np.ndarray:
+    """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant."""
+    data = {
+        "format": 1,
+        "inputs": [[i.name, list(i.shape), i.dtype] for i in inputs],
+        "outputs": outputs,
+        "report": report.to_json(),
+        "versions": versions,
+        "check_finite": check_finite,
+    }
+    return np.frombuffer(json.dumps(data).encode(), np.uint8).copy()
+
+
+class CompiledModule:
+    """A model compiled by ``tvm_qfp8.compile`` or read by ``tvm_qfp8.load``.
+
+    Attributes
+    ----------
+    inputs : list of TensorInfo
+    outputs : list of str
+    report : Report
+    """
+
+    def __init__(self, module: Any, executable: Any = None, check_finite: bool | None = None) -> None:
+        from tvm.runtime.vm import VirtualMachine
+
+        self._executable = executable
+        self._vm = VirtualMachine(module, tvm.cpu())
+        try:
+            text = bytes(self._vm[METADATA_FUNCTION]().numpy()).decode()
+        except (AttributeError, ValueError, RuntimeError) as error:
+            raise ModelError("the module was not written by tvm_qfp8: it holds no metadata") from error
+        data = json.loads(text)
+        self.inputs = [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in data["inputs"]]
+        self.outputs: list[str] = data["outputs"]
+        self.report = Report.from_json(data["report"])
+        self.versions: dict[str, str] = data["versions"]
+        self.check_finite = data["check_finite"] if check_finite is None else check_finite
+        self._main = self._vm["main"]
+
+    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Run on arrays in the order of ``inputs``; a list of arrays in the order of ``outputs``.
+
+        Raises
+        ------
+        InputError
+            A wrong number of arrays, a wrong shape or dtype, or a value that is not finite.
+        """
+        if len(arrays) != len(self.inputs):
+            names = ", ".join(i.name for i in self.inputs)
+            raise InputError(f"{len(arrays)} arrays given, the module has {len(self.inputs)} inputs: {names}")
+        tensors = [self._check(info, array) for info, array in zip(self.inputs, arrays, strict=True)]
+        result = self._main(*tensors)
+        if hasattr(result, "numpy"):
+            return [result.numpy()]
+        return [tensor.numpy() for tensor in result]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Run on named arrays, see ``__call__``."""
+        known = [info.name for info in self.inputs]
+        for name in inputs:
+            if name not in known:
+                raise InputError(f"no input is named {name!r}; the module has {', '.join(known)}")
+        missing = [name for name in known if name not in inputs]
+        if missing:
+            raise InputError(f"input {missing[0]!r} is missing; the module needs {', '.join(known)}")
+        return self(*(inputs[name] for name in known))
+
+    def _check(self, info: TensorInfo, value: np.ndarray):
+        array = np.asarray(value)
+        if tuple(array.shape) != info.shape:
+            raise InputError(f"input {info.name!r} has shape {tuple(array.shape)}, the module takes {info.shape}")
+        if str(array.dtype) != info.dtype:
+            raise InputError(
+                f"input {info.name!r} has dtype {array.dtype}, the module takes {info.dtype}; "
+                f"convert it with .astype({info.dtype!r})"
+            )
+        if self.check_finite and array.dtype.kind == "f" and not np.isfinite(array).all():
+            index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+            raise InputError(
+                f"input {info.name!r} is {array[index]} at index {index}; quantized layers need finite values"
+            )
+        return tvm.runtime.tensor(np.ascontiguousarray(array))
+
+    def time_evaluator(self, inputs: Mapping[str, np.ndarray], repeat: int = 10, number: int = 1) -> list[float]:
+        """Seconds per call of the compiled function alone, one figure per repeat."""
+        tensors = [self._check(info, inputs[info.name]) for info in self.inputs]
+        self._vm.set_input("main", *tensors)
+        timer = self._vm.time_evaluator("invoke_stateful", tvm.cpu(), number=number, repeat=repeat)
+        return list(timer("main").results)
+
+    def export_library(self, path: str | os.PathLike, fcompile: Callable | None = None) -> None:
+        """Write a shared library (``.so``); nothing is left behind when linking fails.
+
+        Raises
+        ------
+        ModelError
+            The module was itself loaded from a file, or the path cannot be written.
+        """
+        if self._executable is None:
+            raise ModelError("a module that was loaded from a file cannot be exported again: copy the file")
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise ModelError(f"cannot write {target}: folder {target.parent} does not exist")
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tvm_qfp8_") as folder:
+            part = Path(folder) / ("module" + (target.suffix or ".so"))
+            options = {} if fcompile is None else {"fcompile": fcompile}
+            self._executable.export_library(str(part), **options)
+            os.replace(part, target)
+
+
+def load(path: str | os.PathLike, *, check_finite: bool | None = None) -> CompiledModule:
+    """Load a module written by ``CompiledModule.export_library``.
+
+    Raises
+    ------
+    ModelError
+        The file is missing, damaged, made for another machine, or not a module of this package.
+    """
+    if not Path(path).is_file():
+        raise ModelError(f"no such module: {path}")
+    try:
+        module = tvm.runtime.load_module(str(path))
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ModelError(f"cannot load {path}: {reason}") from error
+    return CompiledModule(module, check_finite=check_finite)

@@ -1,0 +1,218 @@
+"""How a table is evaluated, written once for NumPy and for kernels.
+
+``evaluate(table, x, ops)`` is a sequence of float32 and int32 operations of ``ops``; with :class:`NumpyOps` it is the
+twin, with ``topi.interpolate`` it is the TIR of a kernel. Each float operation rounds separately. NaN goes through:
+``minimum(a, b)`` is ``a < b ? a : b``, so the constant stands first where a NaN must be kept.
+
+==========  ==================================================================================================
+reduction   result
+==========  ==================================================================================================
+even        max(x, hinge) + p(|x|): GELU, SiLU, softplus
+odd         sign(x) * p(|x|): tanh, erf
+logistic    0.5 + sign(x) * p(|x|): sigmoid
+hinge       max(x, hinge) + p(clamp(x)): Mish, ELU
+direct      p(clamp(x)): any function on its domain
+exp         2**n * p(t - n), n = rint(t), t = x * log2(e); exp2 the same
+log         e * ln 2 + p(m - 1), x = m * 2**e, 1 <= m < 2, from the bits
+==========  ==================================================================================================
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tvm_qfp8.tables.table import Table
+
+MAGIC = 12582912.0
+"""1.5 * 2**23: adding it leaves the nearest integer, ties to even, in the low bits."""
+
+SMALLEST_NORMAL = 2.0**-126
+LN2 = float(np.float32(np.log(2.0)))
+# exp: n below this is applied by a second factor, so that denormal results round once.
+FIRST_FACTOR_MIN = -90.0
+
+
+class NumpyOps:
+    """The operations on NumPy arrays."""
+
+    def const(self, value: float):
+        return np.float32(value)
+
+    def add(self, a, b):
+        return np.add(a, b, dtype=np.float32)
+
+    def sub(self, a, b):
+        return np.subtract(a, b, dtype=np.float32)
+
+    def mul(self, a, b):
+        return np.multiply(a, b, dtype=np.float32)
+
+    def divide(self, a, b):
+        return np.divide(a, b, dtype=np.float32)
+
+    def sqrt(self, x):
+        return np.sqrt(x, dtype=np.float32)
+
+    def minimum(self, a, b):
+        return np.where(a < b, a, b).astype(np.float32)
+
+    def maximum(self, a, b):
+        return np.where(a > b, a, b).astype(np.float32)
+
+    def absolute(self, x):
+        return np.abs(x)
+
+    def less(self, a, b):
+        return a < b
+
+    def select(self, condition, a, b):
+        return np.where(condition, a, b).astype(np.float32)
+
+    def bits(self, x):
+        return np.ascontiguousarray(x, np.float32).view(np.int32)
+
+    def from_bits(self, bits):
+        return np.ascontiguousarray(bits, np.int32).view(np.float32)
+
+    def to_float(self, integer):
+        return integer.astype(np.float32)
+
+    def int_const(self, value: int):
+        return np.int32(value)
+
+    def lookup(self, coefficients, index):
+        """One vector per power of the coefficients of cell ``index`` modulo the number of cells."""
+        cell = index & np.int32(len(coefficients[0]) - 1)
+        return [np.asarray(values, np.float32)[cell] for values in coefficients]
+
+
+def evaluate(table: Table, x, ops):
+    """The table's function of ``x``, float32, in the operations of ``ops``."""
+    return REDUCTIONS[table.reduction](table, x, ops)
+
+
+def _horner(table: Table, index, variable, ops):
+    if table.cells == 1:
+        values = [ops.const(power[0]) for power in table.coefficients]
+    else:
+        values = ops.lookup(table.coefficients, index)
+    result = values[-1]
+    for value in reversed(values[:-1]):
+        result = ops.add(ops.mul(result, variable), value)
+    return result
+
+
+def _argument(table: Table, x, ops):
+    """min(high, scale * x + offset), keeping NaN."""
+    t = x if table.scale == 1.0 else ops.mul(x, ops.const(table.scale))
+    if table.offset:
+        t = ops.add(t, ops.const(table.offset))
+    return ops.minimum(ops.const(table.high), t)
+
+
+def _signed_argument(table: Table, x, ops):
+    return ops.maximum(ops.const(table.low), _argument(table, x, ops))
+
+
+def _interpolate(table: Table, t, ops):
+    magic = ops.const(table.magic)
+    shifted = ops.add(t, magic)
+    variable = ops.sub(t, ops.sub(shifted, magic)) if table.centred else t
+    return _horner(table, ops.bits(shifted), variable, ops)
+
+
+def _even(table: Table, x, ops):
+    residual = _interpolate(table, _argument(table, ops.absolute(x), ops), ops)
+    return ops.add(ops.maximum(ops.const(table.hinge), x), residual)
+
+
+def _odd(table: Table, x, ops):
+    magnitude = _interpolate(table, _argument(table, ops.absolute(x), ops), ops)
+    return ops.from_bits(ops.bits(magnitude) ^ (ops.bits(x) & ops.int_const(-(2**31))))
+
+
+def _logistic(table: Table, x, ops):
+    return ops.add(_odd(table, x, ops), ops.const(0.5))
+
+
+def _hinge(table: Table, x, ops):
+    residual = _interpolate(table, _signed_argument(table, x, ops), ops)
+    return ops.add(ops.maximum(ops.const(table.hinge), x), residual)
+
+
+def _direct(table: Table, x, ops):
+    return _interpolate(table, _signed_argument(table, x, ops), ops)
+
+
+def _exp(table: Table, x, ops):
+    t = _signed_argument(table, x, ops)
+    magic = ops.const(table.magic)
+    shifted = ops.add(t, magic)
+    mantissa = _horner(table, None, ops.sub(t, ops.sub(shifted, magic)), ops)
+    if table.low >= -125.0 and table.high <= 126.0:
+        factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
+        return ops.mul(mantissa, ops.from_bits(factor))
+    # 2**(n1 - 2) * 2**(n - n1 + 2): only the last product can round (to a denormal) or overflow.
+    first = ops.maximum(ops.const(MAGIC + FIRST_FACTOR_MIN), shifted)
+    rest = ops.bits(shifted) - ops.bits(first)
+    first_factor = (ops.bits(first) << ops.int_const(23)) + ops.int_const(125 << 23)
+    rest_factor = (rest << ops.int_const(23)) + ops.int_const(129 << 23)
+    return ops.mul(ops.mul(mantissa, ops.from_bits(first_factor)), ops.from_bits(rest_factor))
+
+
+def _log(table: Table, x, ops):
+    denormal = ops.less(x, ops.const(SMALLEST_NORMAL))
+    bits = ops.bits(ops.select(denormal, ops.mul(x, ops.const(2.0**23)), x))
+    bias = ops.select(denormal, ops.const(-150.0), ops.const(-127.0))
+    exponent = ops.add(ops.to_float(bits >> ops.int_const(23)), bias)
+    mantissa = ops.from_bits((bits & ops.int_const(0x007FFFFF)) | ops.int_const(127 << 23))
+    cell_bits = table.cells.bit_length() - 1
+    index = bits >> ops.int_const(23 - cell_bits)
+    fraction = _horner(table, index, ops.sub(mantissa, ops.const(1.0)), ops)
+    result = ops.add(ops.mul(exponent, ops.const(LN2)), fraction)
+    # +inf and NaN give themselves, 0 gives -inf, less gives NaN.
+    result = ops.select(ops.less(x, ops.const(np.inf)), result, x)
+    zero = ops.const(0.0)
+    below = ops.select(ops.less(x, zero), ops.const(np.nan), ops.const(-np.inf))
+    return ops.select(ops.less(x, ops.const(2.0**-149)), below, result)
+
+
+def _reciprocal(_table: Table, x, ops):
+    return ops.divide(ops.const(1.0), x)
+
+
+def _sqrt(_table: Table, x, ops):
+    return ops.sqrt(x)
+
+
+def _rsqrt(_table: Table, x, ops):
+    return ops.divide(ops.const(1.0), ops.sqrt(x))
+
+
+def _hardsigmoid(_table: Table, x, ops):
+    shifted = ops.add(ops.mul(x, ops.const(1.0 / 6.0)), ops.const(0.5))
+    return ops.minimum(ops.const(1.0), ops.maximum(ops.const(0.0), shifted))
+
+
+def _hardswish(table: Table, x, ops):
+    # From -3 down the second factor is 0; the first must not be -inf there.
+    return ops.mul(ops.maximum(ops.const(-3.0), x), _hardsigmoid(table, x, ops))
+
+
+REDUCTIONS = {
+    "even": _even,
+    "odd": _odd,
+    "logistic": _logistic,
+    "hinge": _hinge,
+    "direct": _direct,
+    "exp": _exp,
+    "log": _log,
+    "reciprocal": _reciprocal,
+    "sqrt": _sqrt,
+    "rsqrt": _rsqrt,
+    "hardsigmoid": _hardsigmoid,
+    "hardswish": _hardswish,
+}
