@@ -10,7 +10,7 @@ from tvm import relax, tirx
 from tvm.ir import GenericConst
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.format import get_layout
+from tvm_qfp8.format import Layout, get_layout
 from tvm_qfp8.relay_passes.fuse import Group, op_name, static_shape, tensor_arguments
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, emit_batch_matmul
@@ -18,7 +18,9 @@ from tvm_qfp8.topi.codec import encode_expr
 from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
 from tvm_qfp8.topi.elementwise import emit_elementwise
-from tvm_qfp8.topi.float_contract import add, bind, mul, to_float, with_lanes
+from tvm_qfp8.topi.float_contract import add, bind, dtype_of, lanes_of, mul, to_float
+from tvm_qfp8.topi.float_linear import FloatConvShape, emit_float_conv2d, pack_float_weights
+from tvm_qfp8.topi.float_matmul import emit_float_batch_matmul
 from tvm_qfp8.topi.gemm import GemmShape, emit_gemm, gemm_tile
 from tvm_qfp8.topi.interpolate import emit_table
 from tvm_qfp8.topi.isa import InstructionSet
@@ -285,18 +287,23 @@ def _elementwise_body(epilogue: _Epilogue, isa: InstructionSet, threads: int) ->
     return body
 
 
-def _scaled(isa: InstructionSet, a, bias, finish: Callable) -> Callable:
+def _scaled(a, bias, finish: Callable) -> Callable:
     """fl32(acc) -> * a[c] -> + bias[c], the fixed start of every linear epilogue."""
 
-    def epilogue(accumulator, row, column, valid) -> None:
-        value = bind(mul(to_float(accumulator), load(a, column, isa.lanes)))
-        value = bind(add(value, load(bias, column, isa.lanes)))
-        finish(value, row, column, isa.lanes, valid)
+    def epilogue(total, row, column, valid) -> None:
+        lanes = lanes_of(total)
+        value = to_float(total) if dtype_of(total).startswith("int32") else total
+        value = bind(mul(value, load(a, column, lanes)))
+        value = bind(add(value, load(bias, column, lanes)))
+        finish(value, row, column, lanes, valid)
 
     return epilogue
 
 
-def _layout_of(expr: relax.Expr):
+def _layout_of(expr: relax.Expr) -> Layout | None:
+    """The layout of a QFP8 tensor, None for float32."""
+    if str(expr.ty.dtype) == "float32":
+        return None
     name = str(expr.ty.dtype).removeprefix("custom[qfp8_").split("]")[0]
     return get_layout(name.upper())
 
@@ -305,6 +312,11 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: _Operands):
     x, weight, a, bias = call.args
     rows = int(np.prod(static_shape(x)[:-1], dtype=np.int64))
     columns, depth = static_shape(weight)
+    if _layout_of(x) is None:
+        one_row = ConvShape(
+            1, 1, rows, depth, columns, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, None, _layout_of(weight)
+        )
+        return _float_linear(call, one_row, _array(weight).reshape(columns, 1, 1, depth), isa, threads, operands)
     shape = GemmShape(rows, columns, depth, _layout_of(x), _layout_of(weight))
     _, vectors = gemm_tile(isa, rows, columns)
     operands.tensor(x)
@@ -313,7 +325,7 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: _Operands):
     operands.constant(pad_channels(_array(bias)))
 
     def body(inputs, finish) -> None:
-        emit_gemm(isa, shape, inputs[0], inputs[1], _scaled(isa, inputs[2], inputs[3], finish), threads)
+        emit_gemm(isa, shape, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
 
     return body, shape
 
@@ -337,13 +349,32 @@ def conv_shape(call) -> ConvShape:
         int(attrs["groups"]),
         _layout_of(x),
         _layout_of(weight),
+        tuple(int(d) for d in attrs["input_dilation"]),
     )
+
+
+def _float_linear(
+    call, conv: ConvShape, weights: np.ndarray, isa: InstructionSet, threads: int, operands: _Operands
+):
+    """A layer whose activations stay float32."""
+    shape = FloatConvShape(conv, conv.weight)
+    operands.tensor(call.args[0])
+    operands.constant(pack_float_weights(isa, shape, weights))
+    operands.constant(pad_channels(_array(call.args[2])))
+    operands.constant(pad_channels(_array(call.args[3])))
+
+    def body(inputs, finish) -> None:
+        emit_float_conv2d(isa, shape, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
+
+    return body, shape
 
 
 def _conv2d(call, isa: InstructionSet, threads: int, operands: _Operands):
     shape = conv_shape(call)
     x, weight, a, bias = call.args
     codes = _array(weight)
+    if shape.activation is None:
+        return _float_linear(call, shape, codes, isa, threads, operands)
     operands.tensor(x)
     if shape.is_pointwise:
         rows = shape.batch * shape.height * shape.width
@@ -361,7 +392,7 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: _Operands):
     operands.constant(pad_channels(_array(bias)))
 
     def body(inputs, finish) -> None:
-        emit(isa, described, inputs[0], inputs[1], _scaled(isa, inputs[2], inputs[3], finish), threads)
+        emit(isa, described, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
 
     return body, described
 
@@ -389,7 +420,8 @@ def _batch_matmul(call, isa: InstructionSet, threads: int, operands: _Operands):
             factor = tirx.Broadcast(load(scalars, scale, 1), isa.lanes)
             finish(bind(mul(total, factor)), row, column, isa.lanes, valid)
 
-        emit_batch_matmul(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads)
+        emit = emit_float_batch_matmul if shape.x is None else emit_batch_matmul
+        emit(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads)
 
     return body, shape
 
@@ -486,4 +518,3 @@ _ANCHORS: dict[str, Callable] = {
     "relax.nn.avg_pool2d": _pool,
 }
 
-__all__ = ["Kernel", "conv_shape", "storage_dtype", "with_lanes", "write_kernel"]

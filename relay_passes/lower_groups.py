@@ -23,7 +23,7 @@ import tvm
 from tvm import relax
 
 from tvm_qfp8.relay_passes.fuse import Group, Single, partition
-from tvm_qfp8.relay_passes.kernels import write_kernel
+from tvm_qfp8.relay_passes.kernels import storage_dtype, write_kernel
 from tvm_qfp8.topi.isa import InstructionSet
 
 
@@ -36,7 +36,9 @@ class LowerGroups:
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         main = mod["main"]
-        parameters = [relax.Var(p.name, p.ty) for p in main.params]
+        parameters = [
+            relax.Var(p.name, relax.TensorType(p.ty.shape, storage_dtype(str(p.ty.dtype)))) for p in main.params
+        ]
         builder = relax.BlockBuilder()
         rewriter = _Rewriter(builder, self.isa, self.threads, dict(zip(main.params, parameters, strict=True)))
         with builder.function("main", parameters, attrs={"num_input": len(parameters)}):

@@ -14,6 +14,8 @@ qfp8.conv2d         x codes NHWC, w codes OHWI, a, bias        the same
 qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc) * scale
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
 ==================  =========================================  ==================================================
+
+Where only weights are quantized x is float32, and where a layer is left out its weight is float32 as well.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ def _conv2d_type(call, _builder):
     top, left, bottom, right = (int(p) for p in call.attrs["padding"])
     strides = [int(s) for s in call.attrs["strides"]]
     dilation = [int(d) for d in call.attrs["dilation"]]
+    spread = [int(d) for d in call.attrs["input_dilation"]]
+    height, width = (height - 1) * spread[0] + 1, (width - 1) * spread[1] + 1
     out_h = (height + top + bottom - dilation[0] * (kernel_h - 1) - 1) // strides[0] + 1
     out_w = (width + left + right - dilation[1] * (kernel_w - 1) - 1) // strides[1] + 1
     return relax.TensorType([batch, out_h, out_w, out_channels], "float32")
@@ -92,8 +96,10 @@ def matmul(x, weight, a, bias) -> relax.Call:
     return _call("matmul", [x, weight, a, bias])
 
 
-def conv2d(x, weight, a, bias, *, strides, padding, dilation, groups: int) -> relax.Call:
-    """NHWC convolution of codes by OHWI codes."""
+def conv2d(
+    x, weight, a, bias, *, strides, padding, dilation, groups: int, input_dilation=(1, 1)
+) -> relax.Call:
+    """NHWC convolution by OHWI weights; ``input_dilation`` puts zeros between pixels (transposed convolution)."""
     return _call(
         "conv2d",
         [x, weight, a, bias],
@@ -101,11 +107,12 @@ def conv2d(x, weight, a, bias, *, strides, padding, dilation, groups: int) -> re
         padding=list(padding),
         dilation=list(dilation),
         groups=int(groups),
+        input_dilation=list(input_dilation),
     )
 
 
 def batch_matmul(x, y, scale: float, *, transpose_y: bool) -> relax.Call:
-    """Product of two activations, codes ``(..., m, k)`` by ``(..., k, n)``, or ``(..., n, k)`` transposed."""
+    """Product of two activations, ``(..., m, k)`` by ``(..., k, n)``, or ``(..., n, k)`` transposed."""
     return _call("batch_matmul", [x, y], scale=float(scale), transpose_y=transpose_y)
 
 

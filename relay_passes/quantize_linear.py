@@ -28,6 +28,7 @@ from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
 
+LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 MOVES_DATA = (
     "relax.reshape",
     "relax.permute_dims",
@@ -41,6 +42,49 @@ def codes_constant(codes: np.ndarray, layout: str) -> GenericConst:
     """A Relax constant of the layout's data type."""
     stored = tvm.runtime.tensor(np.ascontiguousarray(codes))
     return relax.const(stored._create_view(codes.shape, get_layout(layout).ir_dtype))
+
+
+def _four(padding) -> list[int]:
+    """Padding as top, left, bottom, right."""
+    values = [int(p) for p in padding]
+    return values if len(values) == 4 else values * 2 if len(values) == 2 else values * 4
+
+
+def _conv2d_attributes(call: relax.Call) -> dict:
+    attrs = call.attrs
+    return {
+        "strides": [int(s) for s in attrs.strides],
+        "padding": _four(attrs.padding),
+        "dilation": [int(d) for d in attrs.dilation],
+        "groups": int(attrs.groups),
+    }
+
+
+def _transposed_weights(call: relax.Call, weights: np.ndarray) -> np.ndarray:
+    """``kernel_layout`` IOHW or OHWI-like weights -> OHWI of the equal convolution: flipped, groups unfolded."""
+    layout, groups = str(call.attrs.kernel_layout), int(call.attrs.groups)
+    iohw = weights.transpose([layout.index(axis) for axis in "IOHW"])[:, :, ::-1, ::-1]
+    inputs, outputs, kernel_h, kernel_w = iohw.shape
+    grouped = iohw.reshape(groups, inputs // groups, outputs, kernel_h, kernel_w)
+    return grouped.transpose(0, 2, 3, 4, 1).reshape(groups * outputs, kernel_h, kernel_w, inputs // groups)
+
+
+def _transposed_attributes(call: relax.Call) -> dict:
+    attrs = call.attrs
+    dilation = [int(d) for d in attrs.dilation]
+    layout = str(attrs.kernel_layout)
+    kernel = [static_shape(call.args[1])[layout.index(axis)] for axis in "HW"]
+    top, left, bottom, right = _four(attrs.padding)
+    extra = [int(p) for p in attrs.output_padding]
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    padding = [reach[0] - top, reach[1] - left, reach[0] - bottom + extra[0], reach[1] - right + extra[1]]
+    return {
+        "strides": [1, 1],
+        "padding": padding,
+        "dilation": dilation,
+        "groups": int(attrs.groups),
+        "input_dilation": [int(s) for s in attrs.strides],
+    }
 
 
 @tvm.transform.module_pass(opt_level=0, name="QuantizeLinear")
@@ -114,51 +158,85 @@ class _Rewriter:
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         if var in self._done:
             return
-        quantization = self.plan.linear.get(var.name)
-        if quantization is not None and quantization.activation_layout is not None:
-            self._linear(var, value, quantization)
-        elif var.name in self.plan.products:
+        if op_name(value) in LINEAR and isinstance(value.args[1], GenericConst) and self._can_lower(value):
+            self._linear(var, value, self.plan.linear.get(var.name))
+        elif op_name(value) == "relax.matmul" and self._is_batched(value):
             self._product(var, value)
         else:
             self.variables[var] = self.builder.emit(self.expression(value), var.name)
 
-    def _linear(self, var: relax.Var, value: relax.Call, quantization: LinearQuantization) -> None:
-        weight = quantization.weight
-        codes, channels = weight.codes, weight.codes.shape[weight.axis]
-        target, bias = self.next_add.get(var, (var, np.zeros(channels, np.float32)))
-        if quantization.bias_correction is not None:
-            bias = (bias - quantization.bias_correction).astype(np.float32)
-        activation_scale = np.float32(quantization.activation_scale)
-        a = np.broadcast_to(np.asarray(weight.scale, np.float32).reshape(-1) * activation_scale, (channels,))
-        x = self._encode(value.args[0], quantization.activation_layout, float(activation_scale))
-        constants = [relax.const(np.ascontiguousarray(a, np.float32)), relax.const(bias)]
+    @staticmethod
+    def _can_lower(value: relax.Call) -> bool:
+        """float32, static, and a matrix or a convolution in the canonical layout."""
+        weight = value.args[1]
+        if str(value.ty.dtype) != "float32" or static_shape(value) is None:
+            return False
         if op_name(value) == "relax.matmul":
-            call = qfp8_ops.matmul(x, codes_constant(codes.T, weight.layout), *constants)
+            return len(static_shape(weight)) == 2 and len(static_shape(value.args[0])) >= 2
+        return len(static_shape(weight)) == 4
+
+    @staticmethod
+    def _is_batched(value: relax.Call) -> bool:
+        x, y = (static_shape(argument) for argument in value.args)
+        same = x is not None and y is not None and len(x) == len(y) >= 2 and x[:-2] == y[:-2]
+        return same and str(value.ty.dtype) == "float32"
+
+    def _linear(self, var: relax.Var, value: relax.Call, quantization: LinearQuantization | None) -> None:
+        operator = op_name(value)
+        if quantization is None:
+            weights, scale, layout = value.args[1].value.numpy(), np.ones(1, np.float32), None
         else:
-            attrs = value.attrs
-            padding = [int(p) for p in attrs.padding]
-            call = qfp8_ops.conv2d(
-                x,
-                codes_constant(codes, weight.layout),
-                *constants,
-                strides=[int(s) for s in attrs.strides],
-                padding=padding if len(padding) == 4 else padding * 2 if len(padding) == 2 else padding * 4,
-                dilation=[int(d) for d in attrs.dilation],
-                groups=int(attrs.groups),
-            )
-        self.variables[target] = self.builder.emit(call, target.name)
+            weights, layout = quantization.weight.codes, quantization.weight.layout
+            scale = np.asarray(quantization.weight.scale, np.float32).reshape(-1)
+        if operator == "relax.matmul":
+            weights = weights.T
+        elif operator == "relax.nn.conv2d_transpose":
+            weights = _transposed_weights(value, weights)
+        channels = weights.shape[0]
+        target, bias = self.next_add.get(var, (var, np.zeros(channels, np.float32)))
+        a = np.tile(scale, channels // len(scale))
+        x = value.args[0]
+        if quantization is not None and quantization.activation_layout is not None:
+            assert quantization.activation_scale is not None
+            a = a * np.float32(quantization.activation_scale)
+            if quantization.bias_correction is not None:
+                bias = (bias - quantization.bias_correction).astype(np.float32)
+            x = self._encode(x, quantization.activation_layout, float(quantization.activation_scale))
+        else:
+            x = self.expression(x)
+        weights = np.ascontiguousarray(weights)
+        weight = relax.const(weights) if layout is None else codes_constant(weights, layout)
+        constants = [weight, relax.const(a.astype(np.float32)), relax.const(bias)]
+        if operator == "relax.matmul":
+            result = self.builder.emit(qfp8_ops.matmul(x, *constants), target.name)
+        elif operator == "relax.nn.conv2d":
+            result = self.builder.emit(qfp8_ops.conv2d(x, *constants, **_conv2d_attributes(value)), target.name)
+        else:
+            result = self._transposed(x, constants, value, target)
+        self.variables[target] = result
         self._done.add(target)
+
+    def _transposed(self, x, constants: list, value: relax.Call, target: relax.Var) -> relax.Var:
+        """A transposed convolution: a convolution over zeros between the pixels, in NHWC whatever the file has."""
+        to_nhwc, back = [0, 2, 3, 1], [0, 3, 1, 2]
+        nchw = str(value.attrs.data_layout) == "NCHW"
+        if nchw:
+            x = self.builder.emit(relax.op.permute_dims(x, to_nhwc))
+        call = qfp8_ops.conv2d(x, *constants, **_transposed_attributes(value))
+        result = self.builder.emit(call, target.name)
+        return self.builder.emit(relax.op.permute_dims(result, back)) if nchw else result
 
     def _product(self, var: relax.Var, value: relax.Call) -> None:
         x, y = value.args
-        (x_layout, x_scale), (y_layout, y_scale) = self.plan.products[var.name]
-        transposed = self._last_two_swapped(y)
-        encoded_x = self._encode(x, x_layout, x_scale)
-        encoded_y = self._encode(y if transposed is None else transposed, y_layout, y_scale)
-        if transposed is not None and not isinstance(transposed, relax.Var):
-            transposed = None
-        scale = float(np.float32(x_scale) * np.float32(y_scale))
-        call = qfp8_ops.batch_matmul(encoded_x, encoded_y, scale, transpose_y=transposed is not None)
+        straight = self._last_two_swapped(y)
+        source = y if straight is None else straight
+        if var.name in self.plan.products:
+            (x_layout, x_scale), (y_layout, y_scale) = self.plan.products[var.name]
+            operands = self._encode(x, x_layout, x_scale), self._encode(source, y_layout, y_scale)
+            scale = float(np.float32(x_scale) * np.float32(y_scale))
+        else:
+            operands, scale = (self.expression(x), self.expression(source)), 1.0
+        call = qfp8_ops.batch_matmul(*operands, scale, transpose_y=straight is not None)
         self.variables[var] = self.builder.emit(call, var.name)
 
     def _last_two_swapped(self, var: relax.Expr) -> relax.Var | None:

@@ -38,7 +38,7 @@ def fence_products(function: tirx.PrimFunc) -> tirx.PrimFunc:
     def fence(node):
         return mul(node.a, node.b) if str(node.ty.dtype).startswith("float32") else node
 
-    return tvm_ffi.structural_map(function, {tirx.Mul: fence})
+    return tvm_ffi.structural_map(function, (tirx.Mul, fence))
 
 
 def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:

@@ -32,8 +32,9 @@ class BatchMatmulShape:
     rows: int
     columns: int
     depth: int
-    x: Layout
-    y: Layout
+    x: Layout | None
+    y: Layout | None
+    """None where the activation is float32 (``float_matmul.py``)."""
     transpose_y: bool
 
     @property

@@ -45,23 +45,34 @@ class ConvShape:
     """Top, left, bottom, right."""
     dilation: tuple[int, int]
     groups: int
-    activation: Layout
-    weight: Layout
+    activation: Layout | None
+    """None where the activation is float32."""
+    weight: Layout | None
+    input_dilation: tuple[int, int] = (1, 1)
+    """Pixels are this far apart, zeros between them: a transposed convolution with these strides."""
+
+    @property
+    def slab_height(self) -> int:
+        """Input rows with padding and zeros between rows."""
+        return (self.height - 1) * self.input_dilation[0] + 1 + self.padding[0] + self.padding[2]
+
+    @property
+    def slab_width(self) -> int:
+        """Pixels of a padded input row, with zeros between them."""
+        return (self.width - 1) * self.input_dilation[1] + 1 + self.padding[1] + self.padding[3]
 
     @property
     def out_height(self) -> int:
-        reach = self.dilation[0] * (self.kernel[0] - 1) + 1
-        return (self.height + self.padding[0] + self.padding[2] - reach) // self.stride[0] + 1
+        return (self.slab_height - self.dilation[0] * (self.kernel[0] - 1) - 1) // self.stride[0] + 1
 
     @property
     def out_width(self) -> int:
-        reach = self.dilation[1] * (self.kernel[1] - 1) + 1
-        return (self.width + self.padding[1] + self.padding[3] - reach) // self.stride[1] + 1
+        return (self.slab_width - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
 
     @property
     def is_pointwise(self) -> bool:
         """A 1x1 convolution that is just a dense layer over pixels."""
-        ones = self.kernel == (1, 1) and self.stride == (1, 1)
+        ones = self.kernel == self.stride == self.input_dilation == (1, 1)
         return ones and self.padding == (0, 0, 0, 0) and self.groups == 1
 
 
@@ -88,8 +99,7 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
     channels = shape.channels // shape.groups
     out_channels = shape.out_channels // shape.groups
     slab_channels = round_up(channels, isa.pair)
-    slab_width = shape.width + shape.padding[1] + shape.padding[3]
-    slab_row = slab_width * slab_channels
+    slab_row = shape.slab_width * slab_channels
     depth = kernel_h * kernel_w * slab_channels
     out_h, out_w = shape.out_height, shape.out_width
     panel_shape = PanelShape(out_channels, depth, vectors, shape.weight)
@@ -109,9 +119,9 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
         source = ((image * shape.height + source_row) * shape.width) * shape.channels + group * channels
         left = shape.padding[1] * slab_channels
         zero_run(isa, slab, slab_at, left)
-        if shape.groups == 1 and slab_channels == channels:
+        if shape.input_dilation[1] == 1 and shape.groups == 1 and slab_channels == channels:
             decode_run(isa, shape.activation, x, source, slab, slab_at + left, shape.width * channels)
-        elif shape.groups == 1:
+        elif shape.input_dilation[1] == 1 and shape.groups == 1:
             # Decode the row in one run, then spread the pixels to their padded length.
             row = T.alloc_buffer((shape.width * channels,), "int16", align=64)
             decode_run(isa, shape.activation, x, source, row, 0, shape.width * channels)
@@ -121,8 +131,11 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
                     store(slab, at + c, load(row, pixel * channels + c, 1), 1)
                 zero_run(isa, slab, at + channels, slab_channels - channels)
         else:
+            pixel_step = shape.input_dilation[1] * slab_channels
+            if shape.input_dilation[1] > 1:
+                zero_run(isa, slab, slab_at, slab_row)
             with T.serial(0, shape.width) as pixel:
-                at = slab_at + left + pixel * slab_channels
+                at = slab_at + left + pixel * pixel_step
                 decode_run(isa, shape.activation, x, source + pixel * shape.channels, slab, at, channels)
                 zero_run(isa, slab, at + channels, slab_channels - channels)
         right = shape.padding[3] * slab_channels
@@ -130,8 +143,13 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
 
     def decode_slab(image, first_out_row, group, slab) -> None:
         with T.serial(0, slab_h) as r:
-            source_row = T.bind(first_out_row * stride_h + r - shape.padding[0])
-            with T.If(tirx.And(source_row >= 0, source_row < shape.height)):
+            slab_at = T.bind(first_out_row * stride_h + r - shape.padding[0])
+            step = shape.input_dilation[0]
+            source_row = tirx.floordiv(slab_at, step) if step > 1 else slab_at
+            inside = tirx.And(slab_at >= 0, source_row < shape.height)
+            if step > 1:
+                inside = tirx.And(inside, tirx.floormod(slab_at, step) == 0)
+            with T.If(inside):
                 with T.Then():
                     decode_row(image, source_row, group, slab, r * slab_row)
                 with T.Else():

@@ -26,7 +26,8 @@ SLAB_BYTES = 128 * 1024
 
 def is_depthwise(isa: InstructionSet, shape: ConvShape) -> bool:
     """One filter per channel, with at least a vector of channels."""
-    return shape.groups == shape.channels == shape.out_channels and shape.channels >= isa.lanes
+    plain = shape.input_dilation == (1, 1)
+    return plain and shape.groups == shape.channels == shape.out_channels and shape.channels >= isa.lanes
 
 
 def _channel_starts(isa: InstructionSet, channels: int) -> list[int]:
@@ -58,8 +59,7 @@ def emit_depthwise(isa: InstructionSet, shape: ConvShape, x, weights, epilogue: 
     taps = _taps_per_step(isa, shape)
     steps = -(-kernel_w // taps)
     vector = isa.lanes * isa.pair
-    slab_width = shape.width + shape.padding[1] + shape.padding[3]
-    slab_row = slab_width * vector
+    slab_row = shape.slab_width * vector
     out_h, out_w = shape.out_height, shape.out_width
     reach = shape.dilation[0] * (kernel_h - 1) + 1
     tile_pixels = min(out_w, 8 if isa.registers >= 32 else 6)

@@ -29,7 +29,7 @@ def round_up(value: int, multiple: int) -> int:
 def pack_panels(codes: np.ndarray, width: int, pair: int) -> np.ndarray:
     """Codes ``(columns, depth)`` -> panels ``(panels, depth / pair, width, pair)``, padded with code 0."""
     columns, depth = codes.shape
-    padded = np.zeros((round_up(columns, width), round_up(depth, pair)), np.uint8)
+    padded = np.zeros((round_up(columns, width), round_up(depth, pair)), codes.dtype)
     padded[:columns, :depth] = codes
     panels = padded.reshape(-1, width, padded.shape[1] // pair, pair)
     return np.ascontiguousarray(panels.transpose(0, 2, 1, 3))

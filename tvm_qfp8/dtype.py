@@ -29,6 +29,8 @@ _NAME_OF_CODE = {code: name for name, code in _CODE_OF_NAME.items()}
 _LAYOUT_OF_CODE = {FIRST_TYPE_CODE + i: layout for i, layout in enumerate(LAYOUTS.values())}
 
 _WITHOUT_BITS = re.compile(r"custom\[(qfp8_\w+)\](?!\d)")
+# TVMScript prints the type of a bound scalar as T.custom[...], which is no Python name; the value implies it.
+_LET_TYPE = re.compile(r"T\.let\[T\.custom\[qfp8_\w+\](x\d+)?\]")
 
 
 def register() -> None:
@@ -54,12 +56,14 @@ register()
 
 def layout_of(dtype: object) -> Layout | None:
     """The layout of a TVM data type (name or ``tvm.DataType``, any number of lanes); None for an ordinary type."""
-    return _LAYOUT_OF_CODE.get(int(tvm.DataType(str(dtype)).type_code))
+    if not isinstance(dtype, tvm.DataType):
+        dtype = tvm.DataType(str(dtype))
+    return _LAYOUT_OF_CODE.get(dtype.type_code)
 
 
 def fix_text(text: str) -> str:
     """A TVMScript or JSON text in which every QFP8 type names its 8 bits, so that it loads as it was saved."""
-    return _WITHOUT_BITS.sub(r"custom[\1]8", text)
+    return _WITHOUT_BITS.sub(r"custom[\1]8", _LET_TYPE.sub("T.let", text))
 
 
 def codes_tensor(codes: np.ndarray, layout: Layout) -> tvm.runtime.Tensor:

@@ -1,4 +1,8 @@
-"""Statistics of one activation tensor over all samples, and the layout and scale chosen from them."""
+"""The distribution of one activation tensor over all samples, and the layout and scale chosen from it.
+
+All values count, not a subsample: a few large values in one channel of one pixel (MobileNetV2 has them) carry
+a layer's result, are worth a coarser step, and are not met by any subsample of bearable size.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvm_qfp8.format import get_layout
-from tvm_qfp8.quantize import select_activation
 
 LAYOUTS = ("E2M5", "E3M4", "UE2M6", "UE3M5")
-_SUBSAMPLE = 1 << 16  # values kept of a tensor: select_activation's limit
+_DROPPED_BITS = (
+    14  # of a float32: bins of sign-less exponent and 9 mantissa bits, 4 or more to a rounding step
+)
+_BINS = 1 << (31 - _DROPPED_BITS)
 _MASK = 1000.0  # nothing smaller than this is taken for a mask
+_STEPS = np.arange(-16, 161)  # scales tried, in 1/16 octaves below the one that holds the largest value
+_GOLDEN = (5**0.5 - 1) / 2
+_MIN_SCALE = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -26,66 +35,55 @@ class Choice:
 
 
 class Observer:
-    """Collects range and a bounded random subsample of a tensor, one sample at a time.
+    """Collects the range of a tensor and a histogram of its magnitudes, one sample at a time."""
 
-    Parameters
-    ----------
-    samples : int
-        How many times ``record`` will be called.
-    seed : int
-        Makes the subsample reproducible.
-    """
-
-    def __init__(self, samples: int, seed: int) -> None:
-        self._random = np.random.default_rng(seed)
-        self._each = -(-_SUBSAMPLE // samples)
-        self._kept: list[np.ndarray] = []
-        self._room = _SUBSAMPLE
-        self.lows: list[float] = []
-        self.highs: list[float] = []
+    def __init__(self) -> None:
+        self._counts = np.zeros(_BINS, np.int64)
+        self._sums = np.zeros(_BINS)
+        self._low, self._high = math.inf, -math.inf
 
     def record(self, value: np.ndarray, tokens: np.ndarray | None = None) -> None:
-        """Add one sample's tensor; ``tokens`` picks the rows that the subsample is drawn from."""
-        self.lows.append(float(value.min()))
-        self.highs.append(float(value.max()))
-        flat = np.ascontiguousarray(value if tokens is None else _rows(value)[tokens]).reshape(-1)
-        wanted = min(self._each, self._room)
-        if flat.size > wanted:
-            flat = flat[self._random.integers(0, flat.size, wanted)]
-        self._kept.append(flat.astype(np.float32))
-        self._room -= flat.size
+        """Add one sample's float32 tensor; ``tokens`` picks the rows that enter the histogram.
+
+        The range is that of all rows: a layout without a sign must suit them all.
+        """
+        self._low = float(np.minimum(self._low, value.min()))
+        self._high = float(np.maximum(self._high, value.max()))
+        if tokens is not None:
+            value = value.reshape(-1, value.shape[-1])[tokens]
+        magnitude = np.abs(np.ascontiguousarray(value, np.float32)).reshape(-1)
+        bins = magnitude.view(np.int32) >> _DROPPED_BITS
+        self._counts += np.bincount(bins, minlength=_BINS)
+        self._sums += np.bincount(bins, magnitude, minlength=_BINS)
 
     def choose(self, layouts: Sequence[str] = LAYOUTS) -> Choice:
-        """Layout and scale of least squared error on the subsample.
+        """Layout and scale of least squared error over all values of all samples.
 
         Unsigned layouts take part only if no value of any sample was negative. A tensor with values that no
         layout can hold together with the rest (see ``_bulk_limit``), as a mask of -10000 makes them, gets no
         layout: least squares would round the rest to nothing, dropping the large values would clip a signal
         a thousand times the rest, and a float32 activation with an 8-bit weight does neither.
         """
-        if not math.isfinite(sum(self.lows) + sum(self.highs)):
+        if not (math.isfinite(self._low) and math.isfinite(self._high)):
             return Choice(None, None, "the activation holds NaN or infinity")
-        allowed = [name for name in layouts if get_layout(name).signed or min(self.lows) >= 0]
+        allowed = [name for name in layouts if get_layout(name).signed or self._low >= 0]
         if not allowed:
             return Choice(None, None, f"negative values, and no signed layout among {', '.join(layouts)}")
-        values = np.concatenate(self._kept)
-        extremes = np.array(self.lows + self.highs, np.float32)
-        widest = max(get_layout(name).max_grid for name in allowed)
-        limit = _bulk_limit(np.concatenate([values, extremes]), widest)
-        if limit is not None:
-            found = f"values up to {np.abs(extremes).max():.4g} beside a bulk within {limit:.4g}"
-            return Choice(None, None, f"no 8-bit layout holds {found} (a mask?)")
-        if not values.any():
+        used = np.flatnonzero(self._sums)
+        if not len(used):
             return Choice(allowed[0], 1.0)
-        layout, scale = select_activation(values, layouts=tuple(allowed))
-        return Choice(layout, float(scale))
+        counts = self._counts[used].astype(np.float64)
+        values = self._sums[used] / counts
+        limit = _bulk_limit(values, counts, max(get_layout(name).max_grid for name in allowed))
+        if limit is not None:
+            found = f"values up to {values[-1]:.4g} beside a bulk within {limit:.4g}"
+            return Choice(None, None, f"no 8-bit layout holds {found} (a mask?)")
+        best = {name: _least_error(values, counts, name) for name in allowed}
+        layout = min(allowed, key=lambda name: best[name][0])
+        return Choice(layout, best[layout][1])
 
 
-def _rows(value: np.ndarray) -> np.ndarray:
-    return value.reshape(-1, value.shape[-1])
-
-
-def _bulk_limit(values: np.ndarray, widest: int) -> float | None:
+def _bulk_limit(values: np.ndarray, counts: np.ndarray, widest: int) -> float | None:
     """Largest magnitude of the bulk if a gap parts it from values no layout can hold with it, else None.
 
     A mask (-10000 added where a token is missing) is the usual cause. ``widest`` is the largest grid value
@@ -94,11 +92,39 @@ def _bulk_limit(values: np.ndarray, widest: int) -> float | None:
     be at least 1000, as masks are (probabilities and gates have such gaps, but below 1), and the bulk
     must be more than 1 % of the values that are not zero.
     """
-    magnitudes = np.sort(np.abs(values[values != 0]).astype(np.float64))
-    if len(magnitudes) < 2 or magnitudes[-1] < _MASK:
-        return None
-    below, above = magnitudes[:-1], magnitudes[1:]
-    gap = (above >= _MASK) & (above > below * (widest / 8))
-    gap[: len(magnitudes) // 100] = False
+    below, above = values[:-1], values[1:]
+    gap = (above >= _MASK) & (above > below * (widest / 8)) & (np.cumsum(counts)[:-1] > counts.sum() / 100)
     places = np.flatnonzero(gap)
     return float(below[places[0]]) if len(places) else None
+
+
+def _least_error(values: np.ndarray, counts: np.ndarray, layout: str) -> tuple[float, float]:
+    """Squared error and scale at the best scale of a layout, for sorted magnitudes and their counts.
+
+    With n, s1 the count and sum of what rounds to grid value g, and S2 the sum of all squares, the error at
+    scale s is ``S2 + sum((g s)^2 n - 2 g s s1)``: one binary search per grid value, no rounding of values.
+    """
+    found = get_layout(layout)
+    grid = np.unique(np.abs(found.grid.astype(np.int64))).astype(np.float64)
+    middles = (grid[1:] + grid[:-1]) / 2
+    cumulated_counts = np.concatenate([[0.0], np.cumsum(counts)])
+    cumulated_sums = np.concatenate([[0.0], np.cumsum(counts * values)])
+    squares = float(np.dot(counts, values * values))
+
+    def error(scale: float) -> float:
+        edges = np.concatenate([[0], np.searchsorted(values, middles * scale), [len(values)]])
+        levels = grid * scale
+        n, s1 = np.diff(cumulated_counts[edges]), np.diff(cumulated_sums[edges])
+        return squares + float(np.dot(levels, levels * n - 2 * s1))
+
+    def scale_at(step: float) -> float:
+        return float(np.float32(max(values[-1] / found.max_grid * 2 ** (-step / 16), _MIN_SCALE)))
+
+    tried = [(error(scale_at(step)), step) for step in map(float, _STEPS)]
+    low, high = min(tried)[1] - 1, min(tried)[1] + 1
+    for _ in range(12):
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+        tried += [(error(scale_at(left)), left), (error(scale_at(right)), right)]
+        low, high = (low, right) if tried[-2][0] <= tried[-1][0] else (left, high)
+    least, step = min(tried)
+    return least, scale_at(step)

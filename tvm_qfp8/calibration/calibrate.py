@@ -26,7 +26,6 @@ def calibrate(
     progress: Progress | None = None,
     *,
     token_mask: str = "attention_mask",
-    seed: int = 0,
     spill_folder: str | None = None,
 ) -> QuantizationPlan:
     """Choose layouts, scales and bias corrections of all linear operators.
@@ -46,8 +45,6 @@ def calibrate(
     token_mask : str
         Name of an input that is nonzero where a token is valid. Where a tensor has one row for each of
         its elements, the other rows are left out of statistics. An input of that name need not exist.
-    seed : int
-        Of the random subsamples.
     spill_folder : str
         Where the temporary folder is made (default: the system's); it holds a few of the largest tensors
         of all samples at a time.
@@ -73,7 +70,7 @@ def calibrate(
             report("quantize weights", done, len(steps.linear))
         return plan
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
-        walk = Walk(program, steps, spill, plan, layouts=layouts, token_mask=token_mask, seed=seed)
+        walk = Walk(program, steps, spill, plan, layouts=layouts, token_mask=token_mask)
         plan.samples = walk.spill_inputs(batches)
         for group in walk.groups():
             if isinstance(group, Linear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def _to_tensor(value: Any) -> Any:
 
 
 def compile_call(mod: tvm.IRModule, call: tvm.ir.Call) -> Callable[[Mapping[str, Any]], Any]:
-    """Compile ``call`` alone for this machine.
+    """A function that runs ``call`` alone on this machine, compiled when it is first needed.
 
     Parameters
     ----------
@@ -45,27 +46,35 @@ def compile_call(mod: tvm.IRModule, call: tvm.ir.Call) -> Callable[[Mapping[str,
 
     Returns
     -------
-    Function of {variable name: array or tuple of arrays} that gives an array or a tuple of arrays.
+    Function of {variable name: array or tuple of arrays} that gives an array or a tuple of arrays; it raises
+    ModelError if TVM cannot compile the call.
     """
     variables = list(relax.analysis.free_vars(call))
+
+    @cache
+    def machine() -> relax.VirtualMachine:
+        try:
+            executable = tvm.compile(_alone(mod, call, variables), target="llvm")
+            return relax.VirtualMachine(executable, tvm.cpu())
+        except Exception as error:
+            raise ModelError(
+                f"{call.op.name} can neither be evaluated by NumPy nor compiled by TVM "
+                f"({str(error).splitlines()[0]}); replace this operator in the model"
+            ) from error
+
+    def run(values: Mapping[str, Any]) -> Any:
+        arguments = [_to_tensor(values[var.name]) for var in variables]
+        return _to_numpy(machine()["main"](*arguments))
+
+    return run
+
+
+def _alone(mod: tvm.IRModule, call: tvm.ir.Call, variables: list[relax.Var]) -> tvm.IRModule:
+    """A module whose ``main`` is the call, with the module's TIR functions."""
     parameters = {var.name: relax.Var(var.name, var.ty) for var in variables}
     builder = relax.BlockBuilder()
     with builder.function("main", list(parameters.values())):
         arguments = [_renamed(argument, parameters) for argument in call.args]
-        copy = tvm.ir.Call(call.op, arguments, call.attrs, call.ty_args)
-        builder.emit_func_output(builder.emit(copy))
+        builder.emit_func_output(builder.emit(tvm.ir.Call(call.op, arguments, call.attrs, call.ty_args)))
     functions = {gv: f for gv, f in mod.functions.items() if isinstance(f, tvm.tirx.PrimFunc)}
-    alone = tvm.IRModule({**functions, **builder.get().functions})
-    try:
-        machine = relax.VirtualMachine(tvm.compile(alone, target="llvm"), tvm.cpu())
-    except Exception as error:
-        raise ModelError(
-            f"{call.op.name} can neither be evaluated by NumPy nor compiled by TVM "
-            f"({str(error).splitlines()[0]}); replace this operator in the model"
-        ) from error
-
-    def run(values: Mapping[str, Any]) -> Any:
-        arguments = [_to_tensor(values[var.name]) for var in variables]
-        return _to_numpy(machine["main"](*arguments))
-
-    return run
+    return tvm.IRModule({**functions, **builder.get().functions})

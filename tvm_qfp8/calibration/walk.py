@@ -48,10 +48,9 @@ class Walk:
         *,
         layouts: tuple[str, ...],
         token_mask: str,
-        seed: int,
     ) -> None:
         self.program, self.spill, self.plan = program, spill, plan
-        self.layouts, self.token_mask, self.seed = layouts, token_mask, seed
+        self.layouts, self.token_mask = layouts, token_mask
         self.alone: dict[str, Linear | Product] = {**found.linear, **found.products}
         self.sources = {linear.source for linear in found.linear.values()}
         self.sources.update(source for product in found.products.values() for source in product.sources)
@@ -118,7 +117,7 @@ class Walk:
 
     def _record(self, name: str, value: np.ndarray, sample: int) -> None:
         if name not in self.observers:
-            self.observers[name] = Observer(self.samples, self.seed)
+            self.observers[name] = Observer()
         rows = value.size // value.shape[-1] if value.ndim else 1
         self.observers[name].record(value, self._tokens(rows, sample))
 

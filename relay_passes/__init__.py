@@ -1,0 +1,1 @@
+"""Passes over Relax and TIR modules, from the canonical float program to scheduled kernels."""

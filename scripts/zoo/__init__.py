@@ -1,0 +1,1 @@
+"""Real models and data out of public packages, and the scores of a runner on them."""

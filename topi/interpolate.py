@@ -1,0 +1,189 @@
+"""Evaluates a table inside a kernel, as a TIR expression on a float32 scalar or vector.
+
+The sequence of operations is ``tables.evaluate``; here stand the operations and the look-up of coefficients, which
+is the only part that differs between instruction sets: one ``vpermps`` finds 8 coefficients on AVX2 and 16 on
+AVX-512, ``tbl`` finds 8 on NEON, and elsewhere a tree of bitwise selections does. All give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from tvm import tirx
+
+from tvm_qfp8.tables.evaluate import evaluate
+from tvm_qfp8.tables.table import Table
+from tvm_qfp8.topi.float_contract import add, bind, lanes_of, mul, sub, with_lanes
+
+
+def emit_table(table: Table, x, isa: str = "generic"):
+    """``table(x)`` for ``x`` float32 of any number of lanes; ``isa`` is the name of an instruction set (``topi.isa``).
+
+    Bit-equal with ``table(x)`` in NumPy on every instruction set.
+    """
+    native, look_up = LOOK_UPS.get(isa, LOOK_UPS["generic"])
+    lanes = lanes_of(x)
+    if table.cells <= 1 or lanes == native or native == 1:
+        return evaluate(table, bind(x), TirOps(lanes, look_up))
+    if lanes > native:
+        parts = [
+            bind(evaluate(table, _part(x, start, native), TirOps(native, look_up))) for start in range(0, lanes, native)
+        ]
+        return bind(tirx.Shuffle(parts, _indices(0, lanes)))
+    # Fewer lanes than a register: the others compute the same values again.
+    wide = bind(tirx.Broadcast(x, native) if lanes == 1 else tirx.Shuffle([x] * (native // lanes), _indices(0, native)))
+    return _part(bind(evaluate(table, wide, TirOps(native, look_up))), 0, lanes)
+
+
+def _indices(start: int, count: int) -> list:
+    return [tirx.const(i, "int32") for i in range(start, start + count)]
+
+
+def _part(x, start: int, lanes: int):
+    x = bind(x)
+    return bind(tirx.Shuffle([x], _indices(start, lanes)))
+
+
+def constant_vector(values, dtype: str = "float32"):
+    """A vector of immediate values, kept by LLVM as one constant."""
+    scalar = float if dtype.startswith("float") else int
+    return tirx.Shuffle([tirx.const(scalar(value), dtype) for value in values], _indices(0, len(values)))
+
+
+class TirOps:
+    """The operations of ``tables.evaluate`` as TIR on vectors of ``lanes``; each result is bound to a name."""
+
+    def __init__(self, lanes: int, look_up: Callable) -> None:
+        self.lanes = lanes
+        self._float = with_lanes("float32", lanes)
+        self._int = with_lanes("int32", lanes)
+        self._look_up = look_up
+
+    def _fence(self, x):
+        # TVM's simplifier makes x of (x + magic) - magic, as if floats were exact; it does not look into calls.
+        return tirx.call_llvm_pure_intrin(self._float, "llvm.arithmetic.fence", x)
+
+    def const(self, value: float):
+        return tirx.const(float(np.float32(value)), self._float)
+
+    def int_const(self, value: int):
+        return tirx.const(value, self._int)
+
+    def add(self, a, b):
+        return bind(self._fence(add(a, b)))
+
+    def sub(self, a, b):
+        return bind(self._fence(sub(a, b)))
+
+    def mul(self, a, b):
+        return bind(mul(a, b))
+
+    def divide(self, a, b):
+        return bind(a / b)
+
+    def sqrt(self, x):
+        return bind(tirx.sqrt(x))
+
+    def minimum(self, a, b):
+        return bind(tirx.Select(a < b, a, b))
+
+    def maximum(self, a, b):
+        return bind(tirx.Select(a > b, a, b))
+
+    def absolute(self, x):
+        return bind(tirx.abs(x))
+
+    def less(self, a, b):
+        return a < b
+
+    def select(self, condition, a, b):
+        return bind(tirx.Select(condition, a, b))
+
+    def bits(self, x):
+        return bind(tirx.reinterpret(self._int, x))
+
+    def from_bits(self, bits):
+        return bind(tirx.reinterpret(self._float, bits))
+
+    def to_float(self, integer):
+        return bind(integer.astype(self._float))
+
+    def lookup(self, coefficients, index):
+        return [bind(value) for value in self._look_up(coefficients, bind(index), self.lanes)]
+
+
+def _permute_avx2(coefficients, index, lanes: int):
+    """vpermps reads the low three bits of each index; higher bits choose among several permutations."""
+
+    def permute(values):
+        return tirx.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", constant_vector(values), index)
+
+    return _select_blocks(coefficients, index, lanes, 8, permute)
+
+
+def _permute_avx512(coefficients, index, lanes: int):
+    """vpermps on 16 lanes reads the low four bits; 8 coefficients stand there twice."""
+
+    def permute(values):
+        return tirx.call_llvm_pure_intrin(
+            "float32x16", "llvm.x86.avx512.permvar.sf.512", constant_vector(values), index
+        )
+
+    repeated = [values * max(1, 16 // len(values)) for values in coefficients]
+    return _select_blocks(repeated, index, lanes, 16, permute)
+
+
+def _table_neon(coefficients, index, lanes: int):
+    """tbl looks up bytes: lane index i becomes the bytes 4i, 4i + 1, 4i + 2, 4i + 3 of a table of 8 or 16 floats."""
+    cells = len(coefficients[0])
+    block = min(cells, 16)
+    registers = block // 4
+    cell = index & tirx.const(block - 1, "int32x4")
+    bytes_of_lane = bind(cell * tirx.const(0x04040404, "int32x4") + tirx.const(0x03020100, "int32x4"))
+    places = bind(tirx.reinterpret("uint8x16", bytes_of_lane))
+
+    def look_up(values):
+        words = np.asarray(values, np.float32).view(np.uint8).reshape(registers, 16)
+        found = tirx.call_llvm_pure_intrin(
+            "uint8x16",
+            f"llvm.aarch64.neon.tbl{registers}",
+            *(constant_vector(word, "uint8") for word in words),
+            places,
+        )
+        return tirx.reinterpret("float32x4", found)
+
+    return _select_blocks(coefficients, index, lanes, block, look_up)
+
+
+def _select_blocks(coefficients, index, lanes: int, block: int, permute: Callable):
+    """Look up each block of the table, then choose the block by the index bits above those of a block."""
+    zero = tirx.const(0, with_lanes("int32", lanes))
+    found = []
+    for values in coefficients:
+        parts = [bind(permute(values[i : i + block])) for i in range(0, len(values), block)]
+        bit = block
+        while len(parts) > 1:
+            chosen = (index & tirx.const(bit, with_lanes("int32", lanes))) != zero
+            parts = [bind(tirx.Select(chosen, odd, even)) for even, odd in zip(parts[::2], parts[1::2], strict=True)]
+            bit *= 2
+        found.append(parts[0])
+    return found
+
+
+def _select_tree(coefficients, index, lanes: int):
+    """Any machine: a binary tree of selections, one index bit a level."""
+    return _select_blocks(
+        coefficients, index, lanes, 1, lambda values: tirx.const(values[0], with_lanes("float32", lanes))
+    )
+
+
+LOOK_UPS: dict[str, tuple[int, Callable]] = {
+    "avx512": (16, _permute_avx512),
+    "avx2": (8, _permute_avx2),
+    "neon": (4, _table_neon),
+    "generic": (1, _select_tree),
+}
+"""By instruction set: the lanes that a look-up works on (1: any), and the look-up."""
+
+__all__ = ["LOOK_UPS", "TirOps", "constant_vector", "emit_table"]

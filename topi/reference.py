@@ -1,0 +1,102 @@
+"""NumPy twins of the kernels: slow, short, and equal to the kernels bit for bit.
+
+Integer parts are computed in int64; float parts follow the float contract (``float_contract.py``): every operation
+rounds to float32, sums go to 16 lanes and are combined in the tree 8-4-2-1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tvm_qfp8.format import Layout, decode_grid
+from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
+from tvm_qfp8.topi.conv2d import ConvShape
+from tvm_qfp8.topi.float_contract import LANES
+
+Array = np.ndarray
+
+
+def lane_sum(values: Array) -> Array:
+    """Sum of float32 values over the last axis in 16 lanes and the tree 8-4-2-1."""
+    length = values.shape[-1]
+    groups = -(-length // LANES)
+    padded = np.zeros((*values.shape[:-1], groups * LANES), np.float32)
+    padded[..., :length] = values
+    parts = padded.reshape(*values.shape[:-1], groups, LANES)
+    lanes = np.zeros((*values.shape[:-1], LANES), np.float32)
+    for group in range(groups):
+        lanes = lanes + parts[..., group, :]
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def scale_and_bias(accumulators: Array, a: Array, bias: Array) -> Array:
+    """fl32(fl32(acc) * a[c]) + bias[c] over the last axis."""
+    return (accumulators.astype(np.float32) * a.astype(np.float32)) + bias.astype(np.float32)
+
+
+def matmul(x: Array, weight: Array, x_layout: Layout, weight_layout: Layout) -> Array:
+    """Exact sums of codes ``(..., in)`` by codes ``(out, in)``, int64 ``(..., out)``."""
+    return decode_grid(x, x_layout).astype(np.int64) @ decode_grid(weight, weight_layout).astype(np.int64).T
+
+
+def conv2d(x: Array, weight: Array, shape: ConvShape) -> Array:
+    """Exact sums of NHWC codes by OHWI codes, int64 ``(batch, out_height, out_width, out_channels)``."""
+    assert shape.activation is not None and shape.weight is not None
+    grid = decode_grid(x, shape.activation).astype(np.int64)
+    top, left, bottom, right = shape.padding
+    spread_h, spread_w = shape.input_dilation
+    slab = np.zeros((shape.batch, shape.slab_height, shape.slab_width, shape.channels), np.int64)
+    slab[:, top : shape.slab_height - bottom : spread_h, left : shape.slab_width - right : spread_w] = grid
+    weights = decode_grid(weight, shape.weight).astype(np.int64)
+    out = np.zeros((shape.batch, shape.out_height, shape.out_width, shape.out_channels), np.int64)
+    inputs, outputs = shape.channels // shape.groups, shape.out_channels // shape.groups
+    for kh in range(shape.kernel[0]):
+        for kw in range(shape.kernel[1]):
+            y, x_at = kh * shape.dilation[0], kw * shape.dilation[1]
+            window = slab[
+                :,
+                y : y + (shape.out_height - 1) * shape.stride[0] + 1 : shape.stride[0],
+                x_at : x_at + (shape.out_width - 1) * shape.stride[1] + 1 : shape.stride[1],
+            ]
+            for group in range(shape.groups):
+                o = slice(group * outputs, (group + 1) * outputs)
+                out[..., o] += window[..., group * inputs : (group + 1) * inputs] @ weights[o, kh, kw].T
+    return out
+
+
+def batch_matmul(x: Array, y: Array, shape: BatchMatmulShape) -> Array:
+    """Float32 sums of two activations: int32 blocks of ``shape.block_depth``, added in order."""
+    assert shape.x is not None and shape.y is not None
+    a, b = decode_grid(x, shape.x).astype(np.int64), decode_grid(y, shape.y).astype(np.int64)
+    b = b.swapaxes(-1, -2) if shape.transpose_y else b
+    if shape.depth <= shape.block_depth:
+        return (a @ b).astype(np.float32)
+    total = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+    for start in range(0, shape.depth, shape.block_depth):
+        part = slice(start, start + shape.block_depth)
+        total = total + (a[..., part] @ b[..., part, :]).astype(np.float32)
+    return total
+
+
+def layer_norm(x: Array, gamma: Array, beta: Array, epsilon: float) -> Array:
+    """LayerNorm over the last axis with the kernel's order of operations."""
+    inverse = np.float32(1.0 / x.shape[-1])
+    centred = x - (lane_sum(x) * inverse)[..., None]
+    variance = lane_sum(centred * centred) * inverse
+    factor = np.float32(1.0) / np.sqrt(variance + np.float32(epsilon))
+    return (centred * factor[..., None]) * gamma + beta
+
+
+def softmax(x: Array, exp) -> Array:
+    """Softmax over the last axis with the table ``exp``."""
+    powers = exp(x - x.max(-1, keepdims=True))
+    return powers * (np.float32(1.0) / lane_sum(powers))[..., None]
+
+
+def global_mean(x: Array) -> Array:
+    """Mean over height and width of ``(batch, height, width, channels)``, ``(batch, channels)``."""
+    pixels = x.reshape(x.shape[0], -1, x.shape[-1]).transpose(0, 2, 1)
+    return lane_sum(pixels) * (np.float32(1.0) / np.float32(pixels.shape[-1]))
