@@ -32,12 +32,29 @@ from tvm_qfp8.topi.codec import decode_expr, encode_expr
 from tvm_qfp8.topi.float_contract import lanes_of, with_lanes
 
 MOVES_DATA = frozenset(
-    f"relax.{name}"
-    for name in (
-        "broadcast_to call_dps_packed call_pure_packed call_tir call_tir_inplace concat dynamic_strided_slice "
-        "expand_dims flatten flip gather_elements gather_nd permute_dims repeat reshape split squeeze stack "
-        "strided_slice take tile"
-    ).split()
+    {
+        "relax.broadcast_to",
+        "relax.call_dps_packed",
+        "relax.call_pure_packed",
+        "relax.call_tir",
+        "relax.call_tir_inplace",
+        "relax.concat",
+        "relax.dynamic_strided_slice",
+        "relax.expand_dims",
+        "relax.flatten",
+        "relax.flip",
+        "relax.gather_elements",
+        "relax.gather_nd",
+        "relax.permute_dims",
+        "relax.repeat",
+        "relax.reshape",
+        "relax.split",
+        "relax.squeeze",
+        "relax.stack",
+        "relax.strided_slice",
+        "relax.take",
+        "relax.tile",
+    }
 )
 """Relax operators that give the same result on codes as on the numbers they stand for."""
 
@@ -95,22 +112,33 @@ class _CastsToKernels(relax.PyExprMutator):
 
     def transform(self) -> tvm.IRModule:
         for var, function in self.mod_.functions_items():
-            if isinstance(function, relax.Function):
-                updated = self.visit_expr(function)
-                if not updated.same_as(function):
-                    self.builder_.update_func(var, updated)
+            if isinstance(function, relax.Function) and _has_relax_cast(function):
+                self.builder_.update_func(var, self.visit_expr(function))
         return self.builder_.get()
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         """Rewrite one call."""
         call = self.visit_expr_post_order(call)
-        if not isinstance(call.op, ir.Op) or call.op.name != "relax.astype":
+        if not _is_relax_cast(call):
             return call
-        source, target = _layout_of_type(call.args[0].ty), _layout_of_type(call.ty)
-        if source is None and target is None:
-            return call
-        name = "encode" if target is not None else "decode"
-        return self.builder_.call_te(topi.cast, call.args[0], str(call.attrs.dtype), primfunc_name_hint=name)
+        # The name of a data type, unlike the type itself, has lost its 8 bits.
+        target = _layout_of_type(call.ty)
+        dtype = str(call.attrs.dtype) if target is None else target.ir_dtype
+        name = "decode" if target is None else "encode"
+        return self.builder_.call_te(topi.cast, call.args[0], dtype, primfunc_name_hint=name)
+
+
+def _is_relax_cast(call: ir.Call) -> bool:
+    if not isinstance(call.op, ir.Op) or call.op.name != "relax.astype":
+        return False
+    return any(_layout_of_type(ty) is not None for ty in (call.ty, call.args[0].ty))
+
+
+def _has_relax_cast(function: relax.Function) -> bool:
+    def look(call) -> tvm_ffi.VisitInterrupt | None:
+        return tvm_ffi.VisitInterrupt() if _is_relax_cast(call) else None
+
+    return tvm_ffi.structural_walk(function, (ir.Call, look)) is not None
 
 
 class _Lowering:
@@ -190,16 +218,16 @@ def _cast(cast: tirx.Cast, mutator) -> tirx.Expr:
     value = mutator.mutate(cast.value)
     if source == target:
         return value
-    lanes = lanes_of(value)
     if source is not None:
         # The grid values of most layouts fit int16; where the result is wider, int32 spares one conversion.
         wanted = str(cast.ty.dtype).split("x")[0]
         narrow = source.max_grid < 2**15 and wanted in ("int16", "float16")
         value = _once(value, lambda codes: decode_expr(codes, source, "int16" if narrow else "int32"))
-        if target is None:
-            return value.astype(str(cast.ty.dtype))
-    number = value.astype(with_lanes("float32", lanes))
-    return _once(number, lambda v: encode_expr(v, target))
+    if target is None:
+        return value.astype(str(cast.ty.dtype))
+    layout = target
+    number = value.astype(with_lanes("float32", lanes_of(value)))
+    return _once(number, lambda v: encode_expr(v, layout))
 
 
 def _call(call: ir.Call, mutator) -> ir.Call:

@@ -84,7 +84,9 @@ class _Rewriter:
             return
         kernel = write_kernel(step, self.isa, self.threads)
         if kernel.key not in self._written:
-            self._written[kernel.key] = self.builder.add_func(kernel.function(), kernel.name)
+            # Private: the builder makes the name unique.
+            function = kernel.function().without_attr("global_symbol")
+            self._written[kernel.key] = self.builder.add_func(function, kernel.name)
         arguments = [
             relax.const(a) if isinstance(a, np.ndarray) else self.expression(a) for a in kernel.arguments
         ]

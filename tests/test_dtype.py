@@ -14,6 +14,7 @@ from tvm_qfp8.dtype import codes_tensor, fix_text, layout_of, tensor_codes
 from tvm_qfp8.errors import InputError, UnsupportedOperatorError
 from tvm_qfp8.format import LAYOUTS, decode, decode_grid, encode
 from tvm_qfp8.relay_passes.lower_dtype import LowerDtype
+from tvm_qfp8.targets import parse_target
 
 E2M5 = LAYOUTS["E2M5"].ir_dtype
 ALL_CODES = np.arange(256, dtype=np.uint8)
@@ -124,7 +125,13 @@ def test_text_and_json_round_trip_through_fix_text():
 
 
 def test_fix_text_changes_nothing_else():
-    for text in ("custom[qfp8_e2m5]8", "custom[qfp8_e2m5]8x16", "custom[posit]", "T.let[T.uint8]", "qfp8_e2m5"):
+    for text in (
+        "custom[qfp8_e2m5]8",
+        "custom[qfp8_e2m5]8x16",
+        "custom[posit]",
+        "T.let[T.uint8]",
+        "qfp8_e2m5",
+    ):
         assert fix_text(text) == text
     assert fix_text("custom[qfp8_e2m5]x16") == "custom[qfp8_e2m5]8x16"
 
@@ -140,7 +147,7 @@ def main(A: T.Buffer((64,), "custom[qfp8_e2m5]8"), X: T.Buffer((64,), "float32")
         B[i] = T.Cast("float32", local[i])
         D[T.Ramp(i * 8, 1, 8)] = T.Cast("custom[qfp8_e2m5]8x8", X[T.Ramp(i * 8, 1, 8)])
     D[T.Ramp(8, 1, 8)] = T.Broadcast(A[8], 8)
-    D[16] = T.Select(A.vload([1], "custom[qfp8_e2m5]8") == A[1], A[16], A[17]) if False else A[16]
+    D[16] = A[16]
     D[17] = T.Select(X[0] < X[1], A[16], A[17])
     D[18] = T.if_then_else(X[0] < X[1], A[16], T.Cast("custom[qfp8_e2m5]8", T.float32(3)))
     B[T.Ramp(8, 1, 8)] = T.Cast("float32x8", A[T.Ramp(8, 1, 8)])
@@ -172,7 +179,7 @@ def test_types_and_casts_are_lowered():
     after = LowerDtype()(before)
     tvm.ir.assert_structural_equal(after, parse(LOWERED))
     tvm.ir.assert_structural_equal(before, parse(RELAX))
-    assert relax.analysis.check_well_formed(after) if hasattr(relax.analysis, "check_well_formed") else True
+    relax.analysis.well_formed(after)
     assert_no_custom_types(after)
 
 
@@ -244,18 +251,16 @@ def test_float_to_type_to_type():
     assert np.array_equal(function(ALL_CODES, np.uint8), encode(decode_grid(ALL_CODES), 1.0, "E3M4"))
 
 
-@pytest.mark.parametrize("expression", ["A[0] + A[1]", "T.max(A[0], A[1])", "A[0] < A[1]", "T.abs(A[0])"])
+@pytest.mark.parametrize(
+    "expression", ["A[0] + A[1]", "T.max(A[0], A[1])", "A[0] < A[1]", 'T.call_extern("int32", "f", A[0])']
+)
 def test_arithmetic_on_the_type_is_refused(expression):
-    value = f'T.Cast("float32", {expression})'
     source = f"""
 @T.prim_func(s_tir=True)
 def main(A: T.Buffer((2,), "{E2M5}"), B: T.Buffer((1,), "float32")):
-    B[0] = {value}
+    B[0] = T.Cast("float32", {expression})
 """
-    try:
-        function = parse(source)
-    except Exception as error:  # noqa: BLE001 - some operators are already refused by TVM
-        pytest.skip(f"TVM itself refuses: {str(error).splitlines()[0]}")
+    function = parse(source)
     with pytest.raises(UnsupportedOperatorError, match="cast them to float32 first"):
         LowerDtype()(tvm.IRModule({"main": function}))
 
@@ -300,7 +305,9 @@ def values_to_encode(layout):
     rng = np.random.default_rng(2)
     grid = np.unique(layout.grid).astype(np.float32)
     middles = (grid[1:] + grid[:-1]) / 2
-    exact = np.concatenate([grid, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, grid[1:])])
+    exact = np.concatenate(
+        [grid, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, grid[1:])]
+    )
     specials = np.float32([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-45, -1e-45, 3.4e38, -3.4e38])
     signalling = np.uint32([0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF]).view(np.float32)
     parts = [exact, -exact, specials, signalling, ALL_FLOAT16.astype(np.float32)]
@@ -315,10 +322,10 @@ def without_nan(values):
 
 
 @every_layout
-@pytest.mark.parametrize("lanes", [1, 16])
-def test_kernel_encode_is_numpy_encode(layout, lanes):
+@pytest.mark.parametrize(("lanes", "target"), [(1, "x86-64"), (16, "x86-64"), (16, "native")])
+def test_kernel_encode_is_numpy_encode(layout, lanes, target):
     values = values_to_encode(layout)
-    call = run_kernel(cast_kernel(len(values), "float32", layout.ir_dtype, lanes))
+    call = run_kernel(cast_kernel(len(values), "float32", layout.ir_dtype, lanes), parse_target(target))
     assert np.array_equal(call(values, np.uint8), encode(without_nan(values), layout=layout))
 
 
@@ -329,12 +336,12 @@ def test_kernel_encode_of_every_float16(layout):
 
 
 @every_layout
-@pytest.mark.parametrize("result", ["int16", "int32", "float16", "float32"])
-def test_kernel_decode_is_numpy_decode(layout, result):
-    if result in ("int16", "float16") and layout.name == "E4M3":
-        pytest.skip("grid values of E4M3 exceed this type")
-    expected = decode_grid(ALL_CODES, layout).astype(result)
-    for lanes in (1, 16):
+@pytest.mark.parametrize("lanes", [1, 16])
+def test_kernel_decode_is_numpy_decode(layout, lanes):
+    # Grid values of E4M3 need more than 16 bits.
+    results = ["int32", "float32"] + ["int16", "float16"] * (layout.max_grid < 2**15)
+    for result in results:
+        expected = decode_grid(ALL_CODES, layout).astype(result)
         call = run_kernel(cast_kernel(256, layout.ir_dtype, result, lanes))
         found = call(ALL_CODES, result)
         assert found.tobytes() == expected.tobytes()

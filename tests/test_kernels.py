@@ -2,73 +2,27 @@
 
 import numpy as np
 import pytest
-import tvm
+from quantized_programs import TARGETS, build, machine_runs, program, random_codes, run
 from tvm import relax
 
 from tvm_qfp8.format import encode, get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.kernels import conv_shape
-from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
-from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
-from tvm_qfp8.targets import isa as isa_of
-from tvm_qfp8.targets import parse_target
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
-from tvm_qfp8.topi.isa import instruction_set
-
-TARGETS = {"sse2": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
-
-
-def machine_runs(name: str) -> bool:
-    order = ["generic", "sse2", "avx2", "avx512"]
-    own = isa_of(parse_target("native"))
-    return own in order and order.index(name) <= order.index(own)
 
 
 @pytest.fixture(params=list(TARGETS))
-def isa(request):
+def target(request):
     if not machine_runs(request.param):
         pytest.skip(f"this CPU does not run {request.param}")
-    return request.param
-
-
-def build(program, isa_name: str, threads: int = 1):
-    """Compile a quantized program ``(builder, variables) -> output`` for one instruction set."""
-    target = parse_target(TARGETS[isa_name])
-    with target:
-        mod = LowerGroups(instruction_set(isa_name), threads)(program)
-        mod = ScheduleRest(threads)(relax.transform.LegalizeOps()(mod))
-        executable = tvm.compile(mod, target=target)
-    return executable
-
-
-def run(executable, *arrays):
-    result = relax.VirtualMachine(executable, tvm.cpu())["main"](*(tvm.runtime.tensor(a) for a in arrays))
-    return result.numpy() if hasattr(result, "numpy") else [r.numpy() for r in result]
-
-
-def codes_program(shapes_and_layouts, emit):
-    """A program over code inputs, given as uint8."""
-    builder = relax.BlockBuilder()
-    inputs = [
-        relax.Var(f"x{i}", relax.TensorType(shape, get_layout(layout).ir_dtype if layout else "float32"))
-        for i, (shape, layout) in enumerate(shapes_and_layouts)
-    ]
-    with builder.function("main", inputs):
-        with builder.dataflow():
-            output = builder.emit_output(emit(builder, *inputs))
-        builder.emit_func_output(output)
-    return builder.get()
-
-
-def random_codes(rng, shape):
-    return rng.integers(0, 256, shape, dtype=np.uint8)
+    return TARGETS[request.param]
 
 
 @pytest.mark.parametrize("rows, columns, depth", [(1, 33, 7), (2, 16, 64), (7, 5, 3), (50, 70, 30), (130, 33, 65)])
 @pytest.mark.parametrize("layout", ["E3M4", "UE3M5"])
-def test_matmul_is_exact(isa, rows, columns, depth, layout):
+def test_matmul_is_exact(target, rows, columns, depth, layout):
     rng = np.random.default_rng(rows)
     weight, x = random_codes(rng, (columns, depth)), random_codes(rng, (rows, depth))
     a, bias = rng.random(columns, np.float32) * 1e-4, rng.standard_normal(columns, np.float32)
@@ -80,10 +34,10 @@ def test_matmul_is_exact(isa, rows, columns, depth, layout):
         y = builder.emit(relax.op.nn.relu(y))
         return qfp8_ops.encode(y, get_layout("E2M5"), 0.01)
 
-    program = codes_program([((rows, depth), layout)], emit)
+    quantized = program([((rows, depth), layout)], emit)
     sums = reference.matmul(x, weight, get_layout(layout), get_layout("E2M5"))
     expected = np.maximum(np.float32(0), reference.scale_and_bias(sums, a, bias))
-    got = run(build(program, isa), x)
+    got = run(build(quantized, target), x)[0]
     assert np.array_equal(got, encode(expected, 0.01, "E2M5"))
 
 
@@ -104,7 +58,7 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_conv2d_is_exact(isa, case, batch):
+def test_conv2d_is_exact(target, case, batch):
     height, width, channels, out, kernel, stride, padding, dilation, groups = case
     rng = np.random.default_rng(height)
     weight = random_codes(rng, (out, *kernel, channels // groups))
@@ -129,14 +83,14 @@ def test_conv2d_is_exact(isa, case, batch):
         residual = builder.emit(relax.op.add(y, relax.const(np.float32(0.5))))
         return relax.op.clip(residual, 0.0, 6.0)
 
-    program = codes_program([((batch, height, width, channels), "UE2M6")], emit)
+    quantized = program([((batch, height, width, channels), "UE2M6")], emit)
     value = reference.scale_and_bias(reference.conv2d(x, weight, shape), a, bias) + np.float32(0.5)
     expected = np.minimum(np.float32(6), np.maximum(np.float32(0), value))
-    assert np.array_equal(run(build(program, isa), x), expected)
+    assert np.array_equal(run(build(quantized, target), x)[0], expected)
 
 
 @pytest.mark.parametrize("stride, padding, extra, groups", [(2, 1, 1, 1), (3, 0, 0, 2), (1, 1, 0, 1)])
-def test_transposed_convolution_is_exact(isa, stride, padding, extra, groups):
+def test_transposed_convolution_is_exact(target, stride, padding, extra, groups):
     rng = np.random.default_rng(stride)
     x = random_codes(rng, (1, 5, 6, 8))
     weight = random_codes(rng, (6, 3, 3, 8 // groups))
@@ -160,13 +114,13 @@ def test_transposed_convolution_is_exact(isa, stride, padding, extra, groups):
         shape = conv_shape(call)
         return call
 
-    program = codes_program([((1, 5, 6, 8), "UE2M6")], emit)
-    assert np.array_equal(run(build(program, isa), x), reference.conv2d(x, weight, shape).astype(np.float32))
+    quantized = program([((1, 5, 6, 8), "UE2M6")], emit)
+    assert np.array_equal(run(build(quantized, target), x)[0], reference.conv2d(x, weight, shape).astype(np.float32))
 
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("rows, columns, depth", [(5, 7, 9), (20, 33, 16), (3, 16, 700)])
-def test_batch_matmul_is_exact(isa, rows, columns, depth, transpose):
+def test_batch_matmul_is_exact(target, rows, columns, depth, transpose):
     rng = np.random.default_rng(depth)
     y_shape = (2, columns, depth) if transpose else (2, depth, columns)
     x, y = random_codes(rng, (2, rows, depth)), random_codes(rng, y_shape)
@@ -177,13 +131,13 @@ def test_batch_matmul_is_exact(isa, rows, columns, depth, transpose):
     def emit(_builder, a, b):
         return qfp8_ops.batch_matmul(a, b, 0.25, transpose_y=transpose)
 
-    program = codes_program([(x.shape, "UE3M5"), (y.shape, "E3M4")], emit)
+    quantized = program([(x.shape, "UE3M5"), (y.shape, "E3M4")], emit)
     expected = reference.batch_matmul(x, y, shape) * np.float32(0.25)
-    assert np.array_equal(run(build(program, isa), x, y), expected)
+    assert np.array_equal(run(build(quantized, target), x, y)[0], expected)
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 33, 384])
-def test_layer_norm_and_residual_follow_the_contract(isa, length):
+def test_layer_norm_and_residual_follow_the_contract(target, length):
     rng = np.random.default_rng(length)
     x, gamma, beta = (rng.standard_normal(s).astype(np.float32) for s in ((3, length), length, length))
 
@@ -191,12 +145,12 @@ def test_layer_norm_and_residual_follow_the_contract(isa, length):
         y = builder.emit(relax.op.nn.layer_norm(v, relax.const(gamma), relax.const(beta), axes=-1, epsilon=1e-5))
         return relax.op.add(y, v)
 
-    program = codes_program([(x.shape, None)], emit)
+    quantized = program([(x.shape, None)], emit)
     expected = reference.layer_norm(x, gamma, beta, 1e-5) + x
-    assert np.array_equal(run(build(program, isa), x), expected)
+    assert np.array_equal(run(build(quantized, target), x)[0], expected)
 
 
-def test_threads_give_the_same_bits(isa):
+def test_threads_give_the_same_bits(target):
     rng = np.random.default_rng(0)
     weight, x = random_codes(rng, (300, 300)), random_codes(rng, (400, 300))
     a, bias = rng.random(300, np.float32), rng.random(300, np.float32)
@@ -204,8 +158,8 @@ def test_threads_give_the_same_bits(isa):
     def emit(_builder, q):
         return qfp8_ops.matmul(q, codes_constant(weight, "E2M5"), relax.const(a), relax.const(bias))
 
-    program = codes_program([(x.shape, "E3M4")], emit)
-    one, two = (run(build(program, isa, threads), x) for threads in (1, 2))
+    quantized = program([(x.shape, "E3M4")], emit)
+    one, two = (run(build(quantized, target, threads), x)[0] for threads in (1, 2))
     assert np.array_equal(one, two)
     assert np.array_equal(
         one,

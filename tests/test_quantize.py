@@ -1,6 +1,7 @@
 """Choice of the dynamic bias: the search finds what an exhaustive one finds, per tensor and per channel."""
 
 import time
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -48,10 +49,10 @@ def test_mse_reaches_a_fine_search():
 
 
 def test_gaussian_sqnr_is_that_of_the_format():
-    """Against the SQNR of the whole distribution; a sample differs by up to 0.15 dB through its few largest values."""
-    x = np.random.default_rng(2).standard_normal(400_000).astype(np.float32)
+    """At the quantiles of a Gaussian, so that no random tail moves the result."""
+    x = np.float32([NormalDist().inv_cdf((i + 0.5) / 400_000) for i in range(400_000)])
     for layout, expected in (("E2M5", 42.7), ("E3M4", 37.6), ("E4M3", 31.6), ("E1M6", 40.5)):
-        assert sqnr(x, quantize(x, layout=layout)) == pytest.approx(expected, abs=0.15)
+        assert sqnr(x, quantize(x, layout=layout)) == pytest.approx(expected, abs=0.1)
 
 
 def test_channels_are_independent():

@@ -18,11 +18,9 @@ from tvm_qfp8.topi.float_contract import add, to_float, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
+from tvm_qfp8.topi.overflow import INT32_LIMIT
 from tvm_qfp8.topi.panels import decode_run, round_up, zero_run
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
-
-INT32_LIMIT = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class BatchMatmulShape:
@@ -40,7 +38,7 @@ class BatchMatmulShape:
     @property
     def block_depth(self) -> int:
         """Longest reduction (even) whose sum cannot overflow int32, whatever the codes."""
-        return INT32_LIMIT // (self.x.max_grid * self.y.max_grid) // 2 * 2
+        return (INT32_LIMIT - 1) // (self.x.max_grid * self.y.max_grid) // 2 * 2
 
 
 def emit_batch_matmul(isa: InstructionSet, shape: BatchMatmulShape, x, y, epilogue: Callable, threads: int) -> None:

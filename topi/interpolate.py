@@ -15,25 +15,31 @@ from tvm import tirx
 from tvm_qfp8.tables.evaluate import evaluate
 from tvm_qfp8.tables.table import Table
 from tvm_qfp8.topi.float_contract import add, bind, lanes_of, mul, sub, with_lanes
+from tvm_qfp8.topi.isa import InstructionSet
 
 
-def emit_table(table: Table, x, isa: str = "generic"):
-    """``table(x)`` for ``x`` float32 of any number of lanes; ``isa`` is the name of an instruction set (``topi.isa``).
+def emit_table(table: Table, x, isa: InstructionSet):
+    """``table(x)`` for ``x`` float32 of any number of lanes, in an open IRBuilder.
 
     Bit-equal with ``table(x)`` in NumPy on every instruction set.
     """
-    native, look_up = LOOK_UPS.get(isa, LOOK_UPS["generic"])
+    native, look_up = LOOK_UPS[isa.name]
     lanes = lanes_of(x)
-    if table.cells <= 1 or lanes == native or native == 1:
+    if table.cells <= 1 or native == 1 or lanes == native:
         return evaluate(table, bind(x), TirOps(lanes, look_up))
     if lanes > native:
         parts = [
-            bind(evaluate(table, _part(x, start, native), TirOps(native, look_up))) for start in range(0, lanes, native)
+            evaluate(table, _part(x, start, native), TirOps(native, look_up))
+            for start in range(0, lanes, native)
         ]
         return bind(tirx.Shuffle(parts, _indices(0, lanes)))
     # Fewer lanes than a register: the others compute the same values again.
-    wide = bind(tirx.Broadcast(x, native) if lanes == 1 else tirx.Shuffle([x] * (native // lanes), _indices(0, native)))
-    return _part(bind(evaluate(table, wide, TirOps(native, look_up))), 0, lanes)
+    repeated = (
+        tirx.Broadcast(x, native)
+        if lanes == 1
+        else tirx.Shuffle([x] * (native // lanes), _indices(0, native))
+    )
+    return _part(evaluate(table, bind(repeated), TirOps(native, look_up)), 0, lanes)
 
 
 def _indices(start: int, count: int) -> list:
@@ -165,7 +171,10 @@ def _select_blocks(coefficients, index, lanes: int, block: int, permute: Callabl
         bit = block
         while len(parts) > 1:
             chosen = (index & tirx.const(bit, with_lanes("int32", lanes))) != zero
-            parts = [bind(tirx.Select(chosen, odd, even)) for even, odd in zip(parts[::2], parts[1::2], strict=True)]
+            parts = [
+                bind(tirx.Select(chosen, odd, even))
+                for even, odd in zip(parts[::2], parts[1::2], strict=True)
+            ]
             bit *= 2
         found.append(parts[0])
     return found
@@ -182,8 +191,7 @@ LOOK_UPS: dict[str, tuple[int, Callable]] = {
     "avx512": (16, _permute_avx512),
     "avx2": (8, _permute_avx2),
     "neon": (4, _table_neon),
+    "sse2": (1, _select_tree),
     "generic": (1, _select_tree),
 }
 """By instruction set: the lanes that a look-up works on (1: any), and the look-up."""
-
-__all__ = ["LOOK_UPS", "TirOps", "constant_vector", "emit_table"]

@@ -32,7 +32,7 @@ def build_prim_func(name: str, arguments: Sequence[TensorSpec], body: Callable) 
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
-            T.func_attr({"tirx.noalias": True, "global_symbol": name, "tirx.is_scheduled": True})
+            T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             buffers = [
                 T.arg(f"p{i}", T.buffer(spec.shape, spec.dtype)) for i, spec in enumerate(arguments)
             ]

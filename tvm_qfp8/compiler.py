@@ -14,8 +14,8 @@ from tvm import relax
 from tvm_qfp8.calibration import calibrate
 from tvm_qfp8.config import Config
 from tvm_qfp8.importers import load_model
-from tvm_qfp8.relay_passes.fuse import op_name
-from tvm_qfp8.relay_passes.interpolate import FUNCTIONS, Interpolate
+from tvm_qfp8.overflow_guard import keep_sums_in_int32
+from tvm_qfp8.relay_passes.interpolate import Interpolate
 from tvm_qfp8.relay_passes.lower_dtype import LowerDtype
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.prepare import prepare
@@ -104,6 +104,7 @@ def compile(  # noqa: A001 - the public name
     imported = load_model(mod, params=params, input_shapes=input_shapes)
     canonical = prepare(imported.mod)
     plan = calibrate(canonical, calibration, config, progress)
+    keep_sums_in_int32(plan)
     threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
     isa = instruction_set(isa_name(parsed))
     report = describe(canonical, plan, config, parsed, imported.notes)
@@ -126,6 +127,3 @@ def _add_metadata(mod: tvm.IRModule, inputs, outputs, report: Report, config: Co
     with builder.function(METADATA_FUNCTION, []):
         builder.emit_func_output(builder.emit(relax.const(data)))
     return builder.get()
-
-
-__all__ = ["FUNCTIONS", "compile", "op_name"]

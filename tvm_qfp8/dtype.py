@@ -56,9 +56,8 @@ register()
 
 def layout_of(dtype: object) -> Layout | None:
     """The layout of a TVM data type (name or ``tvm.DataType``, any number of lanes); None for an ordinary type."""
-    if not isinstance(dtype, tvm.DataType):
-        dtype = tvm.DataType(str(dtype))
-    return _LAYOUT_OF_CODE.get(dtype.type_code)
+    found = dtype if isinstance(dtype, tvm.DataType) else tvm.DataType(str(dtype))
+    return _LAYOUT_OF_CODE.get(found.type_code)
 
 
 def fix_text(text: str) -> str:

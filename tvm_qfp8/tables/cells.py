@@ -23,7 +23,7 @@ class Curve:
     curvature: float
     low: float
     high: float
-    pins: tuple[tuple[float, float], ...]
+    pins: tuple[tuple[float, float], ...] = ()
     """Points ``(c, value)`` where the table is exact; value is a float32."""
     norm: str = "absolute"
     """The error is divided by 1 (absolute), max(1, |g|) (mixed) or |g| (relative)."""
@@ -116,19 +116,30 @@ def fit_cells(
     if len(intervals) > placement.cells:
         return None
     coefficients = np.zeros((degree + 1, placement.cells), np.float32)
-    pins = [(float(np.float32(np.float32(scale) * np.float32(c) + np.float32(offset))), v) for c, v in curve.pins]
+    pins = [
+        (float(np.float32(np.float32(scale) * np.float32(c) + np.float32(offset))), v) for c, v in curve.pins
+    ]
     ends = ((placement.low, curve.low_value), (placement.high, curve.high_value))
     pins += [(t, value) for t, value in ends if value is not None]
     worst = 0.0
     # The most curved cells come last or first; checking from both ends finds a hopeless form soon.
-    for n, low, high in sorted(intervals, key=lambda cell: min(cell[0] - intervals[0][0], intervals[-1][0] - cell[0])):
+    for n, low, high in sorted(
+        intervals, key=lambda cell: min(cell[0] - intervals[0][0], intervals[-1][0] - cell[0])
+    ):
         centre = n * placement.step if centred else 0.0
         inside = [(t, value) for t, value in pins if placement.cell(t) == n]
         fitted = fit_rounded(in_t, low, high, degree, centre, inside, curve.norm)
         bound = np.inf
         if fitted is not None:
             bound = cell_bound(
-                in_t, curve.curvature / scale**2, fitted, low, high, centre, curve.norm, placement.argument_error
+                in_t,
+                curve.curvature / scale**2,
+                fitted,
+                low,
+                high,
+                centre,
+                curve.norm,
+                placement.argument_error,
             )
         if bound > budget:
             return None
@@ -146,19 +157,23 @@ def fit_rounded(
     pins: Sequence[tuple[float, float]],
     norm: str,
 ) -> np.ndarray | None:
-    """A fit in float32 coefficients whose float32 evaluation gives the pinned value; None if that cannot be."""
+    """A fit in float32 coefficients whose float32 evaluation gives the pinned value, at most one; else None."""
     weight = None if norm == "absolute" else lambda t: 1.0 / _floor(function(t), norm)
     exact = fit_polynomial(function, low, high, degree, centre, pins, weight)
     rounded = exact.astype(np.float32)
     if not np.isfinite(rounded).all() or len(pins) > 1:
-        return None if len(pins) <= 1 else rounded
+        return None
     for t, value in pins:
         variable = np.float32(t - centre)
         product = np.float32(0.0)
         for c in rounded[:0:-1]:
             product = np.float32(np.float32(c + product) * variable)
         constant = np.float32(np.float32(value) - product)
-        near = (constant, np.nextafter(constant, np.float32(np.inf)), np.nextafter(constant, np.float32(-np.inf)))
+        near = (
+            constant,
+            np.nextafter(constant, np.float32(np.inf)),
+            np.nextafter(constant, np.float32(-np.inf)),
+        )
         good = [c for c in near if np.float32(c + product) == np.float32(value)]
         if not good:
             return None

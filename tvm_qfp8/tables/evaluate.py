@@ -12,7 +12,8 @@ odd         sign(x) * p(|x|): tanh, erf
 logistic    0.5 + sign(x) * p(|x|): sigmoid
 hinge       max(x, hinge) + p(clamp(x)): Mish, ELU
 direct      p(clamp(x)): any function on its domain
-exp         2**n * p(t - n), n = rint(t), t = x * log2(e); exp2 the same
+exp         2**n * p(t - n), n = rint(t), t = x * log2(e) or, for exp2, x
+exp_split   2**n * p(x - n * ln 2) with ln 2 in two parts: exp at small errors
 log         e * ln 2 + p(m - 1), x = m * 2**e, 1 <= m < 2, from the bits
 ==========  ==================================================================================================
 """
@@ -31,6 +32,10 @@ MAGIC = 12582912.0
 
 SMALLEST_NORMAL = 2.0**-126
 LN2 = float(np.float32(np.log(2.0)))
+LN2_HIGH = 355.0 / 512.0
+LN2_LOW = float(np.float32(np.log(2.0) - LN2_HIGH))
+# exp on arguments inside these bounds has normal results.
+EXP_NORMAL = (-87.0, 87.0)
 # exp: n below this is applied by a second factor, so that denormal results round once.
 FIRST_FACTOR_MIN = -90.0
 
@@ -147,12 +152,13 @@ def _direct(table: Table, x, ops):
     return _interpolate(table, _signed_argument(table, x, ops), ops)
 
 
-def _exp(table: Table, x, ops):
-    t = _signed_argument(table, x, ops)
-    magic = ops.const(table.magic)
-    shifted = ops.add(t, magic)
-    mantissa = _horner(table, None, ops.sub(t, ops.sub(shifted, magic)), ops)
-    if table.low >= -125.0 and table.high <= 126.0:
+def _clamped(table: Table, x, ops):
+    return ops.maximum(ops.const(table.low), ops.minimum(ops.const(table.high), x))
+
+
+def _times_power_of_two(table: Table, mantissa, shifted, ops):
+    """mantissa * 2**n for the n in the low bits of ``shifted``."""
+    if table.low >= EXP_NORMAL[0] and table.high <= EXP_NORMAL[1]:
         factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
         return ops.mul(mantissa, ops.from_bits(factor))
     # 2**(n1 - 2) * 2**(n - n1 + 2): only the last product can round (to a denormal) or overflow.
@@ -161,6 +167,27 @@ def _exp(table: Table, x, ops):
     first_factor = (ops.bits(first) << ops.int_const(23)) + ops.int_const(125 << 23)
     rest_factor = (rest << ops.int_const(23)) + ops.int_const(129 << 23)
     return ops.mul(ops.mul(mantissa, ops.from_bits(first_factor)), ops.from_bits(rest_factor))
+
+
+def _exp(table: Table, x, ops):
+    t = _clamped(table, x, ops)
+    if table.scale != 1.0:
+        t = ops.mul(t, ops.const(table.scale))
+    magic = ops.const(MAGIC)
+    shifted = ops.add(t, magic)
+    mantissa = _horner(table, None, ops.sub(t, ops.sub(shifted, magic)), ops)
+    return _times_power_of_two(table, mantissa, shifted, ops)
+
+
+def _exp_split(table: Table, x, ops):
+    clamped = _clamped(table, x, ops)
+    magic = ops.const(MAGIC)
+    shifted = ops.add(ops.mul(clamped, ops.const(table.scale)), magic)
+    n = ops.sub(shifted, magic)
+    # Cody and Waite: n * LN2_HIGH and the first difference are exact.
+    rest = ops.sub(clamped, ops.mul(n, ops.const(LN2_HIGH)))
+    rest = ops.sub(rest, ops.mul(n, ops.const(LN2_LOW)))
+    return _times_power_of_two(table, _horner(table, None, rest, ops), shifted, ops)
 
 
 def _log(table: Table, x, ops):
@@ -209,6 +236,7 @@ REDUCTIONS = {
     "hinge": _hinge,
     "direct": _direct,
     "exp": _exp,
+    "exp_split": _exp_split,
     "log": _log,
     "reciprocal": _reciprocal,
     "sqrt": _sqrt,

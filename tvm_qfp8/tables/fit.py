@@ -38,7 +38,7 @@ def fit_polynomial(
     pinned = np.polynomial.chebyshev.chebvander(np.array([(p - middle) / half for p, _ in pins]), degree)
     values = np.array([value for _, value in pins])
     lawson = np.full(len(t), 1.0 / len(t))
-    best, best_error = None, np.inf
+    best, best_error = np.zeros(degree + 1), np.inf
     for _ in range(ITERATIONS):
         coefficients = _constrained_least_squares(basis, target, lawson * scale**2, pinned, values)
         error = np.abs(basis @ coefficients - target) * scale

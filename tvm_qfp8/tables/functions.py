@@ -101,7 +101,9 @@ _FUNCTIONS = (
     Function("erf", "odd", erf, erf, 0.98, high_limit=1.0),
     Function("sigmoid", "logistic", _sigmoid, lambda a: 0.5 * np.tanh(0.5 * a), 0.1, high_limit=0.5),
     Function("mish", "hinge", _mish, _mish, 1.2, low=None, high_limit=None),
-    Function("elu", "hinge", _elu, lambda x: np.expm1(np.minimum(x, 0.0)), 1.0, low=None, high=0.0, low_limit=-1.0),
+    Function(
+        "elu", "hinge", _elu, lambda x: np.expm1(np.minimum(x, 0.0)), 1.0, low=None, high=0.0, low_limit=-1.0
+    ),
     Function("exp", "exp", np.exp, np.exp2, 0.7, low=-0.5, high=0.5, pins=(0.0,), relative=True),
     Function("exp2", "exp", np.exp2, np.exp2, 0.7, low=-0.5, high=0.5, pins=(0.0,), relative=True),
     Function("log", "log", np.log, np.log1p, 1.0, low=0.0, high=1.0, pins=(0.0,)),

@@ -10,13 +10,15 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def sample_inputs(count: int, low: float = -np.inf, high: float = np.inf) -> np.ndarray:
-    """About ``count`` float32 values in ``[low, high]``: half evenly over all bit patterns, half where functions bend."""
+    """About ``count`` float32 values in ``[low, high]``: half over all bit patterns, half where functions bend."""
     patterns = np.linspace(0, 2**32 - 1, count // 2).astype(np.uint32).view(np.float32)
     span = (max(low, -16.0), min(high, 16.0))
     dense = np.linspace(*span, count // 4) if span[0] < span[1] else np.linspace(low, high, count // 4)
     wide = np.linspace(max(low, -160.0), min(high, 160.0), count - count // 2 - count // 4)
     special = np.array([0.0, -0.0, np.inf, -np.inf, 2.0**-149, -(2.0**-149), 2.0**-126, low, high])
-    x = np.concatenate([patterns, dense.astype(np.float32), wide.astype(np.float32), special.astype(np.float32)])
+    x = np.concatenate(
+        [patterns, dense.astype(np.float32), wide.astype(np.float32), special.astype(np.float32)]
+    )
     return x[(x >= low) & (x <= high)]
 
 

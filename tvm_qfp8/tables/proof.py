@@ -7,8 +7,8 @@ variable ``t``, and ``u = 2**-24``. The error has these parts; each is bounded, 
    Between two points ``e`` differs from its chord by at most ``d**2 / 8 * sup |e''|``, and
    ``|e''| <= |g''| + |p''|``: the first is the function's stated curvature, the second is bounded by
    ``sum j (j - 1) |c_j| V**(j - 2)`` with ``V = max |variable|``. The maximum over points plus that term is a bound.
-2. Argument: ``t = fl(fl(scale * x) + offset)`` is off by at most ``u`` of each rounded value, which moves ``p`` by at most ``sup |p'|``
-   times that. ``scale`` itself is no error: it only places the cells.
+2. Argument: ``t = fl(fl(scale * x) + offset)`` is off by at most ``u`` of each rounded value, which moves ``p`` by
+   ``sup |p'|`` times that. ``scale`` itself is no error: it only places the cells.
    The cell number is exact: ``t + magic`` rounds to the nearest multiple of the step, and cells are closed.
 3. Horner: if ``r`` is a partial result of magnitude ``R`` with error ``E``, the next one has the error
    ``E V + u (R + E) V`` from the product and ``u`` times its magnitude from the sum.

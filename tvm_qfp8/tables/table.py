@@ -14,12 +14,12 @@ class Table:
     """A function as polynomials on uniform cells, with a proved error bound.
 
     The argument is brought to ``t = clamp(scale * x + offset, low, high)`` (after the range reduction); the cell is
-    ``rint(t / step)`` modulo ``cells``, found by adding ``magic = 1.5 * 2**23 * step``: the sum's low bits are the cell.
+    ``rint(t / step)`` modulo ``cells``, got by adding ``magic = 1.5 * 2**23 * step``: the sum's low bits are the cell.
     """
 
     name: str
     reduction: str
-    """Which range reduction of ``evaluate`` applies: even, odd, logistic, hinge, direct, exp, exp2, log, ..."""
+    """Which range reduction of ``evaluate`` applies: even, odd, logistic, hinge, direct, exp, log, ..."""
     max_error: float
     """Proved bound of the error in float32 arithmetic, every rounding included (see ``proof``)."""
     observed_error: float

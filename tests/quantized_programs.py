@@ -1,0 +1,58 @@
+"""Small quantized Relax programs that several tests build, compile and run."""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvm_qfp8.format import get_layout
+from tvm_qfp8.relay_passes.lower_groups import LowerGroups
+from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
+from tvm_qfp8.targets import isa as isa_of
+from tvm_qfp8.targets import parse_target
+from tvm_qfp8.topi.isa import instruction_set
+
+TARGETS = {"sse2": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+"""A target for each instruction set of x86."""
+
+
+def machine_runs(name: str) -> bool:
+    """Whether this CPU runs code for an x86 instruction set."""
+    order = ["sse2", "avx2", "avx512"]
+    own = isa_of(parse_target("native"))
+    return own in order and order.index(name) <= order.index(own)
+
+
+def program(inputs, emit):
+    """``emit(builder, *inputs) -> expression``; inputs are (shape, layout name or None for float32)."""
+    builder = relax.BlockBuilder()
+    variables = [
+        relax.Var(f"x{i}", relax.TensorType(shape, get_layout(layout).ir_dtype if layout else "float32"))
+        for i, (shape, layout) in enumerate(inputs)
+    ]
+    with builder.function("main", variables):
+        with builder.dataflow():
+            output = builder.emit_output(emit(builder, *variables))
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+def build(mod, target: str, threads: int = 1):
+    """Write the kernels for a target and compile."""
+    parsed = parse_target(target)
+    with parsed:
+        mod = LowerGroups(instruction_set(isa_of(parsed)), threads)(mod)
+        mod = ScheduleRest(threads)(relax.transform.LegalizeOps()(mod))
+        return tvm.compile(mod, target=parsed)
+
+
+def run(executable, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Call ``main`` on this machine."""
+    result = relax.VirtualMachine(executable, tvm.cpu())["main"](*(tvm.runtime.tensor(a) for a in arrays))
+    return [result.numpy()] if hasattr(result, "numpy") else [part.numpy() for part in result]
+
+
+def random_codes(rng: np.random.Generator, shape) -> np.ndarray:
+    """Any codes, NaN's among them (kernels read it as zero)."""
+    return rng.integers(0, 256, shape, dtype=np.uint8)

@@ -1,0 +1,108 @@
+"""Values given on the command line: shapes, inputs, calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from tvm_qfp8.errors import CalibrationError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
+    """``["name=1,3,224,224"]`` as ``{"name": (1, 3, 224, 224)}``.
+
+    Raises
+    ------
+    typer.BadParameter
+        Anything else.
+    """
+    shapes = {}
+    for text in texts:
+        name, equals, extents = text.rpartition("=")
+        parts = extents.replace("x", ",").split(",")
+        if not equals or not name or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            raise typer.BadParameter(f"{text!r} is not NAME=EXTENT,EXTENT,... as in image=1,3,224,224")
+        shapes[name] = tuple(int(part) for part in parts)
+    return shapes
+
+
+def read_inputs(texts: list[str]) -> dict[str, np.ndarray]:
+    """Arrays from ``NAME=FILE.npy`` or ``FILE.npz`` (all arrays of the file under their names).
+
+    Raises
+    ------
+    InputError
+        A file is missing or is no array file.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if equals:
+            arrays[name] = _read_one(Path(file))
+        elif text.endswith(".npz"):
+            arrays.update(_read_archive(Path(text)))
+        else:
+            raise typer.BadParameter(f"{text!r} is neither NAME=FILE.npy nor FILE.npz")
+    return arrays
+
+
+def calibration_data(path: Path | None) -> Path | Iterator[dict[str, np.ndarray]] | None:
+    """What ``compile`` takes as calibration: an .npz file as it is, a folder as a stream of its .npz files.
+
+    Raises
+    ------
+    CalibrationError
+        The path does not exist, or the folder holds no .npz file.
+    """
+    if path is None:
+        return None
+    if not path.exists():
+        raise CalibrationError(f"no such calibration file or folder: {path}")
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.npz"))
+    if not files:
+        raise CalibrationError(
+            f"folder {path} holds no .npz file; each should hold one sample, an array for each input of the model"
+        )
+    return (_read_archive(file) for file in files)
+
+
+def _read_one(path: Path) -> np.ndarray:
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"cannot read {path}: {_reason(error)}; expected a file written by numpy.save"
+        ) from error
+    if not isinstance(array, np.ndarray):
+        raise InputError(
+            f"{path} holds several arrays ({', '.join(array.files)}); give the .npz file without a name"
+        )
+    return array
+
+
+def _read_archive(path: Path) -> dict[str, np.ndarray]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"cannot read {path}: {_reason(error)}; expected a file written by numpy.savez"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

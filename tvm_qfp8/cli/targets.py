@@ -1,0 +1,74 @@
+"""``tvm-qfp8 targets``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from tvm_qfp8.cli.console import reports_errors
+
+_SHOWN = (
+    "sse4.2",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512bw",
+    "avx512vnni",
+    "avxvnni",
+    "neon",
+    "dotprod",
+    "i8mm",
+    "sve",
+    "v",
+)
+
+
+@reports_errors
+def targets(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """List the names that --target takes.
+
+    Beside these, LLVM's CPU names ([bold]skylake[/bold], [bold]cortex-a55[/bold]), TVM's tags
+    ([bold]raspberry-pi/4b-aarch64[/bold]) and TVM's command line work:
+
+    \b
+    tvm-qfp8 compile ... --target "llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod"
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from tvm_qfp8.target_names import TARGETS
+    from tvm_qfp8.targets import cpu_features, isa, parse_target
+
+    rows = []
+    for name, (description, _) in TARGETS.items():
+        target = parse_target(name)
+        if target.kind.name == "llvm":
+            features = cpu_features(target)
+            kernels, shown = isa(target), [feature for feature in _SHOWN if feature in features]
+            machine = str(target.attrs["mtriple"])
+            cpu = str(target.attrs["mcpu"]) if "mcpu" in target.attrs else "generic"
+        else:
+            kernels, shown, machine, cpu = "", [], target.kind.name, str(target.attrs["arch"])
+        rows.append(
+            {
+                "name": name,
+                "description": description,
+                "machine": machine,
+                "cpu": cpu,
+                "kernels": kernels,
+                "features": shown,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table("name", "what it is", "CPU or arch", "kernels", "features", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(
+            row["name"], row["description"], row["cpu"], row["kernels"] or "-", " ".join(row["features"])
+        )
+    Console().print(table)
