@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+# Imported here because the function shares its module's name, which importing the module would bind instead.
+from tvm_qfp8.quantize import QTensor, quantize
+
 _PUBLIC = {
     "compile": "compiler",
     "Config": "config",
@@ -16,14 +19,12 @@ _PUBLIC = {
     "Report": "report",
     "encode": "format",
     "decode": "format",
-    "quantize": "quantize",
-    "QTensor": "quantize",
     "build_table": "tables",
     "Table": "tables",
     "QFP8Error": "errors",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, "QTensor", "quantize"])
 __version__ = "0.1.0"
 
 

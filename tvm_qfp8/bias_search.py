@@ -17,14 +17,15 @@ from tvm_qfp8.format import Layout, round_to_grid
 STEPS_PER_OCTAVE = 16
 STEPS = np.arange(-16, 41)
 GOLDEN_STEPS = 12
-"""The bracket of two steps of 1/16 octave shrinks to 1/5000 octave: a finer scale changes no measurable error."""
+"""Scales tried within the bracket, which shrinks from 1/8 to 1/1000 octave: finer changes no measurable error."""
 
 MIN_SCALE = np.float32(2.0**-126)
 """Smallest normal float32; its reciprocal is finite."""
 
-_GOLDEN = (5**0.5 - 1) / 2
 BLOCK = 1 << 14
 """Values of a block: its four or five float arrays stay in the second-level cache through all scales."""
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 Error = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 """Scales ``(channels,)`` to squared errors ``(channels,)``."""
@@ -78,6 +79,7 @@ def _max_scale(largest: NDArray[np.float32], layout: Layout) -> NDArray[np.float
 
 
 def search_max(_error: Error, largest: NDArray[np.float32], layout: Layout) -> NDArray[np.float32]:
+    """The largest value on the largest grid value."""
     return _max_scale(largest, layout)
 
 
