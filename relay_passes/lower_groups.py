@@ -24,6 +24,7 @@ from tvm import relax
 
 from tvm_qfp8.relay_passes.fuse import Group, Single, partition
 from tvm_qfp8.relay_passes.kernels import storage_dtype, write_kernel
+from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.topi.isa import InstructionSet
 
 
@@ -35,21 +36,7 @@ class LowerGroups:
         self.isa, self.threads = isa, threads
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        main = mod["main"]
-        parameters = [
-            relax.Var(p.name, relax.TensorType(p.ty.shape, storage_dtype(str(p.ty.dtype)))) for p in main.params
-        ]
-        builder = relax.BlockBuilder()
-        rewriter = _Rewriter(builder, self.isa, self.threads, dict(zip(main.params, parameters, strict=True)))
-        with builder.function("main", parameters, attrs={"num_input": len(parameters)}):
-            with builder.dataflow():
-                results = _results(main)
-                for block in main.body.blocks:
-                    for step in partition(block, results):
-                        rewriter.step(step)
-                output = builder.emit_output(rewriter.expression(main.body.body))
-            builder.emit_func_output(output)
-        return builder.get()
+        return _Rewriter(mod, self.isa, self.threads).rewrite()
 
 
 def _results(function: relax.Function) -> set[relax.Var]:
@@ -60,27 +47,24 @@ def _results(function: relax.Function) -> set[relax.Var]:
     return found
 
 
-class _Rewriter:
-    def __init__(self, builder, isa: InstructionSet, threads: int, variables: dict) -> None:
-        self.builder, self.isa, self.threads, self.variables = builder, isa, threads, variables
+class _Rewriter(MainRewriter):
+    def __init__(self, mod: tvm.IRModule, isa: InstructionSet, threads: int) -> None:
+        super().__init__(mod)
+        self.isa, self.threads = isa, threads
         self._written: dict[str, relax.GlobalVar] = {}
 
-    def expression(self, expr: relax.Expr) -> relax.Expr:
-        """The expression over the new variables."""
-        if isinstance(expr, relax.Var):
-            return self.variables[expr]
-        if isinstance(expr, relax.Tuple):
-            return relax.Tuple([self.expression(field) for field in expr.fields])
-        if isinstance(expr, relax.TupleGetItem):
-            return relax.TupleGetItem(self.expression(expr.tuple_value), expr.index)
-        if isinstance(expr, relax.Call):
-            arguments = [self.expression(argument) for argument in expr.args]
-            return relax.Call(expr.op, arguments, expr.attrs, expr.ty_args)
-        return expr
+    def parameter(self, old: relax.Var) -> relax.Var:
+        return relax.Var(old.name, relax.TensorType(old.ty.shape, storage_dtype(str(old.ty.dtype))))
+
+    def body(self) -> None:
+        results = _results(self.main)
+        for block in self.main.body.blocks:
+            for step in partition(block, results):
+                self.step(step)
 
     def step(self, step: Group | Single) -> None:
         if isinstance(step, Single):
-            self.variables[step.var] = self.builder.emit(self.expression(step.value), step.var.name)
+            self.keep(step.var, step.value)
             return
         kernel = write_kernel(step, self.isa, self.threads)
         if kernel.key not in self._written:

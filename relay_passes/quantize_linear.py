@@ -27,6 +27,7 @@ from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
+from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 MOVES_DATA = (
@@ -95,40 +96,18 @@ class QuantizeLinear:
         self.plan = plan
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        main = mod["main"]
-        rewriter = _Rewriter(main, self.plan)
-        with rewriter.builder.function("main", rewriter.parameters, attrs={"num_input": len(rewriter.parameters)}):
-            with rewriter.builder.dataflow():
-                for block in main.body.blocks:
-                    for binding in block.bindings:
-                        rewriter.binding(binding.var, binding.value)
-                output = rewriter.builder.emit_output(rewriter.expression(main.body.body))
-            rewriter.builder.emit_func_output(output)
-        return rewriter.builder.get()
+        return _Rewriter(mod, self.plan).rewrite()
 
 
-class _Rewriter:
-    def __init__(self, main: relax.Function, plan: QuantizationPlan) -> None:
+class _Rewriter(MainRewriter):
+    def __init__(self, mod: tvm.IRModule, plan: QuantizationPlan) -> None:
+        super().__init__(mod)
         self.plan = plan
-        self.builder = relax.BlockBuilder()
-        self.parameters = [relax.Var(p.name, p.ty) for p in main.params]
-        self.variables = dict(zip(main.params, self.parameters, strict=True))
-        self.definition: dict[relax.Var, relax.Expr] = {}
-        self.uses: dict[relax.Var, int] = {}
         self.next_add: dict[relax.Var, tuple[relax.Var, np.ndarray]] = {}
         self._encoded: dict[tuple, relax.Expr] = {}
         self._done: set[relax.Var] = set()
-        bindings = [b for block in main.body.blocks for b in block.bindings]
-        for binding in bindings:
-            self.definition[binding.var] = binding.value
-            relax.analysis.post_order_visit(binding.value, self._count)
-        self._count(main.body.body)
-        for binding in bindings:
-            self._note_bias(binding.var, binding.value)
-
-    def _count(self, expr) -> None:
-        if isinstance(expr, relax.Var):
-            self.uses[expr] = self.uses.get(expr, 0) + 1
+        for var, value in self.definition.items():
+            self._note_bias(var, value)
 
     def _note_bias(self, var: relax.Var, value: relax.Expr) -> None:
         """Remember ``add(linear, constant per channel)`` where the linear result has no other use."""
@@ -143,18 +122,6 @@ class _Rewriter:
             if linear.name in self.plan.linear and self.uses[linear] == 1 and per_channel:
                 self.next_add[linear] = (var, data.reshape(-1).astype(np.float32))
 
-    def expression(self, expr: relax.Expr) -> relax.Expr:
-        """The expression over the new variables."""
-        if isinstance(expr, relax.Var):
-            return self.variables[expr]
-        if isinstance(expr, relax.Tuple):
-            return relax.Tuple([self.expression(field) for field in expr.fields])
-        if isinstance(expr, relax.TupleGetItem):
-            return relax.TupleGetItem(self.expression(expr.tuple_value), expr.index)
-        if isinstance(expr, relax.Call):
-            return relax.Call(expr.op, [self.expression(a) for a in expr.args], expr.attrs, expr.ty_args)
-        return expr
-
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         if var in self._done:
             return
@@ -163,7 +130,7 @@ class _Rewriter:
         elif op_name(value) == "relax.matmul" and self._is_batched(value):
             self._product(var, value)
         else:
-            self.variables[var] = self.builder.emit(self.expression(value), var.name)
+            self.keep(var, value)
 
     @staticmethod
     def _can_lower(value: relax.Call) -> bool:

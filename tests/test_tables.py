@@ -192,8 +192,9 @@ def _kernel_inputs(count: int) -> np.ndarray:
 
 
 def _all_tables() -> dict:
-    tables = {f"{name}_{i}": build_table(name, e) for name in NAMES for i, e in enumerate((1e-3, 2e-5))}
+    tables = {f"{name}_{i}": build_table(name, e) for name in NAMES for i, e in enumerate((1e-3, 1e-4))}
     tables["exp_normal"] = build_table("exp", 1e-3, domain=(-87.0, 0.0))
+    tables["exp_split"] = build_table("exp", 1e-6)
     tables["power"] = build_table(lambda x: x**1.7, 1e-4, domain=(1.0, 9.0))
     return tables
 

@@ -2,7 +2,7 @@
 
 The sequence of operations is ``tables.evaluate``; here stand the operations and the look-up of coefficients, which
 is the only part that differs between instruction sets: one ``vpermps`` finds 8 coefficients on AVX2 and 16 on
-AVX-512, ``tbl`` finds 8 on NEON, and elsewhere a tree of bitwise selections does. All give the same bits.
+AVX-512, ``tbl`` finds 16 on NEON, and elsewhere a tree of bitwise selections does. All give the same bits.
 """
 
 from __future__ import annotations
@@ -180,18 +180,33 @@ def _select_blocks(coefficients, index, lanes: int, block: int, permute: Callabl
     return found
 
 
-def _select_tree(coefficients, index, lanes: int):
-    """Any machine: a binary tree of selections, one index bit a level."""
-    return _select_blocks(
-        coefficients, index, lanes, 1, lambda values: tirx.const(values[0], with_lanes("float32", lanes))
-    )
+def _select_bits(coefficients, index, lanes: int):
+    """Any machine: a binary tree of bitwise selections, one index bit a level."""
+    dtype = with_lanes("int32", lanes)
+
+    def const(value: int):
+        return tirx.const(int(value), dtype)
+
+    levels = len(coefficients[0]).bit_length() - 1
+    # All ones in the lanes whose index has the level's bit.
+    masks = [bind((index << const(31 - level)) >> const(31)) for level in range(levels)]
+    found = []
+    for values in coefficients:
+        words = np.asarray(values, np.float32).view(np.int32)
+        parts = [
+            bind(const(a) ^ (masks[0] & const(a ^ b))) for a, b in zip(words[::2], words[1::2], strict=True)
+        ]
+        for mask in masks[1:]:
+            parts = [bind(a ^ (mask & (a ^ b))) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        found.append(tirx.reinterpret(with_lanes("float32", lanes), parts[0]))
+    return found
 
 
 LOOK_UPS: dict[str, tuple[int, Callable]] = {
     "avx512": (16, _permute_avx512),
     "avx2": (8, _permute_avx2),
     "neon": (4, _table_neon),
-    "sse2": (1, _select_tree),
-    "generic": (1, _select_tree),
+    "sse2": (1, _select_bits),
+    "generic": (1, _select_bits),
 }
 """By instruction set: the lanes that a look-up works on (1: any), and the look-up."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,23 +46,15 @@ def targets(
     rows = []
     for name, (description, _) in TARGETS.items():
         target = parse_target(name)
+        row: dict[str, Any] = {"name": name, "description": description, "kind": target.kind.name}
         if target.kind.name == "llvm":
             features = cpu_features(target)
-            kernels, shown = isa(target), [feature for feature in _SHOWN if feature in features]
-            machine = str(target.attrs["mtriple"])
-            cpu = str(target.attrs["mcpu"]) if "mcpu" in target.attrs else "generic"
+            row["cpu"] = str(target.attrs["mcpu"]) if "mcpu" in target.attrs else "generic"
+            row["kernels"] = isa(target)
+            row["features"] = [feature for feature in _SHOWN if feature in features]
         else:
-            kernels, shown, machine, cpu = "", [], target.kind.name, str(target.attrs["arch"])
-        rows.append(
-            {
-                "name": name,
-                "description": description,
-                "machine": machine,
-                "cpu": cpu,
-                "kernels": kernels,
-                "features": shown,
-            }
-        )
+            row |= {"cpu": str(target.attrs["arch"]), "kernels": None, "features": []}
+        rows.append(row)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return

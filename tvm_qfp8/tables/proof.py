@@ -7,8 +7,9 @@ variable ``t``, and ``u = 2**-24``. The error has these parts; each is bounded, 
    Between two points ``e`` differs from its chord by at most ``d**2 / 8 * sup |e''|``, and
    ``|e''| <= |g''| + |p''|``: the first is the function's stated curvature, the second is bounded by
    ``sum j (j - 1) |c_j| V**(j - 2)`` with ``V = max |variable|``. The maximum over points plus that term is a bound.
-2. Argument: ``t = fl(fl(scale * x) + offset)`` is off by at most ``u`` of each rounded value, which moves ``p`` by
-   ``sup |p'|`` times that. ``scale`` itself is no error: it only places the cells.
+2. Argument: ``t = fl(fl(scale * x) + offset)`` is off by at most ``u`` of each rounded value, which moves ``g`` by
+   ``sup |g'|`` times that; ``|g'|`` is at most the steepest chord between those points plus ``d * sup |g''|``.
+   ``scale`` itself is no error: it only places the cells.
    The cell number is exact: ``t + magic`` rounds to the nearest multiple of the step, and cells are closed.
 3. Horner: if ``r`` is a partial result of magnitude ``R`` with error ``E``, the next one has the error
    ``E V + u (R + E) V`` from the product and ``u`` times its magnitude from the sum.
@@ -32,20 +33,12 @@ DENORMAL = 2.0**-140
 
 
 def approximation_error(
-    function: Callable[[np.ndarray], np.ndarray],
-    curvature: float,
-    coefficients: np.ndarray,
-    low: float,
-    high: float,
-    centre: float,
-    norm: str,
+    value: np.ndarray, t: np.ndarray, curvature: float, coefficients: np.ndarray, centre: float, norm: str
 ) -> float:
-    """Part 1 on ``[low, high]``, divided by 1, max(1, |g|) or |g| (``norm``: absolute, mixed, relative)."""
-    t = np.linspace(low, high, POINTS)
-    gap = (high - low) / (POINTS - 1)
-    value = function(t)
+    """Part 1 from ``value = g(t)``, divided by 1, max(1, |g|) or |g| (``norm``: absolute, mixed, relative)."""
+    gap = float(t[1] - t[0])
     error = np.abs(np.polynomial.polynomial.polyval(t - centre, coefficients) - value)
-    reach = max(abs(low - centre), abs(high - centre))
+    reach = max(abs(t[0] - centre), abs(t[-1] - centre))
     second = sum(j * (j - 1) * abs(c) * reach ** (j - 2) for j, c in enumerate(coefficients) if j >= 2)
     between = np.maximum(error[1:], error[:-1]) + gap**2 / 8 * (curvature + second) + REFERENCE_ERROR
     if norm == "absolute":
@@ -71,9 +64,9 @@ def horner_error(coefficients: np.ndarray, reach: float) -> float:
     return float(error)
 
 
-def slope_bound(coefficients: np.ndarray, reach: float) -> float:
-    """A bound of ``|p'|``."""
-    return float(sum(j * abs(c) * reach ** (j - 1) for j, c in enumerate(coefficients) if j >= 1))
+def slope_bound(value: np.ndarray, gap: float, curvature: float) -> float:
+    """A bound of ``|g'|`` from the values of g at points ``gap`` apart, and as far outside them."""
+    return float(np.abs(np.diff(value)).max() / gap + 2 * gap * curvature)
 
 
 def cell_bound(
@@ -89,10 +82,12 @@ def cell_bound(
     """Parts 1 to 3 for one cell, in the norm asked for."""
     exact = np.asarray(coefficients, np.float64)
     reach = max(abs(low - centre), abs(high - centre))
-    rounding = horner_error(exact, reach) + argument_error * slope_bound(exact, reach + argument_error)
+    t, gap = np.linspace(low, high, POINTS, retstep=True)
+    value = function(t)
+    rounding = horner_error(exact, reach)
+    if argument_error:
+        rounding += argument_error * (slope_bound(value, float(gap), curvature) + argument_error * curvature)
     if norm == "relative":
-        t = np.linspace(low, high, POINTS)
-        gap = (high - low) / (POINTS - 1)
-        smallest = float(np.abs(function(t)).min()) - gap**2 / 8 * curvature
+        smallest = float(np.abs(value).min()) - float(gap) ** 2 / 8 * curvature
         rounding = rounding / smallest if smallest > 0 else np.inf
-    return approximation_error(function, curvature, exact, low, high, centre, norm) + rounding
+    return approximation_error(value, t, curvature, exact, centre, norm) + rounding

@@ -1,0 +1,116 @@
+"""The commands one after another on a small network, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+
+def _tvm_qfp8(*arguments, folder, expected=0):
+    environment = os.environ | {"TVM_NUM_THREADS": "1", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tvm_qfp8", *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done
+
+
+def _network(path, weight, bias):
+    shape = ["batch", weight.shape[0]]
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "w"], ["m"]),
+            helper.make_node("Add", ["m", "b"], ["a"]),
+            helper.make_node("Sigmoid", ["a"], ["y"]),
+        ],
+        "network",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", weight.shape[1]])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A folder with ``net.onnx``, ``samples.npz``, ``x.npy`` and the float32 answer ``y.npy``."""
+    folder = tmp_path_factory.mktemp("project")
+    generator = np.random.default_rng(7)
+    weight = generator.standard_normal((48, 24)).astype(np.float32) / 7
+    bias = generator.standard_normal(24).astype(np.float32)
+    _network(folder / "net.onnx", weight, bias)
+    np.savez(folder / "samples.npz", x=generator.standard_normal((32, 48)).astype(np.float32))
+    x = generator.standard_normal((4, 48)).astype(np.float32)
+    np.save(folder / "x.npy", x)
+    np.save(folder / "y.npy", 1 / (1 + np.exp(-(x @ weight + bias))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def module(project):
+    _tvm_qfp8(*("compile", "net.onnx", "-s", "x=4,48", "-c", "samples.npz", "-o", "net.so"), folder=project)
+    return project / "net.so"
+
+
+def test_run_is_close_to_float32(project, module):
+    _tvm_qfp8("run", module, "-i", "x=x.npy", "-o", "out.npz", folder=project)
+    with np.load(project / "out.npz") as archive:
+        (name,) = archive.files
+        found = archive[name]
+    expected = np.load(project / "y.npy")
+    assert found.shape == expected.shape
+    noise = ((found - expected) ** 2).sum()
+    # E2M5 has at least 6 significant bits: rounding noise of weight and activation lies some 30 dB below the signal.
+    assert 10 * np.log10((expected**2).sum() / noise) > 25
+
+
+def test_report_names_the_layer(project, module):
+    report = json.loads(_tvm_qfp8("report", module, "--json", folder=project).stdout)
+    assert [layer["became"] for layer in report["layers"] if layer["operator"] == "matmul"] == ["QFP8"]
+    assert "matmul" in _tvm_qfp8("report", module, folder=project).stdout
+
+
+def test_bench(project, module):
+    found = json.loads(_tvm_qfp8("bench", module, "-n", "3", "--json", folder=project).stdout)
+    assert found["results"][0]["median_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("compile", "x.npy", "-o", "bad.so"), "x.npy"),
+        (("compile", "cut.onnx", "-o", "bad.so"), "cut.onnx"),
+        (("compile", "nan.onnx", "-s", "x=4,48", "-o", "bad.so"), "'w'"),
+        (("compile", "net.onnx", "-o", "bad.so"), "x"),
+        (("compile", "net.onnx", "-s", "z=4,48", "-o", "bad.so"), "z"),
+        (("compile", "net.onnx", "-s", "x=4,48", "-c", "wrong.npz", "-o", "bad.so"), "'x'"),
+        (("run", "net.so", "-i", "y=x.npy"), "'y'"),
+        (("run", "net.so", "-i", "x=double.npy"), "float64"),
+        (("run", "cut.so", "-i", "x=x.npy"), "cut.so"),
+    ],
+)
+def test_each_mistake_is_one_clear_line(project, module, arguments, word):
+    (project / "cut.onnx").write_bytes((project / "net.onnx").read_bytes()[:700])
+    _network(project / "nan.onnx", np.full((48, 24), np.nan, np.float32), np.zeros(24, np.float32))
+    np.savez(project / "wrong.npz", other=np.zeros((4, 48), np.float32))
+    np.save(project / "double.npy", np.zeros((4, 48)))
+    (project / "cut.so").write_bytes(module.read_bytes()[:5000])
+    done = _tvm_qfp8(*arguments, folder=project, expected=1)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert word in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (project / "bad.so").exists()
+    assert not list(project.glob(".tvm_qfp8_*"))

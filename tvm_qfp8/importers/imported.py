@@ -1,0 +1,27 @@
+"""What an importer hands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import tvm
+
+
+@dataclass
+class Imported:
+    """A model as Relax.
+
+    Attributes
+    ----------
+    mod : tvm.IRModule
+        One static ``main``, constants bound.
+    input_names, output_names : list of str
+        In the order of ``main``'s parameters and results.
+    notes : list of str
+        What a user should know, for the report.
+    """
+
+    mod: tvm.IRModule
+    input_names: list[str]
+    output_names: list[str]
+    notes: list[str] = field(default_factory=list)

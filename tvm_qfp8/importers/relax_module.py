@@ -1,0 +1,43 @@
+"""Relax modules: bind parameters, check that shapes are static."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from tvm_qfp8.errors import ModelError
+from tvm_qfp8.importers.imported import Imported
+
+
+def from_relax(
+    mod: tvm.IRModule, params: Mapping[str, np.ndarray], input_shapes: Mapping[str, tuple[int, ...]]
+) -> Imported:
+    """A Relax module with ``main``; ``params`` are bound by name, open dimensions by ``input_shapes``."""
+    if "main" not in [var.name_hint for var in mod.get_global_vars()]:
+        names = ", ".join(var.name_hint for var in mod.get_global_vars())
+        raise ModelError(f"the Relax module has no function 'main' (it has {names}); rename the entry function")
+    main = mod["main"]
+    names = [p.name for p in main.params]
+    unknown = [name for name in (*params, *input_shapes) if name not in names]
+    if unknown:
+        raise ModelError(f"'main' has no parameter {unknown[0]!r}; it has {', '.join(names)}")
+    if params:
+        mod = relax.transform.BindParams("main", {k: np.asarray(v) for k, v in params.items()})(mod)
+    symbols = {}
+    for p in mod["main"].params:
+        if p.name in input_shapes:
+            for own, given in zip(p.ty.shape, input_shapes[p.name], strict=True):
+                if isinstance(own, relax.Var) or not hasattr(own, "value"):
+                    symbols[own] = int(given)
+    if symbols:
+        mod = relax.transform.BindSymbolicVars(symbols, "main")(mod)
+    for p in mod["main"].params:
+        shape = list(p.ty.shape or [])
+        if not all(hasattr(extent, "value") for extent in shape):
+            raise ModelError(f"input {p.name!r} has open dimensions {shape}; give input_shapes={{{p.name!r}: (...)}}")
+    result = mod["main"].ret_ty
+    count = len(result.fields) if isinstance(result, relax.TupleType) else 1
+    return Imported(mod, [p.name for p in mod["main"].params], [f"output{i}" for i in range(count)])
