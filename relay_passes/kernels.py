@@ -209,13 +209,17 @@ class _Epilogue:
         return emit_elementwise(name, call.attrs, arguments)
 
 
-def write_kernel(group: Group, isa: InstructionSet, threads: int) -> Kernel:
-    """The kernel of ``group`` for one instruction set and number of threads."""
+def write_kernel(group: Group, isa: InstructionSet, threads: int, max_error: float) -> Kernel:
+    """The kernel of ``group`` for one instruction set and number of threads.
+
+    ``max_error`` bounds the error of a softmax; interpolated functions carry their own.
+    """
     anchor_var, anchor = group.members[0]
     name = op_name(anchor)
     operands = _Operands()
     if name in _ANCHORS:
-        body, shape_key = _ANCHORS[name](anchor, isa, threads, operands)
+        extra = (max_error,) if name in _TABLES_INSIDE else ()
+        body, shape_key = _ANCHORS[name](anchor, isa, threads, operands, *extra)
         epilogue = _Epilogue(group, isa, operands, skip=1)
         start = anchor_var
     else:
@@ -431,12 +435,13 @@ def _row_shape(x: relax.Expr) -> tuple[int, int]:
     return int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
 
 
-def _softmax(call, isa: InstructionSet, threads: int, operands: _Operands):
+def _softmax(call, isa: InstructionSet, threads: int, operands: _Operands, max_error: float):
     rows, length = _row_shape(call.args[0])
     at = operands.tensor(call.args[0])
     logarithmic = op_name(call) == "relax.nn.log_softmax"
-    error = 1e-3 if not call.attrs or not hasattr(call.attrs, "max_error") else float(call.attrs.max_error)
-    exp_table, log_table = build_table("exp", max_error=error / 4), build_table("log", max_error=error / 4)
+    # A row holds x - max <= 0: without the positive half and the denormals the table is cheaper.
+    exp_table = build_table("exp", max_error=max_error / 4, domain=(-87.0, 0.0))
+    log_table = build_table("log", max_error=max_error / 4)
 
     def body(inputs, finish) -> None:
         def one(index) -> None:
@@ -451,7 +456,7 @@ def _softmax(call, isa: InstructionSet, threads: int, operands: _Operands):
 
         for_each_row(rows, length, threads, one)
 
-    return body, (op_name(call), rows, length)
+    return body, (op_name(call), rows, length, max_error)
 
 
 def _layer_norm(call, isa: InstructionSet, threads: int, operands: _Operands):
@@ -506,6 +511,7 @@ def _pool(call, isa: InstructionSet, threads: int, operands: _Operands):
     return body, described
 
 
+_TABLES_INSIDE = ("relax.nn.softmax", "relax.nn.log_softmax")
 _ANCHORS: dict[str, Callable] = {
     "relax.qfp8.matmul": _matmul,
     "relax.qfp8.conv2d": _conv2d,

@@ -32,11 +32,11 @@ from tvm_qfp8.topi.isa import InstructionSet
 class LowerGroups:
     """Write the kernels of a quantized module for one instruction set."""
 
-    def __init__(self, isa: InstructionSet, threads: int) -> None:
-        self.isa, self.threads = isa, threads
+    def __init__(self, isa: InstructionSet, threads: int, max_error: float = 1e-3) -> None:
+        self.isa, self.threads, self.max_error = isa, threads, max_error
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return _Rewriter(mod, self.isa, self.threads).rewrite()
+        return _Rewriter(mod, self.isa, self.threads, self.max_error).rewrite()
 
 
 def _results(function: relax.Function) -> set[relax.Var]:
@@ -48,9 +48,9 @@ def _results(function: relax.Function) -> set[relax.Var]:
 
 
 class _Rewriter(MainRewriter):
-    def __init__(self, mod: tvm.IRModule, isa: InstructionSet, threads: int) -> None:
+    def __init__(self, mod: tvm.IRModule, isa: InstructionSet, threads: int, max_error: float) -> None:
         super().__init__(mod)
-        self.isa, self.threads = isa, threads
+        self.isa, self.threads, self.max_error = isa, threads, max_error
         self._written: dict[str, relax.GlobalVar] = {}
 
     def parameter(self, old: relax.Var) -> relax.Var:
@@ -66,7 +66,7 @@ class _Rewriter(MainRewriter):
         if isinstance(step, Single):
             self.keep(step.var, step.value)
             return
-        kernel = write_kernel(step, self.isa, self.threads)
+        kernel = write_kernel(step, self.isa, self.threads, self.max_error)
         if kernel.key not in self._written:
             # Private: the builder makes the name unique.
             function = kernel.function().without_attr("global_symbol")

@@ -1,4 +1,4 @@
-"""The commands one after another on a small network, each in a process of its own."""
+"""The commands on a small network, each in a process of its own, and what users get wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
+
+from tvm_qfp8.cli import app
 
 
 def _tvm_qfp8(*arguments, folder, expected=0):
@@ -98,19 +101,36 @@ def test_bench(project, module):
         (("compile", "net.onnx", "-s", "x=4,48", "-c", "wrong.npz", "-o", "bad.so"), "'x'"),
         (("run", "net.so", "-i", "y=x.npy"), "'y'"),
         (("run", "net.so", "-i", "x=double.npy"), "float64"),
-        (("run", "cut.so", "-i", "x=x.npy"), "cut.so"),
+        (("run", "cut.so", "-i", "x=x.npy"), "is cut off"),
     ],
 )
-def test_each_mistake_is_one_clear_line(project, module, arguments, word):
+def test_each_mistake_is_one_clear_line(project, module, arguments, word, monkeypatch):
     (project / "cut.onnx").write_bytes((project / "net.onnx").read_bytes()[:700])
     _network(project / "nan.onnx", np.full((48, 24), np.nan, np.float32), np.zeros(24, np.float32))
     np.savez(project / "wrong.npz", other=np.zeros((4, 48), np.float32))
     np.save(project / "double.npy", np.zeros((4, 48)))
     (project / "cut.so").write_bytes(module.read_bytes()[:5000])
-    done = _tvm_qfp8(*arguments, folder=project, expected=1)
+    monkeypatch.chdir(project)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1, done.output
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert word in errors[0]
     assert "Traceback" not in done.stderr
     assert not (project / "bad.so").exists()
     assert not list(project.glob(".tvm_qfp8_*"))
+
+
+@pytest.mark.aarch64
+def test_arm_gives_the_same_bits(project, module, run_aarch64):
+    _tvm_qfp8(
+        *("compile", "net.onnx", "-s", "x=4,48", "-c", "samples.npz", "-t", "rpi4", "-o", "arm.so"),
+        folder=project,
+    )
+    _tvm_qfp8("run", module, "-i", "x=x.npy", "-o", "here.npz", folder=project)
+    with np.load(project / "here.npz") as archive:
+        (expected,) = archive.values()
+    (found,) = run_aarch64(project / "arm.so", [np.load(project / "x.npy")])
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+    refused = _tvm_qfp8("run", "arm.so", "-i", "x=x.npy", folder=project, expected=1)
+    assert "made for aarch64" in refused.stderr

@@ -21,7 +21,6 @@ from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
-from tvm_qfp8.report import Report
 from tvm_qfp8.reporting import describe
 from tvm_qfp8.runtime import METADATA_FUNCTION, CompiledModule, TensorInfo, encode_metadata
 from tvm_qfp8.targets import isa as isa_name
@@ -39,7 +38,7 @@ def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> 
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
-        LowerGroups(isa, threads),
+        LowerGroups(isa, threads, config.max_error),
         # -- the rest: remaining QFP8 tensors become bytes, remaining operators get a generic schedule
         LowerDtype(),
         relax.transform.LegalizeOps(),
@@ -74,7 +73,6 @@ def compile(  # noqa: A001 - the public name
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     calibration: Calibration = None,
     config: Config | None = None,
-    tuning_logs: str | os.PathLike | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CompiledModule:
     """Compile a trained float network.
@@ -112,18 +110,19 @@ def compile(  # noqa: A001 - the public name
         TensorInfo(name, tuple(int(d) for d in p.ty.shape), str(p.ty.dtype))
         for name, p in zip(imported.input_names, canonical["main"].params, strict=True)
     ]
+    versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
+    metadata = encode_metadata(inputs, imported.output_names, report, versions, config.check_finite)
     with parsed:
         lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads))(canonical)
-        lowered = _add_metadata(lowered, inputs, imported.output_names, report, config)
+        lowered = _add_metadata(lowered, metadata)
         pipeline = tvm.transform.Sequential(build_passes())
         executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
-    return CompiledModule(executable, executable)
+    return CompiledModule(metadata, executable, executable)
 
 
-def _add_metadata(mod: tvm.IRModule, inputs, outputs, report: Report, config: Config) -> tvm.IRModule:
-    versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
-    data = encode_metadata(inputs, list(outputs), report, versions, config.check_finite)
+def _add_metadata(mod: tvm.IRModule, metadata: np.ndarray) -> tvm.IRModule:
+    """A function without parameters that returns the metadata's bytes."""
     builder = relax.BlockBuilder(mod)
     with builder.function(METADATA_FUNCTION, []):
-        builder.emit_func_output(builder.emit(relax.const(data)))
+        builder.emit_func_output(builder.emit(relax.const(metadata)))
     return builder.get()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
+import re
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,24 @@ from tvm_qfp8.errors import InputError, ModelError
 from tvm_qfp8.report import Report
 
 METADATA_FUNCTION = "qfp8_metadata"
+
+
+@contextlib.contextmanager
+def _without_scope_messages() -> Iterator[None]:
+    """TVM's C++ prints "Scope Saving" and "Scope Loaded" for every constant; all else on stderr passes through."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            captured.seek(0)
+            for line in captured:
+                if not re.search(rb"Warning: Scope (Saving|Loaded):", line):
+                    os.write(2, line)
 
 
 @dataclass(frozen=True)
@@ -53,22 +75,26 @@ class CompiledModule:
     report : Report
     """
 
-    def __init__(self, module: Any, executable: Any = None, check_finite: bool | None = None) -> None:
-        from tvm.runtime.vm import VirtualMachine
-
-        self._executable = executable
-        self._vm = VirtualMachine(module, tvm.cpu())
-        try:
-            text = bytes(self._vm[METADATA_FUNCTION]().numpy()).decode()
-        except (AttributeError, ValueError, RuntimeError) as error:
-            raise ModelError("the module was not written by tvm_qfp8: it holds no metadata") from error
-        data = json.loads(text)
+    def __init__(self, metadata: np.ndarray, module: Any, executable: Any = None) -> None:
+        data = json.loads(metadata.tobytes().decode())
         self.inputs = [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in data["inputs"]]
         self.outputs: list[str] = data["outputs"]
         self.report = Report.from_json(data["report"])
         self.versions: dict[str, str] = data["versions"]
-        self.check_finite = data["check_finite"] if check_finite is None else check_finite
-        self._main = self._vm["main"]
+        self.check_finite: bool = data["check_finite"]
+        self._module, self._executable = module, executable
+
+    @functools.cached_property
+    def virtual_machine(self) -> Any:
+        """TVM's virtual machine with this module, made at the first call."""
+        from tvm.runtime.vm import VirtualMachine
+
+        try:
+            return VirtualMachine(self._module, tvm.cpu())
+        except RuntimeError as error:
+            raise ModelError(
+                f"this machine cannot run a module for {self.report.target}; export it and run it there"
+            ) from error
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """Run on arrays in the order of ``inputs``; a list of arrays in the order of ``outputs``.
@@ -82,7 +108,7 @@ class CompiledModule:
             names = ", ".join(i.name for i in self.inputs)
             raise InputError(f"{len(arrays)} arrays given, the module has {len(self.inputs)} inputs: {names}")
         tensors = [self._check(info, array) for info, array in zip(self.inputs, arrays, strict=True)]
-        result = self._main(*tensors)
+        result = self.virtual_machine["main"](*tensors)
         if hasattr(result, "numpy"):
             return [result.numpy()]
         return [tensor.numpy() for tensor in result]
@@ -117,8 +143,8 @@ class CompiledModule:
     def time_evaluator(self, inputs: Mapping[str, np.ndarray], repeat: int = 10, number: int = 1) -> list[float]:
         """Seconds per call of the compiled function alone, one figure per repeat."""
         tensors = [self._check(info, inputs[info.name]) for info in self.inputs]
-        self._vm.set_input("main", *tensors)
-        timer = self._vm.time_evaluator("invoke_stateful", tvm.cpu(), number=number, repeat=repeat)
+        self.virtual_machine.set_input("main", *tensors)
+        timer = self.virtual_machine.time_evaluator("invoke_stateful", tvm.cpu(), number=number, repeat=repeat)
         return list(timer("main").results)
 
     def export_library(self, path: str | os.PathLike, fcompile: Callable | None = None) -> None:
@@ -137,11 +163,12 @@ class CompiledModule:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tvm_qfp8_") as folder:
             part = Path(folder) / ("module" + (target.suffix or ".so"))
             options = {} if fcompile is None else {"fcompile": fcompile}
-            self._executable.export_library(str(part), **options)
+            with _without_scope_messages():
+                self._executable.export_library(str(part), **options)
             os.replace(part, target)
 
 
-def load(path: str | os.PathLike, *, check_finite: bool | None = None) -> CompiledModule:
+def load(path: str | os.PathLike) -> CompiledModule:
     """Load a module written by ``CompiledModule.export_library``.
 
     Raises
@@ -149,11 +176,18 @@ def load(path: str | os.PathLike, *, check_finite: bool | None = None) -> Compil
     ModelError
         The file is missing, damaged, made for another machine, or not a module of this package.
     """
+    from tvm.runtime.vm import VirtualMachine
+
     if not Path(path).is_file():
         raise ModelError(f"no such module: {path}")
     try:
-        module = tvm.runtime.load_module(str(path))
+        with _without_scope_messages():
+            module = tvm.runtime.load_module(str(path))
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ModelError(f"cannot load {path}: {reason}") from error
-    return CompiledModule(module, check_finite=check_finite)
+    try:
+        metadata = VirtualMachine(module, tvm.cpu())[METADATA_FUNCTION]().numpy()
+    except (AttributeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path} was not written by tvm_qfp8: it holds no metadata") from error
+    return CompiledModule(metadata, module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -49,9 +49,6 @@ def compile_model(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads to write kernels for; the target's cores.")
     ] = None,
-    tuning_logs: Annotated[
-        Path | None, typer.Option("--tuning-logs", help="Folder with logs of the tuner for this target.")
-    ] = None,
     cc: Annotated[str | None, typer.Option("--cc", help="C++ compiler that links for the target.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no report.")] = False,
 ) -> None:
@@ -83,9 +80,15 @@ def compile_model(
     config = tvm_qfp8.Config(
         max_error=max_error, skip=tuple(skip or ()), activations=activations, threads=threads
     )
-    options: dict[str, Any] = {"input_shapes": shapes or None, "calibration": samples, "config": config}
     with StageProgress(f"compiling {model.name}", quiet) as progress:
-        module = tvm_qfp8.compile(str(model), parsed, tuning_logs=tuning_logs, progress=progress, **options)
+        module = tvm_qfp8.compile(
+            str(model),
+            parsed,
+            input_shapes=shapes or None,
+            calibration=samples,
+            config=config,
+            progress=progress,
+        )
         module.export_library(output, fcompile=link)
     if not quiet:
         typer.echo(module.report.to_text())

@@ -1,6 +1,6 @@
 """How a table is evaluated, written once for NumPy and for kernels.
 
-``evaluate(table, x, ops)`` is a sequence of float32 and int32 operations of ``ops``; with :class:`NumpyOps` it is the
+``evaluate(table, x, ops)`` is a sequence of float32 and int32 operations of ``ops``; with ``numpy_ops`` it is the
 twin, with ``topi.interpolate`` it is the TIR of a kernel. Each float operation rounds separately. NaN goes through:
 ``minimum(a, b)`` is ``a < b ? a : b``, so the constant stands first where a NaN must be kept.
 
@@ -38,60 +38,6 @@ LN2_LOW = float(np.float32(np.log(2.0) - LN2_HIGH))
 EXP_NORMAL = (-87.0, 87.0)
 # exp: n below this is applied by a second factor, so that denormal results round once.
 FIRST_FACTOR_MIN = -90.0
-
-
-class NumpyOps:
-    """The operations on NumPy arrays."""
-
-    def const(self, value: float):
-        return np.float32(value)
-
-    def add(self, a, b):
-        return np.add(a, b, dtype=np.float32)
-
-    def sub(self, a, b):
-        return np.subtract(a, b, dtype=np.float32)
-
-    def mul(self, a, b):
-        return np.multiply(a, b, dtype=np.float32)
-
-    def divide(self, a, b):
-        return np.divide(a, b, dtype=np.float32)
-
-    def sqrt(self, x):
-        return np.sqrt(x, dtype=np.float32)
-
-    def minimum(self, a, b):
-        return np.where(a < b, a, b).astype(np.float32)
-
-    def maximum(self, a, b):
-        return np.where(a > b, a, b).astype(np.float32)
-
-    def absolute(self, x):
-        return np.abs(x)
-
-    def less(self, a, b):
-        return a < b
-
-    def select(self, condition, a, b):
-        return np.where(condition, a, b).astype(np.float32)
-
-    def bits(self, x):
-        return np.ascontiguousarray(x, np.float32).view(np.int32)
-
-    def from_bits(self, bits):
-        return np.ascontiguousarray(bits, np.int32).view(np.float32)
-
-    def to_float(self, integer):
-        return integer.astype(np.float32)
-
-    def int_const(self, value: int):
-        return np.int32(value)
-
-    def lookup(self, coefficients, index):
-        """One vector per power of the coefficients of cell ``index`` modulo the number of cells."""
-        cell = index & np.int32(len(coefficients[0]) - 1)
-        return [np.asarray(values, np.float32)[cell] for values in coefficients]
 
 
 def evaluate(table: Table, x, ops):

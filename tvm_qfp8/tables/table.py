@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tvm_qfp8.tables.evaluate import NumpyOps, evaluate
+from tvm_qfp8.tables.evaluate import evaluate
+from tvm_qfp8.tables.numpy_ops import NumpyOps
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""Channels last: same numbers, few transpositions."""
+
+import numpy as np
+import pytest
+from test_recognize import operators
+from tvm import relax
+
+from tvm_qfp8.calibration import evaluate
+from tvm_qfp8.relay_passes.prepare import prepare
+
+op = relax.op
+RNG = np.random.default_rng(3)
+
+
+def const(*shape):
+    return relax.const(RNG.standard_normal(shape).astype(np.float32))
+
+
+def build(shape, emit):
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(shape, "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            output = builder.emit_output(emit(builder.emit, x))
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+def cnn(e, x):
+    y = e(op.add(e(op.nn.conv2d(x, const(8, 3, 3, 3), strides=2, padding=1)), const(1, 8, 1, 1)))
+    y = e(op.nn.relu(y))
+    z = e(op.nn.conv2d(y, const(8, 1, 3, 3), padding=1, groups=8))
+    z = e(op.add(e(op.multiply(z, const(8, 1, 1))), y))
+    z = e(op.concat([z, y], axis=1))
+    z = e(op.nn.max_pool2d(z, (2, 2), (2, 2)))
+    z = e(op.nn.avg_pool2d(z, (2, 2), (1, 1), (1, 1, 0, 0)))
+    return op.nn.softmax(e(op.reshape(e(op.mean(z, axis=[2, 3], keepdims=True)), (1, 16))))
+
+
+def squeeze_excite(e, x):
+    y = e(op.nn.conv2d(x, const(8, 3, 1, 1)))
+    gate = e(op.sigmoid(e(op.nn.conv2d(e(op.mean(y, axis=[2, 3], keepdims=True)), const(8, 8, 1, 1)))))
+    return op.multiply(y, gate)
+
+
+def transposed(e, x):
+    y = e(op.nn.conv2d_transpose(x, const(3, 5, 3, 3), strides=(2, 2), padding=(1, 1), output_padding=(1, 1)))
+    return op.add(y, const(1, 5, 1, 1))
+
+
+def to_tokens(e, x):
+    y = e(op.nn.conv2d(x, const(6, 3, 4, 4), strides=(4, 4)))
+    return op.permute_dims(e(op.reshape(y, (1, 6, 9))), [0, 2, 1])
+
+
+@pytest.mark.parametrize("emit, permutes", [(cnn, 1), (squeeze_excite, 2), (transposed, 2), (to_tokens, 3)])
+def test_the_numbers_stay(emit, permutes):
+    mod = build((1, 3, 12, 12), emit)
+    x = RNG.standard_normal((1, 3, 12, 12)).astype(np.float32)
+    canonical = prepare(mod)
+    np.testing.assert_allclose(evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4)
+    assert operators(canonical).count("relax.permute_dims") <= permutes
+
+
+def test_conv1d_becomes_conv2d():
+    def emit(e, x):
+        return op.add(e(op.nn.conv1d(x, const(8, 2, 3), strides=2, padding=(1, 2), groups=3)), const(1, 8, 1))
+
+    def grouped(e, x):
+        return op.nn.conv1d(x, const(9, 2, 3), strides=2, padding=(1, 2), groups=3)
+
+    x = RNG.standard_normal((2, 6, 20)).astype(np.float32)
+    mod = build((2, 6, 20), grouped)
+    canonical = prepare(mod)
+    assert "relax.nn.conv2d" in operators(canonical) and "relax.nn.conv1d" not in operators(canonical)
+    np.testing.assert_allclose(evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_is_folded():
+    gamma, beta, mean, variance = (relax.const(np.abs(RNG.standard_normal(4)).astype(np.float32)) for _ in range(4))
+
+    def emit(e, x):
+        y = e(op.nn.conv2d(x, const(4, 3, 3, 3)))
+        y = e(op.nn.batch_norm(y, gamma, beta, mean, variance, axis=1, training=False))
+        return op.nn.relu(e(relax.TupleGetItem(y, 0)))
+
+    mod = build((1, 3, 6, 6), emit)
+    canonical = prepare(mod)
+    assert sorted(set(operators(canonical))) == [
+        "relax.add", "relax.nn.conv2d", "relax.nn.relu", "relax.permute_dims",
+    ]  # fmt: skip
+    x = RNG.standard_normal((1, 3, 6, 6)).astype(np.float32)
+    np.testing.assert_allclose(evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,123 @@
+"""Nonlinear layers are put back together from whatever operators a file holds."""
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from tvm_qfp8.calibration import evaluate
+from tvm_qfp8.relay_passes.recognize import Recognize
+from tvm_qfp8.topi.float_contract import LANES
+
+op = relax.op
+
+
+def const(value):
+    return relax.const(np.asarray(value, np.float32))
+
+
+def build(emit, shape=(2, 3, 32)):
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(shape, "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            output = builder.emit_output(emit(builder.emit, x))
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+def operators(mod):
+    found = []
+    relax.analysis.post_order_visit(
+        mod["main"], lambda e: found.append(e.op.name) if isinstance(e, relax.Call) else None
+    )
+    return found
+
+
+def gelu_torch(e, x):
+    return op.multiply(e(op.multiply(x, e(op.add(e(op.erf(e(op.divide(x, const(1.4142135))))), const(1))))), const(0.5))
+
+
+def gelu_half_first(e, x):
+    half = e(op.multiply(const(0.5), x))
+    return op.multiply(half, e(op.add(const(1), e(op.erf(e(op.multiply(x, const(0.70710677))))))))
+
+
+def gelu_by_cdf(e, x):
+    cdf = e(op.multiply(const(0.5), e(op.add(const(1), e(op.erf(e(op.divide(x, const(1.4142135)))))))))
+    return op.multiply(x, cdf)
+
+
+def gelu_tanh(e, x):
+    cube = e(op.power(x, const(3)))
+    inner = e(op.multiply(const(0.7978845608), e(op.add(x, e(op.multiply(const(0.044715), cube))))))
+    return op.multiply(e(op.multiply(const(0.5), x)), e(op.add(const(1), e(op.tanh(inner)))))
+
+
+def silu(e, x):
+    return op.multiply(e(op.sigmoid(x)), x)
+
+
+def sigmoid_by_exp(e, x):
+    return op.divide(const(1), e(op.add(const(1), e(op.exp(e(op.negative(x)))))))
+
+
+CASES = {
+    "gelu_torch": (gelu_torch, "relax.nn.gelu"),
+    "gelu_half_first": (gelu_half_first, "relax.nn.gelu"),
+    "gelu_by_cdf": (gelu_by_cdf, "relax.nn.gelu"),
+    "gelu_tanh": (gelu_tanh, "relax.nn.gelu_tanh"),
+    "silu": (silu, "relax.nn.silu"),
+    "sigmoid_by_exp": (sigmoid_by_exp, "relax.sigmoid"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_function_becomes_one_operator(name):
+    emit, expected = CASES[name]
+    mod = Recognize()(build(emit))
+    assert operators(mod) == [expected]
+    x = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
+    np.testing.assert_allclose(evaluate(mod, {"x": x})[0], evaluate(build(emit), {"x": x})[0], atol=2e-6)
+
+
+def test_an_inner_value_that_is_read_elsewhere_is_kept():
+    def emit(e, x):
+        erf = e(op.erf(e(op.divide(x, const(1.4142135)))))
+        gelu = e(op.multiply(e(op.multiply(x, e(op.add(erf, const(1))))), const(0.5)))
+        return op.add(gelu, erf)
+
+    assert sorted(operators(Recognize()(build(emit)))) == ["relax.add", "relax.divide", "relax.erf", "relax.nn.gelu"]
+
+
+@pytest.mark.parametrize("scale", [0.49, 0.51])
+def test_a_near_miss_stays(scale):
+    def emit(e, x):
+        return op.multiply(e(op.multiply(x, e(op.add(e(op.erf(e(op.divide(x, const(1.4142135))))), const(1))))), const(scale))
+
+    assert "relax.nn.gelu" not in operators(Recognize()(build(emit)))
+
+
+@pytest.mark.parametrize("root", ["sqrt", "rsqrt", "power"])
+@pytest.mark.parametrize("square", ["power", "multiply", "square"])
+def test_layer_norm(root, square):
+    gamma, beta = np.random.default_rng(1).standard_normal((2, 2 * LANES)).astype(np.float32)
+
+    def emit(e, x):
+        centred = e(op.subtract(x, e(op.mean(x, axis=[-1], keepdims=True))))
+        squares = {
+            "power": lambda: op.power(centred, const(2)),
+            "multiply": lambda: op.multiply(centred, centred),
+            "square": lambda: op.square(centred),
+        }[square]()
+        variance = e(op.add(e(op.mean(e(squares), axis=[-1], keepdims=True)), const(1e-5)))
+        if root == "rsqrt":
+            normalised = e(op.multiply(centred, e(op.rsqrt(variance))))
+        else:
+            deviation = op.sqrt(variance) if root == "sqrt" else op.power(variance, const(0.5))
+            normalised = e(op.divide(centred, e(deviation)))
+        return op.add(e(op.multiply(normalised, const(gamma))), const(beta))
+
+    mod = Recognize()(build(emit))
+    assert operators(mod) == ["relax.nn.layer_norm"]
+    x = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
+    np.testing.assert_allclose(evaluate(mod, {"x": x})[0], evaluate(build(emit), {"x": x})[0], atol=1e-5)
