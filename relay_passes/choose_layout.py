@@ -26,7 +26,7 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
-from tvm_qfp8.relay_passes.fuse import op_name, static_shape
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 TO_NHWC = [0, 2, 3, 1]
@@ -34,11 +34,13 @@ TO_NCHW = [0, 3, 1, 2]
 
 ELEMENTWISE = {
     f"relax.{name}"
-    for name in (
-        "add subtract multiply divide maximum minimum power negative abs sqrt rsqrt square exp log erf tanh sigmoid "
-        "clip floor ceil round where greater greater_equal less less_equal equal not_equal astype nn.relu nn.gelu "
-        "nn.gelu_tanh nn.silu nn.leakyrelu nn.softplus nn.prelu"
-    ).split()
+    for names in (
+        "add subtract multiply divide maximum minimum power where astype",
+        "negative abs sqrt rsqrt square exp log erf tanh sigmoid clip floor ceil round",
+        "greater greater_equal less less_equal equal not_equal",
+        "nn.relu nn.gelu nn.gelu_tanh nn.silu nn.leakyrelu nn.softplus nn.prelu",
+    )
+    for name in names.split(" ")
 }
 REDUCTIONS = {"relax.mean": relax.op.mean, "relax.max": relax.op.max, "relax.sum": relax.op.sum}
 
@@ -77,7 +79,7 @@ class _Rewriter(MainRewriter):
         """In the file's own layout: turned back where only the NHWC form exists."""
         if isinstance(expr, relax.Var) and expr not in self.variables and expr in self.nhwc:
             turned = self.nhwc[expr]
-            shape = static_shape(expr)
+            shape = shape_of(expr)
             if shape[2] * shape[3] == 1:
                 back = relax.op.reshape(turned, shape)
             else:
@@ -107,7 +109,7 @@ class _Rewriter(MainRewriter):
         result = handler(var, value) if handler else None
         if result is None:
             self.keep(var, value)
-        elif len(static_shape(var)) == 4 and handler not in (self._permute,):
+        elif len(static_shape(var) or ()) == 4 and handler not in (self._permute,):
             self.nhwc[var] = self.builder.emit(result, var.name)
         else:
             self.variables[var] = self.builder.emit(result, var.name)
@@ -138,7 +140,7 @@ class _Rewriter(MainRewriter):
         attrs = value.attrs
         if weight is None or str(attrs.data_layout) != "NCW" or str(attrs.kernel_layout) != "OIW":
             return None
-        batch, channels, width = static_shape(value.args[0])
+        batch, channels, width = shape_of(value.args[0])
         x = self.builder.emit(relax.op.permute_dims(self.expression(value.args[0]), [0, 2, 1]))
         x = self.builder.emit(relax.op.reshape(x, (batch, 1, width, channels)))
         padding = [int(p) for p in attrs.padding]
@@ -153,7 +155,7 @@ class _Rewriter(MainRewriter):
             kernel_layout="OHWI",
         )
         y = self.builder.emit(conv, var.name)
-        batch, channels, width = static_shape(var)
+        batch, channels, width = shape_of(var)
         y = self.builder.emit(relax.op.reshape(y, (batch, width, channels)))
         return relax.op.permute_dims(y, [0, 2, 1])
 
@@ -215,10 +217,19 @@ class _Rewriter(MainRewriter):
         attrs = value.attrs
         if not self._follows(value) or str(attrs.layout) != "NCHW":
             return None
-        names = ("roi", "method", "coordinate_transformation_mode", "rounding_method", "cubic_alpha", "cubic_exclude")
-        kept = {name: getattr(attrs, name) for name in (*names, "extrapolation_value")}
+        names = (
+            "method",
+            "coordinate_transformation_mode",
+            "rounding_method",
+            "cubic_alpha",
+            "cubic_exclude",
+            "extrapolation_value",
+            "out_dtype",
+        )
+        kept = {name: getattr(attrs, name) for name in names}
+        roi = [float(bound) for bound in attrs.roi]
         return relax.op.image.resize2d(
-            self.channels_last(value.args[0]), value.args[1], layout="NHWC", **kept, out_dtype=attrs.out_dtype
+            self.channels_last(value.args[0]), value.args[1], roi=roi, layout="NHWC", **kept
         )
 
     def _reduce(self, var, value: relax.Call) -> relax.Call | None:

@@ -15,6 +15,7 @@ run in the anchor's place.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from tvm import ir, relax
 
@@ -46,7 +47,7 @@ class Single:
     value: relax.Expr
 
 
-def op_name(value: relax.Expr) -> str:
+def op_name(value: Any) -> str:
     """The name of a called operator, or an empty string."""
     if isinstance(value, relax.Call) and isinstance(value.op, ir.Op):
         return value.op.name
@@ -61,6 +62,13 @@ def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
     return tuple(int(extent) for extent in shape)
 
 
+def shape_of(expr: relax.Expr) -> tuple[int, ...]:
+    """The shape of a static tensor."""
+    shape = static_shape(expr)
+    assert shape is not None, f"{expr} is not a static tensor"
+    return shape
+
+
 def tensor_arguments(call: relax.Call) -> list[relax.Expr]:
     """The arguments of a call that are tensors (``clip`` has its bounds as scalars)."""
     return [argument for argument in call.args if isinstance(argument.ty, relax.TensorType)]
@@ -73,7 +81,8 @@ def _is_float_or_code(expr: relax.Expr) -> bool:
 
 def _pointwise(value: relax.Expr) -> bool:
     return op_name(value) in POINTWISE and all(
-        _is_float_or_code(argument) and static_shape(argument) is not None for argument in tensor_arguments(value)
+        _is_float_or_code(argument) and static_shape(argument) is not None
+        for argument in tensor_arguments(value)
     )
 
 
@@ -94,7 +103,11 @@ def is_pooling(value: relax.Expr) -> bool:
         return False
     if name == "relax.mean":
         axes = value.attrs.axis
-        return len(value.args[0].ty.shape) == 4 and axes is not None and sorted(int(a) % 4 for a in axes) == [1, 2]
+        return (
+            len(value.args[0].ty.shape) == 4
+            and axes is not None
+            and sorted(int(a) % 4 for a in axes) == [1, 2]
+        )
     attrs = value.attrs
     plain = not attrs.ceil_mode and str(attrs.layout) == "NHWC" and str(attrs.out_layout) in ("", "NHWC")
     return plain and all(int(d) == 1 for d in attrs.dilation)
@@ -124,18 +137,21 @@ def partition(block: relax.DataflowBlock, results: set[relax.Var]) -> list[Group
             group_of[var] = group
             position[var] = next(i for i, step in enumerate(steps) if step is group)
 
-    used_outside = set(results)
+    _find_outputs(steps, results)
+    return steps
+
+
+def _find_outputs(steps: list[Group | Single], results: set[relax.Var]) -> None:
+    """A group's outputs are what other steps read or what lives on."""
+    read_outside = set(results)
     for step in steps:
         inner = {var for var, _ in step.members} if isinstance(step, Group) else set()
         values = [value for _, value in step.members] if isinstance(step, Group) else [step.value]
         for value in values:
-            relax.analysis.post_order_visit(
-                value, lambda e, inner=inner: used_outside.add(e) if isinstance(e, relax.Var) and e not in inner else None
-            )
+            read_outside.update(var for var in relax.analysis.free_vars(value) if var not in inner)
     for step in steps:
         if isinstance(step, Group):
-            step.outputs = [var for var, _ in step.members if var in used_outside]
-    return steps
+            step.outputs = [var for var, _ in step.members if var in read_outside]
 
 
 def _group_to_join(value, position: dict, group_of: dict, steps: list) -> Group | None:

@@ -23,7 +23,8 @@ import tvm
 from tvm import relax
 
 from tvm_qfp8.relay_passes.fuse import Group, Single, partition
-from tvm_qfp8.relay_passes.kernels import storage_dtype, write_kernel
+from tvm_qfp8.relay_passes.kernels import write_kernel
+from tvm_qfp8.relay_passes.operands import storage_dtype
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.topi.isa import InstructionSet
 

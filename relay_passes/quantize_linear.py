@@ -18,15 +18,18 @@ the plan skips stays in float32, with its reason in the plan.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
+from tvm_qfp8.dtype import codes_tensor
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
-from tvm_qfp8.relay_passes.fuse import op_name, static_shape
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
@@ -39,10 +42,9 @@ MOVES_DATA = (
 )
 
 
-def codes_constant(codes: np.ndarray, layout: str) -> GenericConst:
+def codes_constant(codes: np.ndarray, layout: str) -> relax.Expr:
     """A Relax constant of the layout's data type."""
-    stored = tvm.runtime.tensor(np.ascontiguousarray(codes))
-    return relax.const(stored._create_view(codes.shape, get_layout(layout).ir_dtype))
+    return relax.const(codes_tensor(codes, get_layout(layout)))
 
 
 def _four(padding) -> list[int]:
@@ -74,7 +76,7 @@ def _transposed_attributes(call: relax.Call) -> dict:
     attrs = call.attrs
     dilation = [int(d) for d in attrs.dilation]
     layout = str(attrs.kernel_layout)
-    kernel = [static_shape(call.args[1])[layout.index(axis)] for axis in "HW"]
+    kernel = [shape_of(call.args[1])[layout.index(axis)] for axis in "HW"]
     top, left, bottom, right = _four(attrs.padding)
     extra = [int(p) for p in attrs.output_padding]
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -116,7 +118,7 @@ class _Rewriter(MainRewriter):
         for linear, constant in (value.args, reversed(value.args)):
             if not isinstance(linear, relax.Var) or not isinstance(constant, GenericConst):
                 continue
-            channels = static_shape(linear)[-1]
+            channels = shape_of(linear)[-1]
             data = constant.value.numpy()
             per_channel = data.size == channels and data.shape[-1:] == (channels,)
             if linear.name in self.plan.linear and self.uses[linear] == 1 and per_channel:
@@ -139,8 +141,8 @@ class _Rewriter(MainRewriter):
         if str(value.ty.dtype) != "float32" or static_shape(value) is None:
             return False
         if op_name(value) == "relax.matmul":
-            return len(static_shape(weight)) == 2 and len(static_shape(value.args[0])) >= 2
-        return len(static_shape(weight)) == 4
+            return len(shape_of(weight)) == 2 and len(shape_of(value.args[0])) >= 2
+        return len(shape_of(weight)) == 4
 
     @staticmethod
     def _is_batched(value: relax.Call) -> bool:
@@ -177,7 +179,9 @@ class _Rewriter(MainRewriter):
         if operator == "relax.matmul":
             result = self.builder.emit(qfp8_ops.matmul(x, *constants), target.name)
         elif operator == "relax.nn.conv2d":
-            result = self.builder.emit(qfp8_ops.conv2d(x, *constants, **_conv2d_attributes(value)), target.name)
+            result = self.builder.emit(
+                qfp8_ops.conv2d(x, *constants, **_conv2d_attributes(value)), target.name
+            )
         else:
             result = self._transposed(x, constants, value, target)
         self.variables[target] = result
@@ -208,7 +212,7 @@ class _Rewriter(MainRewriter):
 
     def _last_two_swapped(self, var: relax.Expr) -> relax.Var | None:
         """x where ``var = permute_dims(x)`` exchanges just the last two axes."""
-        value = self.definition.get(var) if isinstance(var, relax.Var) else None
+        value: Any = self.definition.get(var) if isinstance(var, relax.Var) else None
         if op_name(value) != "relax.permute_dims" or value.attrs.axes is None:
             return None
         axes = [int(axis) for axis in value.attrs.axes]
@@ -219,7 +223,7 @@ class _Rewriter(MainRewriter):
     def _encode(self, expr: relax.Expr, layout: str, scale: float) -> relax.Expr:
         key = (expr, layout, scale)
         if key not in self._encoded:
-            value = self.definition.get(expr) if isinstance(expr, relax.Var) else None
+            value: Any = self.definition.get(expr) if isinstance(expr, relax.Var) else None
             if op_name(value) in MOVES_DATA:
                 source = self._encode(value.args[0], layout, scale)
                 moved = relax.Call(value.op, [source, *map(self.expression, value.args[1:])], value.attrs)

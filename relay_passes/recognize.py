@@ -28,7 +28,7 @@ from tvm import relax, tirx
 from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.operators import TABLE
-from tvm_qfp8.relay_passes.fuse import op_name, static_shape
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 UNARY = (
@@ -94,12 +94,15 @@ class _Rewriter(MainRewriter):
         for argument in value.args:
             if isinstance(argument, relax.Var) and self.constant(argument) is None:
                 found.append(argument)
-            elif isinstance(argument, relax.Var | GenericConst) and self.constant(argument).value.numpy().size != 1:
-                return None
+            elif isinstance(argument, relax.Var | GenericConst):
+                constant = self.constant(argument)
+                if constant is None or constant.value.numpy().size != 1:
+                    return None
         return found
 
     def _sources(self, var: relax.Var, allowed: tuple[str, ...]) -> list[relax.Var]:
-        """Values that ``var`` depends on through allowed operators alone, each without any other value; nearest first."""
+        """Values that ``var`` depends on through allowed operators alone, each without any other value; nearest
+        first."""
         chains: dict[relax.Var, list[relax.Var]] = {}
 
         def chain(v: relax.Var, depth: int) -> list[relax.Var]:
@@ -116,7 +119,7 @@ class _Rewriter(MainRewriter):
 
         return chain(var, 0)[1:]
 
-    def _evaluate(self, var: relax.Var, source: relax.Var, value: np.ndarray) -> np.ndarray | None:
+    def _evaluate(self, var: relax.Var, source: relax.Var, value: np.ndarray) -> np.ndarray:
         """``var`` as a function of ``source``, in float64."""
         known: dict[relax.Var, np.ndarray] = {source: value}
 
@@ -162,7 +165,7 @@ class _Rewriter(MainRewriter):
         if product is None:
             return None
         normalised, gamma = product
-        length = static_shape(var)[-1]
+        length = shape_of(var)[-1]
         if gamma.size != length or beta.size != length:
             return None
         found = self._normalised(normalised)
@@ -193,7 +196,7 @@ class _Rewriter(MainRewriter):
         for source in self._sources(var, allowed):
             if static_shape(source) != static_shape(var):
                 continue
-            row = rng.standard_normal((3, static_shape(source)[-1])) * 2 + 0.5
+            row = rng.standard_normal((3, shape_of(source)[-1])) * 2 + 0.5
             cone, constants = self._cone(var, source)
             means = [v for v in cone if op_name(self.definition[v]) == "relax.mean"]
             if not means or not all(self._is_row_mean(self.definition[v]) for v in means):

@@ -27,8 +27,12 @@ class ScheduleRest:
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         for var, function in list(mod.functions_items()):
-            if isinstance(function, tirx.PrimFunc) and not (function.attrs and "tirx.is_scheduled" in function.attrs):
-                mod[var] = fence_products(schedule(function, self.threads)).with_attr("tirx.is_scheduled", True)
+            if isinstance(function, tirx.PrimFunc) and not (
+                function.attrs and "tirx.is_scheduled" in function.attrs
+            ):
+                mod[var] = fence_products(schedule(function, self.threads)).with_attr(
+                    "tirx.is_scheduled", True
+                )
         return mod
 
 

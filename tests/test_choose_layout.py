@@ -58,7 +58,9 @@ def test_the_numbers_stay(emit, permutes):
     mod = build((1, 3, 12, 12), emit)
     x = RNG.standard_normal((1, 3, 12, 12)).astype(np.float32)
     canonical = prepare(mod)
-    np.testing.assert_allclose(evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4
+    )
     assert operators(canonical).count("relax.permute_dims") <= permutes
 
 
@@ -73,11 +75,15 @@ def test_conv1d_becomes_conv2d():
     mod = build((2, 6, 20), grouped)
     canonical = prepare(mod)
     assert "relax.nn.conv2d" in operators(canonical) and "relax.nn.conv1d" not in operators(canonical)
-    np.testing.assert_allclose(evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_batch_norm_is_folded():
-    gamma, beta, mean, variance = (relax.const(np.abs(RNG.standard_normal(4)).astype(np.float32)) for _ in range(4))
+    gamma, beta, mean, variance = (
+        relax.const(np.abs(RNG.standard_normal(4)).astype(np.float32)) for _ in range(4)
+    )
 
     def emit(e, x):
         y = e(op.nn.conv2d(x, const(4, 3, 3, 3)))
@@ -90,4 +96,6 @@ def test_batch_norm_is_folded():
         "relax.add", "relax.nn.conv2d", "relax.nn.relu", "relax.permute_dims",
     ]  # fmt: skip
     x = RNG.standard_normal((1, 3, 6, 6)).astype(np.float32)
-    np.testing.assert_allclose(evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4
+    )

@@ -101,7 +101,6 @@ def test_bench(project, module):
         (("compile", "net.onnx", "-s", "x=4,48", "-c", "wrong.npz", "-o", "bad.so"), "'x'"),
         (("run", "net.so", "-i", "y=x.npy"), "'y'"),
         (("run", "net.so", "-i", "x=double.npy"), "float64"),
-        (("run", "cut.so", "-i", "x=x.npy"), "is cut off"),
     ],
 )
 def test_each_mistake_is_one_clear_line(project, module, arguments, word, monkeypatch):
@@ -109,7 +108,6 @@ def test_each_mistake_is_one_clear_line(project, module, arguments, word, monkey
     _network(project / "nan.onnx", np.full((48, 24), np.nan, np.float32), np.zeros(24, np.float32))
     np.savez(project / "wrong.npz", other=np.zeros((4, 48), np.float32))
     np.save(project / "double.npy", np.zeros((4, 48)))
-    (project / "cut.so").write_bytes(module.read_bytes()[:5000])
     monkeypatch.chdir(project)
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1, done.output
@@ -119,6 +117,12 @@ def test_each_mistake_is_one_clear_line(project, module, arguments, word, monkey
     assert "Traceback" not in done.stderr
     assert not (project / "bad.so").exists()
     assert not list(project.glob(".tvm_qfp8_*"))
+
+
+def test_a_cut_off_module_does_not_crash(project, module):
+    (project / "cut.so").write_bytes(module.read_bytes()[:5000])
+    done = _tvm_qfp8("run", "cut.so", "-i", "x=x.npy", folder=project, expected=1)
+    assert "cut.so is cut off" in done.stderr
 
 
 @pytest.mark.aarch64

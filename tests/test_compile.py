@@ -120,8 +120,14 @@ def test_report(compiled):
     [
         (lambda x: x[:, :, :8], r"shape \(1, 3, 8, 16\), the module takes \(1, 3, 16, 16\)"),
         (lambda x: x.astype(np.float64), "dtype float64"),
-        (lambda x: np.where(np.arange(16) == 3, np.nan, x).astype(np.float32), r"nan at index \(0, 0, 0, 3\)"),
-        (lambda x: np.where(np.arange(16) == 2, np.inf, x).astype(np.float32), r"inf at index \(0, 0, 0, 2\)"),
+        (
+            lambda x: np.where(np.arange(16) == 3, np.nan, x).astype(np.float32),
+            r"nan at index \(0, 0, 0, 3\)",
+        ),
+        (
+            lambda x: np.where(np.arange(16) == 2, np.inf, x).astype(np.float32),
+            r"inf at index \(0, 0, 0, 2\)",
+        ),
     ],
 )
 def test_bad_inputs_are_refused(compiled, change, message):

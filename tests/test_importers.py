@@ -29,7 +29,9 @@ def test_opsets(opset):
     imported = load_model(cnn(opset))
     # The reference implementation treats BatchNormalization before opset 14 as training, so 17 is the oracle of all.
     expected = run_reference(cnn(17), images(1)[0])
-    np.testing.assert_allclose(evaluate(prepare(imported.mod), images(1)[0])[0], expected[0], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        evaluate(prepare(imported.mod), images(1)[0])[0], expected[0], rtol=1e-3, atol=1e-5
+    )
     assert imported.input_names == ["image"] and imported.output_names == ["probabilities"]
 
 
@@ -50,7 +52,11 @@ def test_bad_files(tmp_path):
     with pytest.raises(ModelError, match="no such file"):
         load_model(tmp_path / "none.onnx")
     whole = cnn().SerializeToString()
-    for name, content in {"short.onnx": whole[: len(whole) // 2], "empty.onnx": b"", "text.onnx": b"hello"}.items():
+    for name, content in {
+        "short.onnx": whole[: len(whole) // 2],
+        "empty.onnx": b"",
+        "text.onnx": b"hello",
+    }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ModelError, match=name):
             load_model(tmp_path / name)
@@ -91,7 +97,9 @@ def test_quantized_models_come_in_as_float():
     imported = load_model(model(nodes, {"x": (2, 4)}, {"y": (2, 4)}, constants))
     assert "3 QuantizeLinear/DequantizeLinear nodes were removed" in imported.notes[0]
     x = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
-    np.testing.assert_allclose(evaluate(prepare(imported.mod), {"x": x})[0], x @ (weight * np.float32(0.5)), rtol=1e-5)
+    np.testing.assert_allclose(
+        evaluate(prepare(imported.mod), {"x": x})[0], x @ (weight * np.float32(0.5)), rtol=1e-5
+    )
 
 
 def test_padding_goes_into_the_convolution():

@@ -7,7 +7,7 @@ from tvm import relax
 
 from tvm_qfp8.format import encode, get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
-from tvm_qfp8.relay_passes.kernels import conv_shape
+from tvm_qfp8.relay_passes.linear_kernels import conv_shape
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
@@ -20,7 +20,9 @@ def target(request):
     return TARGETS[request.param]
 
 
-@pytest.mark.parametrize("rows, columns, depth", [(1, 33, 7), (2, 16, 64), (7, 5, 3), (50, 70, 30), (130, 33, 65)])
+@pytest.mark.parametrize(
+    "rows, columns, depth", [(1, 33, 7), (2, 16, 64), (7, 5, 3), (50, 70, 30), (130, 33, 65)]
+)
 @pytest.mark.parametrize("layout", ["E3M4", "UE3M5"])
 def test_matmul_is_exact(target, rows, columns, depth, layout):
     rng = np.random.default_rng(rows)
@@ -115,7 +117,9 @@ def test_transposed_convolution_is_exact(target, stride, padding, extra, groups)
         return call
 
     quantized = program([((1, 5, 6, 8), "UE2M6")], emit)
-    assert np.array_equal(run(build(quantized, target), x)[0], reference.conv2d(x, weight, shape).astype(np.float32))
+    assert np.array_equal(
+        run(build(quantized, target), x)[0], reference.conv2d(x, weight, shape).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -124,9 +128,7 @@ def test_batch_matmul_is_exact(target, rows, columns, depth, transpose):
     rng = np.random.default_rng(depth)
     y_shape = (2, columns, depth) if transpose else (2, depth, columns)
     x, y = random_codes(rng, (2, rows, depth)), random_codes(rng, y_shape)
-    shape = BatchMatmulShape(
-        2, rows, columns, depth, get_layout("UE3M5"), get_layout("E3M4"), transpose
-    )
+    shape = BatchMatmulShape(2, rows, columns, depth, get_layout("UE3M5"), get_layout("E3M4"), transpose)
 
     def emit(_builder, a, b):
         return qfp8_ops.batch_matmul(a, b, 0.25, transpose_y=transpose)
@@ -142,7 +144,9 @@ def test_layer_norm_and_residual_follow_the_contract(target, length):
     x, gamma, beta = (rng.standard_normal(s).astype(np.float32) for s in ((3, length), length, length))
 
     def emit(builder, v):
-        y = builder.emit(relax.op.nn.layer_norm(v, relax.const(gamma), relax.const(beta), axes=-1, epsilon=1e-5))
+        y = builder.emit(
+            relax.op.nn.layer_norm(v, relax.const(gamma), relax.const(beta), axes=-1, epsilon=1e-5)
+        )
         return relax.op.add(y, v)
 
     quantized = program([(x.shape, None)], emit)

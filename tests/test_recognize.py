@@ -34,7 +34,9 @@ def operators(mod):
 
 
 def gelu_torch(e, x):
-    return op.multiply(e(op.multiply(x, e(op.add(e(op.erf(e(op.divide(x, const(1.4142135))))), const(1))))), const(0.5))
+    return op.multiply(
+        e(op.multiply(x, e(op.add(e(op.erf(e(op.divide(x, const(1.4142135))))), const(1))))), const(0.5)
+    )
 
 
 def gelu_half_first(e, x):
@@ -86,13 +88,20 @@ def test_an_inner_value_that_is_read_elsewhere_is_kept():
         gelu = e(op.multiply(e(op.multiply(x, e(op.add(erf, const(1))))), const(0.5)))
         return op.add(gelu, erf)
 
-    assert sorted(operators(Recognize()(build(emit)))) == ["relax.add", "relax.divide", "relax.erf", "relax.nn.gelu"]
+    assert sorted(operators(Recognize()(build(emit)))) == [
+        "relax.add",
+        "relax.divide",
+        "relax.erf",
+        "relax.nn.gelu",
+    ]
 
 
 @pytest.mark.parametrize("scale", [0.49, 0.51])
 def test_a_near_miss_stays(scale):
     def emit(e, x):
-        return op.multiply(e(op.multiply(x, e(op.add(e(op.erf(e(op.divide(x, const(1.4142135))))), const(1))))), const(scale))
+        return op.multiply(
+            e(op.multiply(x, e(op.add(e(op.erf(e(op.divide(x, const(1.4142135))))), const(1))))), const(scale)
+        )
 
     assert "relax.nn.gelu" not in operators(Recognize()(build(emit)))
 

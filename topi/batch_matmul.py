@@ -22,6 +22,7 @@ from tvm_qfp8.topi.overflow import INT32_LIMIT
 from tvm_qfp8.topi.panels import decode_run, round_up, zero_run
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
 
+
 @dataclass(frozen=True)
 class BatchMatmulShape:
     """``(batch, rows, depth) x (batch, depth, columns)``; ``transpose_y``: y is ``(batch, columns, depth)``."""
@@ -35,14 +36,23 @@ class BatchMatmulShape:
     """None where the activation is float32 (``float_matmul.py``)."""
     transpose_y: bool
 
+    def layouts(self) -> tuple[Layout, Layout]:
+        """Layouts of x and y, where both are quantized."""
+        assert self.x is not None and self.y is not None
+        return self.x, self.y
+
     @property
     def block_depth(self) -> int:
         """Longest reduction (even) whose sum cannot overflow int32, whatever the codes."""
-        return (INT32_LIMIT - 1) // (self.x.max_grid * self.y.max_grid) // 2 * 2
+        x, y = self.layouts()
+        return (INT32_LIMIT - 1) // (x.max_grid * y.max_grid) // 2 * 2
 
 
-def emit_batch_matmul(isa: InstructionSet, shape: BatchMatmulShape, x, y, epilogue: Callable, threads: int) -> None:
+def emit_batch_matmul(
+    isa: InstructionSet, shape: BatchMatmulShape, x, y, epilogue: Callable, threads: int
+) -> None:
     """Emit the loops; ``epilogue(sum float32xL, row, column, valid)`` with ``row`` counted over all batches."""
+    x_layout, y_layout = shape.layouts()
     tile_rows, vectors = isa.tile(shape.rows, shape.columns)
     width = vectors * isa.lanes
     depth = round_up(shape.depth, isa.pair)
@@ -62,7 +72,7 @@ def emit_batch_matmul(isa: InstructionSet, shape: BatchMatmulShape, x, y, epilog
         row = T.alloc_buffer((depth,), "int16", align=64)
         zero_run(isa, row, 0, depth)
         with T.serial(0, shape.columns) as n:
-            decode_run(isa, shape.y, y, (batch * shape.columns + n) * shape.depth, row, 0, shape.depth)
+            decode_run(isa, y_layout, y, (batch * shape.columns + n) * shape.depth, row, 0, shape.depth)
             start = T.bind(panel_at(n, 0))
             with T.serial(0, steps) as step:
                 store(panels, start + step * panel_step, load(row, step * isa.pair, isa.pair), isa.pair)
@@ -77,7 +87,7 @@ def emit_batch_matmul(isa: InstructionSet, shape: BatchMatmulShape, x, y, epilog
 
                 def grid(k):
                     codes = load(y, start + k * shape.columns + panel * width + offset, lanes)
-                    return decode_expr(codes, shape.y, "int16" if isa.pair == 1 else "int32")
+                    return decode_expr(codes, y_layout, "int16" if isa.pair == 1 else "int32")
 
                 if isa.pair == 1:
                     store(panels, at, grid(step), lanes)
@@ -90,7 +100,9 @@ def emit_batch_matmul(isa: InstructionSet, shape: BatchMatmulShape, x, y, epilog
                 else:
                     # An odd last row has no partner: read it again and take nothing of it.
                     partner = tirx.min(2 * step + 1, shape.depth - 1)
-                    keep = tirx.Select(2 * step + 1 < shape.depth, tirx.const(-1, "int32"), tirx.const(0, "int32"))
+                    keep = tirx.Select(
+                        2 * step + 1 < shape.depth, tirx.const(-1, "int32"), tirx.const(0, "int32")
+                    )
                     mask = tirx.Broadcast(keep, lanes) if lanes > 1 else keep
                     high = (grid(partner) & mask) << tirx.const(16, lane32)
                 pairs = tirx.reinterpret(with_lanes("int16", 2 * lanes), low | high)
@@ -148,7 +160,7 @@ def emit_batch_matmul(isa: InstructionSet, shape: BatchMatmulShape, x, y, epilog
         scratch = T.alloc_buffer((shape.rows * depth,), "int16", align=64)
         with T.serial(0, shape.rows) as row:
             source = (batch * shape.rows + row) * shape.depth
-            decode_run(isa, shape.x, x, source, scratch, row * depth, shape.depth)
+            decode_run(isa, x_layout, x, source, scratch, row * depth, shape.depth)
             zero_run(isa, scratch, row * depth + shape.depth, depth - shape.depth)
         panels = T.alloc_buffer((panel_count * depth * width,), "int16", align=64)
         if shape.columns % width:

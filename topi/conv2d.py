@@ -51,6 +51,11 @@ class ConvShape:
     input_dilation: tuple[int, int] = (1, 1)
     """Pixels are this far apart, zeros between them: a transposed convolution with these strides."""
 
+    def layouts(self) -> tuple[Layout, Layout]:
+        """Layouts of activation and weight, where both are quantized."""
+        assert self.activation is not None and self.weight is not None
+        return self.activation, self.weight
+
     @property
     def slab_height(self) -> int:
         """Input rows with padding and zeros between rows."""
@@ -93,6 +98,7 @@ def pack_conv_weights(isa: InstructionSet, shape: ConvShape, codes: np.ndarray) 
 def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Callable, threads: int) -> None:
     """Emit the loops; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel."""
     tile_rows, vectors = conv_tile(isa, shape)
+    activation, weight = shape.layouts()
     kernel_h, kernel_w = shape.kernel
     stride_h, stride_w = shape.stride
     dilation_h, dilation_w = shape.dilation
@@ -102,7 +108,7 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
     slab_row = shape.slab_width * slab_channels
     depth = kernel_h * kernel_w * slab_channels
     out_h, out_w = shape.out_height, shape.out_width
-    panel_shape = PanelShape(out_channels, depth, vectors, shape.weight)
+    panel_shape = PanelShape(out_channels, depth, vectors, weight)
     panel_codes = round_up(out_channels, vectors * isa.lanes) * depth
 
     macs = shape.batch * out_h * out_w * shape.out_channels * depth
@@ -120,11 +126,11 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
         left = shape.padding[1] * slab_channels
         zero_run(isa, slab, slab_at, left)
         if shape.input_dilation[1] == 1 and shape.groups == 1 and slab_channels == channels:
-            decode_run(isa, shape.activation, x, source, slab, slab_at + left, shape.width * channels)
+            decode_run(isa, activation, x, source, slab, slab_at + left, shape.width * channels)
         elif shape.input_dilation[1] == 1 and shape.groups == 1:
             # Decode the row in one run, then spread the pixels to their padded length.
             row = T.alloc_buffer((shape.width * channels,), "int16", align=64)
-            decode_run(isa, shape.activation, x, source, row, 0, shape.width * channels)
+            decode_run(isa, activation, x, source, row, 0, shape.width * channels)
             with T.serial(0, shape.width) as pixel:
                 at = slab_at + left + pixel * slab_channels
                 for c in range(channels):
@@ -136,7 +142,7 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
                 zero_run(isa, slab, slab_at, slab_row)
             with T.serial(0, shape.width) as pixel:
                 at = slab_at + left + pixel * pixel_step
-                decode_run(isa, shape.activation, x, source + pixel * shape.channels, slab, at, channels)
+                decode_run(isa, activation, x, source + pixel * shape.channels, slab, at, channels)
                 zero_run(isa, slab, at + channels, slab_channels - channels)
         right = shape.padding[3] * slab_channels
         zero_run(isa, slab, slab_at + slab_row - right, right)
@@ -160,7 +166,9 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
         corner = T.bind((row_in_block * stride_h) * slab_row + first_pixel * (stride_w * slab_channels))
 
         def taps(kh, kw, step) -> None:
-            offset = corner + kh * (dilation_h * slab_row) + kw * (dilation_w * slab_channels) + step * isa.pair
+            offset = (
+                corner + kh * (dilation_h * slab_row) + kw * (dilation_w * slab_channels) + step * isa.pair
+            )
             starts = [offset + i * (stride_w * slab_channels) for i in range(tile_rows)]
             weight_step = (kh * kernel_w + kw) * (slab_channels // isa.pair) + step
             registers.accumulate(slab, starts, lambda j: weights.load(weight_step, j))
@@ -187,9 +195,11 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
         first_out_row = T.bind(tirx.min(index * block_h, out_h - block_h)) if blocks > 1 else 0
         slab = T.alloc_buffer((slab_h * slab_row,), "int16", align=64)
         decode_slab(image, first_out_row, group, slab)
-        group_panels = T.decl_buffer(
-            (panel_codes,), "uint8", data=panels.data, elem_offset=group * panel_codes
-        ) if shape.groups > 1 else panels
+        group_panels = (
+            T.decl_buffer((panel_codes,), "uint8", data=panels.data, elem_offset=group * panel_codes)
+            if shape.groups > 1
+            else panels
+        )
         for_each_panel(
             isa,
             panel_shape,

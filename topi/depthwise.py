@@ -52,10 +52,13 @@ def pack_depthwise_weights(isa: InstructionSet, shape: ConvShape, codes: np.ndar
     return np.ascontiguousarray(np.stack(vectors).transpose(0, 2, 3, 1, 4))
 
 
-def emit_depthwise(isa: InstructionSet, shape: ConvShape, x, weights, epilogue: Callable, threads: int) -> None:
+def emit_depthwise(
+    isa: InstructionSet, shape: ConvShape, x, weights, epilogue: Callable, threads: int
+) -> None:
     """Emit the loops; ``epilogue(acc, row, column, valid)`` as in conv2d."""
     kernel_h, kernel_w = shape.kernel
     stride_h, stride_w = shape.stride
+    activation, weight_layout = shape.layouts()
     taps = _taps_per_step(isa, shape)
     steps = -(-kernel_w // taps)
     vector = isa.lanes * isa.pair
@@ -64,7 +67,10 @@ def emit_depthwise(isa: InstructionSet, shape: ConvShape, x, weights, epilogue: 
     reach = shape.dilation[0] * (kernel_h - 1) + 1
     tile_pixels = min(out_w, 8 if isa.registers >= 32 else 6)
 
-    parallel = threads > 1 and shape.batch * out_h * out_w * shape.channels * kernel_h * kernel_w >= MIN_PARALLEL_MACS
+    parallel = (
+        threads > 1
+        and shape.batch * out_h * out_w * shape.channels * kernel_h * kernel_w >= MIN_PARALLEL_MACS
+    )
     block_h = max(1, min(out_h, (SLAB_BYTES // (2 * slab_row) - reach) // stride_h + 1))
     if parallel:
         block_h = min(block_h, max(1, -(-out_h // (2 * threads))))
@@ -79,19 +85,24 @@ def emit_depthwise(isa: InstructionSet, shape: ConvShape, x, weights, epilogue: 
         if isa.pair == 1:
             with T.serial(0, shape.width) as pixel:
                 codes = load(x, source + pixel * shape.channels + channel, isa.lanes)
-                store(slab, slab_at + pixel * vector, decode_expr(codes, shape.activation, "int16"), vector)
+                store(slab, slab_at + pixel * vector, decode_expr(codes, activation, "int16"), vector)
             return
         low_half = tirx.const(0xFFFF, lanes32)
         previous = T.alloc_buffer((isa.lanes,), "int32", scope="local")
         store(previous, 0, tirx.const(0, lanes32), isa.lanes)
         with T.serial(0, shape.width) as pixel:
             codes = load(x, source + pixel * shape.channels + channel, isa.lanes)
-            grid = decode_expr(codes, shape.activation, "int32")
+            grid = decode_expr(codes, activation, "int32")
             if taps == 2:
                 paired = (load(previous, 0, isa.lanes) & low_half) | (grid << tirx.const(16, lanes32))
                 # The pixel before the first one is padding; without any, the slab has no such place.
                 before = slab_at + (pixel - 1) * vector
-                store(slab, before if shape.padding[1] else tirx.max(before, slab_at), tirx.reinterpret(lanes16, paired), vector)
+                store(
+                    slab,
+                    before if shape.padding[1] else tirx.max(before, slab_at),
+                    tirx.reinterpret(lanes16, paired),
+                    vector,
+                )
                 store(previous, 0, grid, isa.lanes)
             else:
                 store(slab, slab_at + pixel * vector, tirx.reinterpret(lanes16, grid & low_half), vector)
@@ -129,7 +140,7 @@ def emit_depthwise(isa: InstructionSet, shape: ConvShape, x, weights, epilogue: 
         channel = T.bind(tirx.min(index * isa.lanes, shape.channels - isa.lanes))
         decoded = T.alloc_buffer((kernel_h * steps * vector,), "int16", align=64)
         length = kernel_h * steps * vector
-        decode_run(isa, shape.weight, weights, index * length, decoded, 0, length)
+        decode_run(isa, weight_layout, weights, index * length, decoded, 0, length)
         slab = T.alloc_buffer((slab_h * slab_row,), "int16", align=64)
         decode_slab(image, first_out_row, channel, slab)
         full, rest = divmod(out_w, tile_pixels)

@@ -85,7 +85,9 @@ def _weight_vector(shape: FloatConvShape, weights, at, lanes: int):
     return bind(to_float(decode_expr(value, shape.weight, "int32")) if shape.weight else value)
 
 
-def emit_float_conv2d(isa: InstructionSet, shape: FloatConvShape, x, weights, epilogue: Callable, threads: int) -> None:
+def emit_float_conv2d(
+    isa: InstructionSet, shape: FloatConvShape, x, weights, epilogue: Callable, threads: int
+) -> None:
     """Emit the loops; ``epilogue(sum float32xL, row, column, valid)``."""
     if shape.depthwise:
         _emit_depthwise(isa, shape, x, weights, epilogue)
@@ -107,7 +109,9 @@ def emit_float_conv2d(isa: InstructionSet, shape: FloatConvShape, x, weights, ep
     def zero(target, at, length: int) -> None:
         if length:
             vector_runs(
-                length, lanes, lambda o, n: store(target, at + o, tirx.const(0.0, with_lanes("float32", n)), n)
+                length,
+                lanes,
+                lambda o, n: store(target, at + o, tirx.const(0.0, with_lanes("float32", n)), n),
             )
 
     def fill_slab(image, first_out_row, group, slab) -> None:
@@ -118,13 +122,17 @@ def emit_float_conv2d(isa: InstructionSet, shape: FloatConvShape, x, weights, ep
             zero(slab, r * slab_row, slab_row)
             with T.If(tirx.And(tirx.And(slab_at >= 0, source_row < conv.height), between == 0)):
                 with T.Then():
-                    source = ((image * conv.height + source_row) * conv.width) * conv.channels + group * channels
+                    source = (
+                        (image * conv.height + source_row) * conv.width
+                    ) * conv.channels + group * channels
                     with T.serial(0, conv.width) as pixel:
                         at = r * slab_row + (pixel * conv.input_dilation[1] + conv.padding[1]) * padded
                         vector_runs(
                             channels,
                             lanes,
-                            lambda o, n: store(slab, at + o, load(x, source + pixel * conv.channels + o, n), n),
+                            lambda o, n: store(
+                                slab, at + o, load(x, source + pixel * conv.channels + o, n), n
+                            ),
                         )
 
     def panel(image, first_out_row, group, slab, index) -> None:
@@ -182,9 +190,7 @@ def _emit_depthwise(isa: InstructionSet, shape: FloatConvShape, x, weights, epil
                 tap = kh * conv.kernel[1] + kw
                 y = oy * conv.stride[0] + kh * conv.dilation[0] - conv.padding[0]
                 x_at = ox * conv.stride[1] + kw * conv.dilation[1] - conv.padding[1]
-                inside = tirx.And(
-                    tirx.And(y >= 0, y < conv.height), tirx.And(x_at >= 0, x_at < conv.width)
-                )
+                inside = tirx.And(tirx.And(y >= 0, y < conv.height), tirx.And(x_at >= 0, x_at < conv.width))
                 with T.If(inside):
                     with T.Then():
                         at = ((image * conv.height + y) * conv.width + x_at) * conv.channels + channel
@@ -196,4 +202,6 @@ def _emit_depthwise(isa: InstructionSet, shape: FloatConvShape, x, weights, epil
     with T.serial(0, conv.batch) as image:
         with T.serial(0, conv.out_height) as oy:
             with T.serial(0, conv.out_width) as ox:
-                vector_runs(conv.channels, isa.lanes, lambda channel, lanes: vector(image, oy, ox, channel, lanes))
+                vector_runs(
+                    conv.channels, isa.lanes, lambda channel, lanes: vector(image, oy, ox, channel, lanes)
+                )

@@ -26,7 +26,9 @@ def emit_float_batch_matmul(
     parallel = threads > 1 and shape.batch > 1 and macs >= MIN_PARALLEL_MACS
 
     def zero(target, length: int) -> None:
-        vector_runs(length, lanes, lambda o, n: store(target, o, tirx.const(0.0, with_lanes("float32", n)), n))
+        vector_runs(
+            length, lanes, lambda o, n: store(target, o, tirx.const(0.0, with_lanes("float32", n)), n)
+        )
 
     def fill_panel(batch, column: int, valid: int, panel) -> None:
         """Columns ``column ..`` of y as ``(depth, lanes)``."""

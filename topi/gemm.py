@@ -67,7 +67,9 @@ def emit_gemm(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Callab
             decode_run(isa, shape.activation, x, first_row * depth, scratch, 0, block_rows * depth)
             return
         with T.serial(0, block_rows) as row:
-            decode_run(isa, shape.activation, x, (first_row + row) * shape.depth, scratch, row * depth, shape.depth)
+            decode_run(
+                isa, shape.activation, x, (first_row + row) * shape.depth, scratch, row * depth, shape.depth
+            )
             zero_run(isa, scratch, row * depth + shape.depth, depth - shape.depth)
 
     def tile(scratch, first_row, row_in_block, weights: PanelWeights) -> None:

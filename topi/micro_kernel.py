@@ -45,7 +45,9 @@ class RegisterTile:
     def accumulate_vector(self, row: int, activation, weight) -> None:
         """Multiply two int16 vectors lane by lane into the row's first accumulator (depthwise)."""
         lanes, at = self.isa.lanes, self._at(row, 0)
-        store(self._buffer, at, self.isa.multiply_add(load(self._buffer, at, lanes), activation, weight), lanes)
+        store(
+            self._buffer, at, self.isa.multiply_add(load(self._buffer, at, lanes), activation, weight), lanes
+        )
 
     def value(self, row: int, vector: int):
         """The int32 accumulator vector of one row."""

@@ -46,7 +46,9 @@ def pad_channels(values: np.ndarray) -> np.ndarray:
     return padded
 
 
-def decode_run(isa: InstructionSet, layout: Layout, source, source_at, target, target_at, length: int) -> None:
+def decode_run(
+    isa: InstructionSet, layout: Layout, source, source_at, target, target_at, length: int
+) -> None:
     """Decode ``length`` neighbouring codes into int16."""
 
     def emit(offset, lanes):
@@ -89,7 +91,13 @@ class PanelWeights:
 
 
 def for_each_panel(
-    isa: InstructionSet, shape: PanelShape, panels, body: Callable, *, loop=T.serial, in_registers: bool = False
+    isa: InstructionSet,
+    shape: PanelShape,
+    panels,
+    body: Callable,
+    *,
+    loop=T.serial,
+    in_registers: bool = False,
 ) -> None:
     """Emit ``body(PanelWeights)`` for all panels.
 

@@ -33,9 +33,7 @@ def build_prim_func(name: str, arguments: Sequence[TensorSpec], body: Callable) 
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-            buffers = [
-                T.arg(f"p{i}", T.buffer(spec.shape, spec.dtype)) for i, spec in enumerate(arguments)
-            ]
+            buffers = [T.arg(f"p{i}", T.buffer(spec.shape, spec.dtype)) for i, spec in enumerate(arguments)]
             flat = [
                 T.decl_buffer((spec.size,), spec.dtype, data=buffer.data)
                 for spec, buffer in zip(arguments, buffers, strict=True)

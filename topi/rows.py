@@ -49,7 +49,12 @@ class Row:
     def map(self, function: Callable) -> None:
         """Replace every vector by ``function(vector)``."""
         with T.serial(0, self.groups * LANES // self.lanes) as i:
-            store(self.values, i * self.lanes, function(load(self.values, i * self.lanes, self.lanes)), self.lanes)
+            store(
+                self.values,
+                i * self.lanes,
+                function(load(self.values, i * self.lanes, self.lanes)),
+                self.lanes,
+            )
 
     def reduce(self, combine: Callable, start: float, function: Callable = lambda v: v):
         """16 lane accumulators over ``function(vector)``, combined in the tree 8-4-2-1; a float32 scalar."""

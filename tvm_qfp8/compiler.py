@@ -99,12 +99,15 @@ def compile(  # noqa: A001 - the public name
     """
     config = config or Config()
     parsed = parse_target(target)
+    isa = instruction_set(isa_name(parsed))
+    stage = progress or (lambda name, done, total: None)
+    stage("import", 0, 1)
     imported = load_model(mod, params=params, input_shapes=input_shapes)
     canonical = prepare(imported.mod)
+    stage("import", 1, 1)
     plan = calibrate(canonical, calibration, config, progress)
     keep_sums_in_int32(plan)
     threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
-    isa = instruction_set(isa_name(parsed))
     report = describe(canonical, plan, config, parsed, imported.notes)
     inputs = [
         TensorInfo(name, tuple(int(d) for d in p.ty.shape), str(p.ty.dtype))
@@ -112,12 +115,15 @@ def compile(  # noqa: A001 - the public name
     ]
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
     metadata = encode_metadata(inputs, imported.output_names, report, versions, config.check_finite)
+    stage("build kernels", 0, 2)
     with parsed:
         lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads))(canonical)
         lowered = _add_metadata(lowered, metadata)
+        stage("build kernels", 1, 2)
         pipeline = tvm.transform.Sequential(build_passes())
         executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
-    return CompiledModule(metadata, executable, executable)
+    stage("build kernels", 2, 2)
+    return CompiledModule(metadata, executable, executable, parsed)
 
 
 def _add_metadata(mod: tvm.IRModule, metadata: np.ndarray) -> tvm.IRModule:

@@ -66,7 +66,10 @@ class Report:
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         lines.insert(1, "-" * min(sum(widths) + 2 * len(widths), 160))
         lines += [f"{key}: {value}" for key, value in self.totals.items()]
         lines += [f"note: {note}" for note in self.notes]

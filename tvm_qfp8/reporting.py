@@ -20,7 +20,11 @@ LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 
 
 def describe(
-    canonical: tvm.IRModule, plan: QuantizationPlan, config: Config, target: tvm.target.Target, notes: list[str]
+    canonical: tvm.IRModule,
+    plan: QuantizationPlan,
+    config: Config,
+    target: tvm.target.Target,
+    notes: list[str],
 ) -> Report:
     """The report of a compilation."""
     report = Report(target=str(target), notes=list(notes))

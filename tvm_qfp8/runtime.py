@@ -19,6 +19,7 @@ import tvm
 
 from tvm_qfp8.errors import InputError, ModelError
 from tvm_qfp8.report import Report
+from tvm_qfp8.shared_object import check_shared_object
 
 METADATA_FUNCTION = "qfp8_metadata"
 
@@ -75,14 +76,20 @@ class CompiledModule:
     report : Report
     """
 
-    def __init__(self, metadata: np.ndarray, module: Any, executable: Any = None) -> None:
+    def __init__(
+        self,
+        metadata: np.ndarray,
+        module: Any,
+        executable: Any = None,
+        target: tvm.target.Target | None = None,
+    ) -> None:
         data = json.loads(metadata.tobytes().decode())
         self.inputs = [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in data["inputs"]]
         self.outputs: list[str] = data["outputs"]
         self.report = Report.from_json(data["report"])
         self.versions: dict[str, str] = data["versions"]
         self.check_finite: bool = data["check_finite"]
-        self._module, self._executable = module, executable
+        self._module, self._executable, self._target = module, executable, target
 
     @functools.cached_property
     def virtual_machine(self) -> Any:
@@ -127,7 +134,9 @@ class CompiledModule:
     def _check(self, info: TensorInfo, value: np.ndarray):
         array = np.asarray(value)
         if tuple(array.shape) != info.shape:
-            raise InputError(f"input {info.name!r} has shape {tuple(array.shape)}, the module takes {info.shape}")
+            raise InputError(
+                f"input {info.name!r} has shape {tuple(array.shape)}, the module takes {info.shape}"
+            )
         if str(array.dtype) != info.dtype:
             raise InputError(
                 f"input {info.name!r} has dtype {array.dtype}, the module takes {info.dtype}; "
@@ -140,15 +149,21 @@ class CompiledModule:
             )
         return tvm.runtime.tensor(np.ascontiguousarray(array))
 
-    def time_evaluator(self, inputs: Mapping[str, np.ndarray], repeat: int = 10, number: int = 1) -> list[float]:
+    def time_evaluator(
+        self, inputs: Mapping[str, np.ndarray], repeat: int = 10, number: int = 1
+    ) -> list[float]:
         """Seconds per call of the compiled function alone, one figure per repeat."""
         tensors = [self._check(info, inputs[info.name]) for info in self.inputs]
         self.virtual_machine.set_input("main", *tensors)
-        timer = self.virtual_machine.time_evaluator("invoke_stateful", tvm.cpu(), number=number, repeat=repeat)
+        timer = self.virtual_machine.time_evaluator(
+            "invoke_stateful", tvm.cpu(), number=number, repeat=repeat
+        )
         return list(timer("main").results)
 
     def export_library(self, path: str | os.PathLike, fcompile: Callable | None = None) -> None:
         """Write a shared library (``.so``); nothing is left behind when linking fails.
+
+        ``fcompile`` links it; by default this machine's compiler, or GNU's cross compiler for another machine.
 
         Raises
         ------
@@ -160,6 +175,10 @@ class CompiledModule:
         target = Path(path)
         if not target.parent.is_dir():
             raise ModelError(f"cannot write {target}: folder {target.parent} does not exist")
+        if fcompile is None and self._target is not None:
+            from tvm_qfp8.linker import linker
+
+            fcompile = linker(self._target)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tvm_qfp8_") as folder:
             part = Path(folder) / ("module" + (target.suffix or ".so"))
             options = {} if fcompile is None else {"fcompile": fcompile}
@@ -180,6 +199,7 @@ def load(path: str | os.PathLike) -> CompiledModule:
 
     if not Path(path).is_file():
         raise ModelError(f"no such module: {path}")
+    check_shared_object(path)
     try:
         with _without_scope_messages():
             module = tvm.runtime.load_module(str(path))

@@ -63,10 +63,12 @@ def isa(target: Target) -> str:
     features = cpu_features(target)
     if {"avx512f", "avx512bw"} <= features:
         return "avx512"
-    for feature, name in (("avx2", "avx2"), ("sse2", "sse2"), ("neon", "neon")):
+    for feature, name in (("avx2", "avx2"), ("sse2", "sse2")):
         if feature in features:
             return name
-    return "generic"
+    # The NEON kernels use look-ups that only 64-bit Arm has.
+    triple = str(target.attrs.get("mtriple", codegen.llvm_get_system_triple()))
+    return "neon" if "neon" in features and triple.startswith(("aarch64", "arm64")) else "generic"
 
 
 def has_vnni(target: Target) -> bool:

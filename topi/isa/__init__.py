@@ -8,7 +8,7 @@ of neighbouring int16 lanes), how large the register tile is, and emits the mult
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class InstructionSet:
                     continue
                 steps = -(-length // tile_rows) * -(-columns // (vectors * self.lanes))
                 # One multiply-add each, plus the loads: vectors of weights and tile_rows broadcasts a step.
-                cost = steps * (tile_rows * vectors + 0.5 * max(vectors + tile_rows - tile_rows * vectors / 2, 0) + 1.5)
+                cost = steps * (
+                    tile_rows * vectors + 0.5 * max(vectors + tile_rows - tile_rows * vectors / 2, 0) + 1.5
+                )
                 if cost < best_cost:
                     best, best_cost = (tile_rows, vectors), cost
         return best
@@ -53,5 +55,8 @@ def instruction_set(name: str) -> InstructionSet:
     """The instruction set called ``avx512``, ``avx2``, ``sse2``, ``neon`` or ``generic``."""
     from tvm_qfp8.topi.isa import avx2, avx512, neon, sse2
 
-    sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon, "generic": neon}
+    if name == "generic":
+        # The same plain vector code, without the look-up instructions that "neon" stands for.
+        return replace(neon.INSTRUCTION_SET, name="generic")
+    sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon}
     return sets[name].INSTRUCTION_SET

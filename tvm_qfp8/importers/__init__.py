@@ -44,7 +44,9 @@ def load_model(
     if isinstance(mod, str | os.PathLike):
         path = Path(mod)
         if path.suffix.lower() != ".onnx":
-            raise ModelError(f"{path} is not an .onnx file; models are .onnx files, exported programs or Relax modules")
+            raise ModelError(
+                f"{path} is not an .onnx file; models are .onnx files, exported programs or Relax modules"
+            )
         from tvm_qfp8.importers.onnx_model import from_onnx_path
 
         return from_onnx_path(path, input_shapes or {})

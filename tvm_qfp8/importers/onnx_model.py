@@ -62,14 +62,20 @@ def from_onnx_model(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
 
 def _check_weights(model: onnx.ModelProto) -> None:
     for tensor in model.graph.initializer:
-        if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16):
+        if tensor.data_type not in (
+            onnx.TensorProto.FLOAT,
+            onnx.TensorProto.DOUBLE,
+            onnx.TensorProto.FLOAT16,
+        ):
             continue
         array = numpy_helper.to_array(tensor)
         # The lowest float32 is a usual mask value; only NaN is wrong in any constant, infinity in a matrix or filter.
         bad = ~np.isfinite(array) if array.ndim >= 2 else np.isnan(array)
         if bad.any():
             index = tuple(int(i) for i in np.argwhere(bad)[0])
-            raise ModelError(f"weight {tensor.name!r} is {array[index]} at index {index}; the file is damaged")
+            raise ModelError(
+                f"weight {tensor.name!r} is {array[index]} at index {index}; the file is damaged"
+            )
 
 
 def _fix_shapes(model: onnx.ModelProto, input_shapes: Shapes) -> None:
@@ -84,7 +90,9 @@ def _fix_shapes(model: onnx.ModelProto, input_shapes: Shapes) -> None:
         dims = value.type.tensor_type.shape.dim
         given = input_shapes.get(value.name)
         if given is not None and len(dims) and len(given) != len(dims):
-            raise ModelError(f"input {value.name!r} has {len(dims)} dimensions, the shape given is {tuple(given)}")
+            raise ModelError(
+                f"input {value.name!r} has {len(dims)} dimensions, the shape given is {tuple(given)}"
+            )
         if given is not None:
             for i, (dim, extent) in enumerate(zip(dims, given, strict=False)):
                 if dim.dim_value not in (0, extent):
@@ -115,5 +123,3 @@ def _check_operators(model: onnx.ModelProto) -> None:
                 f"operator {node.op_type} (node {where!r}) is not supported; replace it in the model by supported "
                 "operators, or cut the model before it"
             )
-
-

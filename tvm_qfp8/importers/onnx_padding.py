@@ -29,7 +29,9 @@ def _remove(node: onnx.NodeProto, name: str) -> None:
 
 
 def _auto_pad(model: onnx.ModelProto) -> None:
-    nodes = [n for n in model.graph.node if _attributes(n).get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")]
+    nodes = [
+        n for n in model.graph.node if _attributes(n).get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID")
+    ]
     nodes = [n for n in nodes if n.op_type in ("Conv", "MaxPool", "AveragePool")]
     if not nodes:
         return
@@ -68,7 +70,11 @@ def _pad_nodes(model: onnx.ModelProto) -> None:
     for node in list(model.graph.node):
         if node.op_type != "Pad" or _attributes(node).get("mode", b"constant") != b"constant":
             continue
-        widths = numpy_helper.to_array(constants[node.input[1]]) if len(node.input) > 1 and node.input[1] in constants else None
+        widths = (
+            numpy_helper.to_array(constants[node.input[1]])
+            if len(node.input) > 1 and node.input[1] in constants
+            else None
+        )
         if widths is None or (len(node.input) > 3 and node.input[3]):
             continue
         if len(node.input) > 2 and node.input[2]:

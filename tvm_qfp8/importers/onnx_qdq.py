@@ -41,7 +41,9 @@ def strip_quantization(model: onnx.ModelProto) -> list[str]:
             graph.node.append(helper.make_node("Identity", [source], [output.name]))
     if not removed:
         return []
-    return [f"{removed} QuantizeLinear/DequantizeLinear nodes were removed: imported as float32, their scales ignored"]
+    return [
+        f"{removed} QuantizeLinear/DequantizeLinear nodes were removed: imported as float32, their scales ignored"
+    ]
 
 
 def _dequantize(node: onnx.NodeProto, constants: dict) -> np.ndarray:

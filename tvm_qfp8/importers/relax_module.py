@@ -17,8 +17,10 @@ def from_relax(
 ) -> Imported:
     """A Relax module with ``main``; ``params`` are bound by name, open dimensions by ``input_shapes``."""
     if "main" not in [var.name_hint for var in mod.get_global_vars()]:
-        names = ", ".join(var.name_hint for var in mod.get_global_vars())
-        raise ModelError(f"the Relax module has no function 'main' (it has {names}); rename the entry function")
+        functions = ", ".join(var.name_hint for var in mod.get_global_vars())
+        raise ModelError(
+            f"the Relax module has no function 'main' (it has {functions}); rename the entry function"
+        )
     main = mod["main"]
     names = [p.name for p in main.params]
     unknown = [name for name in (*params, *input_shapes) if name not in names]
@@ -26,7 +28,7 @@ def from_relax(
         raise ModelError(f"'main' has no parameter {unknown[0]!r}; it has {', '.join(names)}")
     if params:
         mod = relax.transform.BindParams("main", {k: np.asarray(v) for k, v in params.items()})(mod)
-    symbols = {}
+    symbols: dict = {}
     for p in mod["main"].params:
         if p.name in input_shapes:
             for own, given in zip(p.ty.shape, input_shapes[p.name], strict=True):
@@ -35,9 +37,11 @@ def from_relax(
     if symbols:
         mod = relax.transform.BindSymbolicVars(symbols, "main")(mod)
     for p in mod["main"].params:
-        shape = list(p.ty.shape or [])
-        if not all(hasattr(extent, "value") for extent in shape):
-            raise ModelError(f"input {p.name!r} has open dimensions {shape}; give input_shapes={{{p.name!r}: (...)}}")
+        dims = list(p.ty.shape or [])
+        if not all(hasattr(extent, "value") for extent in dims):
+            raise ModelError(
+                f"input {p.name!r} has open dimensions {dims}; give input_shapes={{{p.name!r}: (...)}}"
+            )
     result = mod["main"].ret_ty
     count = len(result.fields) if isinstance(result, relax.TupleType) else 1
     return Imported(mod, [p.name for p in mod["main"].params], [f"output{i}" for i in range(count)])

@@ -1,0 +1,150 @@
+"""The members of a group after its anchor, emitted as vector code on the anchor's results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tvm import relax, tirx
+from tvm.ir import GenericConst
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.format import get_layout
+from tvm_qfp8.relay_passes.fuse import Group, op_name, shape_of, tensor_arguments
+from tvm_qfp8.relay_passes.operands import Operands, array_of
+from tvm_qfp8.tables import build_table
+from tvm_qfp8.topi.codec import encode_expr
+from tvm_qfp8.topi.elementwise import emit_elementwise
+from tvm_qfp8.topi.float_contract import bind, mul
+from tvm_qfp8.topi.interpolate import emit_table
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.panels import pad_channels
+from tvm_qfp8.topi.prim_func import load, store
+
+
+@dataclass(frozen=True)
+class External:
+    """How an operand of the epilogue is read: an argument with a shape aligned to the output's, or a scalar."""
+
+    argument: int | None
+    scalar: int | None
+    shape: tuple[int, ...]
+    padded: bool = False
+    """A vector may be read past the end."""
+
+
+class Epilogue:
+    """The members after the anchor, as vector code."""
+
+    def __init__(self, group: Group, isa: InstructionSet, operands: Operands, skip: int) -> None:
+        self.group, self.isa = group, isa
+        self.shape = shape_of(group.members[0][0])
+        self.columns = self.shape[-1] if self.shape else 1
+        self.members = group.members[skip:]
+        inner = {var for var, _ in group.members}
+        self.externals: dict[relax.Expr, External] = {}
+        self.encode_scalars: dict[relax.Var, int] = {}
+        for var, call in self.members:
+            for argument in tensor_arguments(call):
+                if argument not in inner and argument not in self.externals:
+                    self.externals[argument] = self._external(argument, operands)
+            if op_name(call) == "relax.qfp8.encode":
+                reciprocal = np.float32(1.0) / np.float32(float(call.attrs["scale"]))
+                self.encode_scalars[var] = operands.scalar(float(reciprocal))
+        self.buffers: list = []
+        self.outputs: dict = {}
+        self.scalar_buffer = None
+
+    def _external(self, expr: relax.Expr, operands: Operands) -> External:
+        shape = shape_of(expr)
+        aligned = (1,) * (len(self.shape) - len(shape)) + shape
+        if isinstance(expr, GenericConst):
+            array = np.asarray(array_of(expr), np.float32)
+            if array.size == 1:
+                return External(None, operands.scalar(float(array.reshape(-1)[0])), aligned)
+            if array.size == aligned[-1]:
+                return External(
+                    operands.constant(pad_channels(array.reshape(-1))), None, aligned, padded=True
+                )
+        return External(operands.tensor(expr), None, aligned)
+
+    def _index(self, shape: tuple[int, ...], row, column):
+        """Flat index of the element of a broadcast operand that belongs to (row, column) of the output."""
+        if shape == self.shape:
+            return row * self.columns + column
+        index = column if shape[-1] != 1 else None
+        stride, inner = (shape[-1] if shape[-1] != 1 else 1), 1
+        for extent, own in zip(reversed(self.shape[:-1]), reversed(shape[:-1]), strict=True):
+            if own != 1:
+                coordinate = (
+                    tirx.floormod(tirx.floordiv(row, inner), extent)
+                    if inner != 1
+                    else tirx.floormod(row, extent)
+                )
+                term = coordinate * stride
+                index = term if index is None else index + term
+                stride *= own
+            inner *= extent
+        return 0 if index is None else index
+
+    def _scalar(self, index: int, lanes: int):
+        value = load(self.scalar_buffer, index, 1)
+        return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+    def _read(self, external: External, row, column, lanes: int, valid: int):
+        if external.scalar is not None:
+            return self._scalar(external.scalar, lanes)
+        assert external.argument is not None
+        buffer = self.buffers[external.argument]
+        at = self._index(external.shape, row, column)
+        if external.shape[-1] == 1 and self.columns != 1:
+            value = bind(load(buffer, at, 1))
+            return value if lanes == 1 else tirx.Broadcast(value, lanes)
+        if valid == lanes or external.padded:
+            return bind(load(buffer, at, lanes))
+        part = T.alloc_buffer((lanes,), str(buffer.dtype), scope="local")
+        for lane in range(valid):
+            store(part, lane, load(buffer, at + lane, 1), 1)
+        for lane in range(valid, lanes):
+            store(part, lane, tirx.const(0, str(buffer.dtype)), 1)
+        return bind(load(part, 0, lanes))
+
+    def _write(self, var: relax.Var, value, row, column, lanes: int, valid: int) -> None:
+        buffer = self.outputs[var]
+        at = row * self.columns + column
+        if valid == lanes:
+            store(buffer, at, value, lanes)
+            return
+        part = T.alloc_buffer((lanes,), str(buffer.dtype), scope="local")
+        store(part, 0, value, lanes)
+        for lane in range(valid):
+            store(buffer, at + lane, load(part, lane, 1), 1)
+
+    def emit(self, start: relax.Var | None, value, row, column, lanes: int, valid: int) -> None:
+        """Finish one vector: ``value`` is the anchor's result (None where the anchor itself is in the members)."""
+        values: dict[relax.Expr, object] = {}
+        if start is not None:
+            values[start] = value
+            if start in self.outputs:
+                self._write(start, value, row, column, lanes, valid)
+        for var, call in self.members:
+            arguments = [
+                values[a] if a in values else self._read(self.externals[a], row, column, lanes, valid)
+                for a in tensor_arguments(call)
+            ]
+            result = self._compute(var, call, arguments, lanes)
+            values[var] = result
+            if var in self.outputs:
+                self._write(var, result, row, column, lanes, valid)
+
+    def _compute(self, var, call, arguments: list, lanes: int):
+        name = op_name(call)
+        if name == "relax.qfp8.encode":
+            reciprocal = self._scalar(self.encode_scalars[var], lanes)
+            return encode_expr(bind(mul(arguments[0], reciprocal)), get_layout(str(call.attrs["layout"])))
+        if name == "relax.qfp8.interpolate":
+            table = build_table(str(call.attrs["function"]), max_error=float(call.attrs["max_error"]))
+            return bind(emit_table(table, arguments[0], self.isa))
+        if name == "relax.clip":
+            return emit_elementwise(name, tuple(float(bound.value) for bound in call.args[1:]), arguments)
+        return emit_elementwise(name, call.attrs, arguments)

@@ -1,0 +1,165 @@
+"""Kernels whose anchor is a linear operator: which one fits, with weights packed for the instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from tvm import tirx
+
+from tvm_qfp8.relay_passes.fuse import shape_of
+from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
+from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, emit_batch_matmul
+from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
+from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
+from tvm_qfp8.topi.float_contract import add, bind, dtype_of, lanes_of, mul, to_float
+from tvm_qfp8.topi.float_linear import FloatConvShape, emit_float_conv2d, pack_float_weights
+from tvm_qfp8.topi.float_matmul import emit_float_batch_matmul
+from tvm_qfp8.topi.gemm import GemmShape, emit_gemm, gemm_tile
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.panels import pack_panels, pad_channels
+from tvm_qfp8.topi.prim_func import load
+
+
+def _scaled(a, bias, finish: Callable) -> Callable:
+    """fl32(acc) -> * a[c] -> + bias[c], the fixed start of every linear epilogue."""
+
+    def epilogue(total, row, column, valid) -> None:
+        lanes = lanes_of(total)
+        value = to_float(total) if dtype_of(total).startswith("int32") else total
+        value = bind(mul(value, load(a, column, lanes)))
+        value = bind(add(value, load(bias, column, lanes)))
+        finish(value, row, column, lanes, valid)
+
+    return epilogue
+
+
+def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+    x, weight, a, bias = call.args
+    rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
+    columns, depth = shape_of(weight)
+    activation, layout = layout_of(x), layout_of(weight)
+    if activation is None or layout is None:
+        one_row = ConvShape(1, 1, rows, depth, columns, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, None, layout)
+        return _float_linear(
+            call, one_row, array_of(weight).reshape(columns, 1, 1, depth), isa, threads, operands
+        )
+    shape = GemmShape(rows, columns, depth, activation, layout)
+    _, vectors = gemm_tile(isa, rows, columns)
+    operands.tensor(x)
+    operands.constant(pack_panels(array_of(weight), vectors * isa.lanes, isa.pair))
+    operands.constant(pad_channels(array_of(a)))
+    operands.constant(pad_channels(array_of(bias)))
+
+    def body(inputs, finish) -> None:
+        emit_gemm(isa, shape, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
+
+    return body, shape
+
+
+def conv_shape(call) -> ConvShape:
+    """The static description of a ``qfp8.conv2d`` call."""
+    x, weight = call.args[:2]
+    batch, height, width, channels = shape_of(x)
+    out_channels, kernel_h, kernel_w, _ = shape_of(weight)
+    attrs = call.attrs
+
+    def pair(name: str) -> tuple[int, int]:
+        return int(attrs[name][0]), int(attrs[name][1])
+
+    top, left, bottom, right = (int(p) for p in attrs["padding"])
+    return ConvShape(
+        batch,
+        height,
+        width,
+        channels,
+        out_channels,
+        kernel=(kernel_h, kernel_w),
+        stride=pair("strides"),
+        padding=(top, left, bottom, right),
+        dilation=pair("dilation"),
+        groups=int(attrs["groups"]),
+        activation=layout_of(x),
+        weight=layout_of(weight),
+        input_dilation=pair("input_dilation"),
+    )
+
+
+def _float_linear(
+    call, conv: ConvShape, weights: np.ndarray, isa: InstructionSet, threads: int, operands: Operands
+) -> Emitter:
+    """A layer whose activations stay float32."""
+    shape = FloatConvShape(conv, conv.weight)
+    operands.tensor(call.args[0])
+    operands.constant(pack_float_weights(isa, shape, weights))
+    operands.constant(pad_channels(array_of(call.args[2])))
+    operands.constant(pad_channels(array_of(call.args[3])))
+
+    def body(inputs, finish) -> None:
+        emit_float_conv2d(isa, shape, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
+
+    return body, shape
+
+
+def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+    shape = conv_shape(call)
+    x, weight, a, bias = call.args
+    codes = array_of(weight)
+    if shape.activation is None:
+        return _float_linear(call, shape, codes, isa, threads, operands)
+    operands.tensor(x)
+    if shape.is_pointwise:
+        rows = shape.batch * shape.height * shape.width
+        dense = GemmShape(rows, shape.out_channels, shape.channels, *shape.layouts())
+        _, vectors = gemm_tile(isa, rows, shape.out_channels)
+        packed = pack_panels(codes.reshape(shape.out_channels, -1), vectors * isa.lanes, isa.pair)
+        emit: Callable = emit_gemm
+        described: GemmShape | ConvShape = dense
+    elif is_depthwise(isa, shape):
+        packed, emit, described = pack_depthwise_weights(isa, shape, codes), emit_depthwise, shape
+    else:
+        packed, emit, described = pack_conv_weights(isa, shape, codes), emit_conv2d, shape
+    operands.constant(packed)
+    operands.constant(pad_channels(array_of(a)))
+    operands.constant(pad_channels(array_of(bias)))
+
+    def body(inputs, finish) -> None:
+        emit(isa, described, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
+
+    return body, described
+
+
+def _batch_matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+    x, y = call.args
+    x_shape, y_shape = shape_of(x), shape_of(y)
+    transpose = bool(call.attrs["transpose_y"])
+    shape = BatchMatmulShape(
+        int(np.prod(x_shape[:-2], dtype=np.int64)),
+        x_shape[-2],
+        y_shape[-2] if transpose else y_shape[-1],
+        x_shape[-1],
+        layout_of(x),
+        layout_of(y),
+        transpose,
+    )
+    x_at, y_at = operands.tensor(x), operands.tensor(y)
+    scale = operands.scalar(float(call.attrs["scale"]))
+
+    def body(inputs, finish) -> None:
+        scalars = inputs[-1]
+
+        def epilogue(total, row, column, valid) -> None:
+            factor = tirx.Broadcast(load(scalars, scale, 1), isa.lanes)
+            finish(bind(mul(total, factor)), row, column, isa.lanes, valid)
+
+        emit = emit_float_batch_matmul if shape.x is None else emit_batch_matmul
+        emit(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads)
+
+    return body, shape
+
+
+LINEAR_ANCHORS: dict[str, Callable] = {
+    "relax.qfp8.matmul": _matmul,
+    "relax.qfp8.conv2d": _conv2d,
+    "relax.qfp8.batch_matmul": _batch_matmul,
+}

@@ -1,0 +1,117 @@
+"""Kernels whose anchor reduces: softmax and LayerNorm along rows, pooling over windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tvm import relax
+
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of
+from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of
+from tvm_qfp8.tables import build_table
+from tvm_qfp8.topi.float_contract import add, bind, mul
+from tvm_qfp8.topi.interpolate import emit_table
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.panels import pad_channels
+from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
+from tvm_qfp8.topi.prim_func import load
+from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_softmax, for_each_row
+
+
+def _row_shape(x: relax.Expr) -> tuple[int, int]:
+    shape = shape_of(x)
+    return int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
+
+
+def _softmax(call, isa: InstructionSet, threads: int, operands: Operands, max_error: float) -> Emitter:
+    rows, length = _row_shape(call.args[0])
+    at = operands.tensor(call.args[0])
+    logarithmic = op_name(call) == "relax.nn.log_softmax"
+    # A row holds x - max <= 0: without the positive half and the denormals the table is cheaper.
+    exp_table = build_table("exp", max_error=max_error / 4, domain=(-87.0, 0.0))
+    log_table = build_table("log", max_error=max_error / 4)
+
+    def body(inputs, finish) -> None:
+        def one(index) -> None:
+            row = Row(isa, length)
+            emit_softmax(
+                row,
+                lambda offset, lanes: load(inputs[at], index * length + offset, lanes),
+                lambda v: bind(emit_table(exp_table, v, isa)),
+                (lambda v: bind(emit_table(log_table, v, isa))) if logarithmic else None,
+                lambda value, offset, lanes: finish(value, index, offset, lanes, lanes),
+            )
+
+        for_each_row(rows, length, threads, one)
+
+    return body, (op_name(call), rows, length, max_error)
+
+
+def _layer_norm(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+    x, gamma, beta = call.args
+    rows, length = _row_shape(x)
+    at = operands.tensor(x)
+    scale = operands.constant(pad_channels(array_of(gamma).reshape(-1)))
+    shift = operands.constant(pad_channels(array_of(beta).reshape(-1)))
+
+    def body(inputs, finish) -> None:
+        def one(index) -> None:
+            def scaled(value, offset, lanes) -> None:
+                value = bind(mul(value, load(inputs[scale], offset, lanes)))
+                value = bind(add(value, load(inputs[shift], offset, lanes)))
+                finish(value, index, offset, lanes, lanes)
+
+            emit_layer_norm(
+                Row(isa, length),
+                lambda offset, lanes: load(inputs[at], index * length + offset, lanes),
+                float(call.attrs.epsilon),
+                scaled,
+            )
+
+        for_each_row(rows, length, threads, one)
+
+    return body, ("layer_norm", rows, length)
+
+
+def _pool(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+    at = operands.tensor(call.args[0])
+    shape = shape_of(call.args[0])
+    described: Any
+    if op_name(call) == "relax.mean":
+        described = ("global_mean", shape)
+
+        def body(inputs, finish) -> None:
+            emit_global_mean(isa, shape, inputs[at], lambda v, r, c, lanes: finish(v, r, c, lanes, lanes))
+    else:
+        attrs = call.attrs
+        batch, height, width, channels = shape
+        top, left, bottom, right = (int(v) for v in attrs.padding)
+        pool = PoolShape(
+            batch,
+            height,
+            width,
+            channels,
+            window=(int(attrs.pool_size[0]), int(attrs.pool_size[1])),
+            stride=(int(attrs.strides[0]), int(attrs.strides[1])),
+            padding=(top, left, bottom, right),
+            kind="max" if op_name(call) == "relax.nn.max_pool2d" else "mean",
+            count_include_pad=bool(attrs.count_include_pad),
+        )
+        described = pool
+
+        def body(inputs, finish) -> None:
+            emit_pool(isa, pool, inputs[at], lambda v, r, c, lanes: finish(v, r, c, lanes, lanes), threads)
+
+    return body, described
+
+
+ROW_ANCHORS: dict[str, Callable] = {
+    "relax.nn.softmax": _softmax,
+    "relax.nn.log_softmax": _softmax,
+    "relax.nn.layer_norm": _layer_norm,
+    "relax.mean": _pool,
+    "relax.nn.max_pool2d": _pool,
+    "relax.nn.avg_pool2d": _pool,
+}
