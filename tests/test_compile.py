@@ -177,7 +177,7 @@ def test_load_errors(tmp_path):
     with pytest.raises(ModelError, match="no such module"):
         q.load(tmp_path / "none.so")
     (tmp_path / "bad.so").write_bytes(b"not a library")
-    with pytest.raises(ModelError, match="cannot load"):
+    with pytest.raises(ModelError, match="no shared library"):
         q.load(tmp_path / "bad.so")
 
 

@@ -30,7 +30,7 @@ def test_every_name_parses(name):
         ("llvm -mtriple=x86_64-linux-gnu -mcpu=znver4 -mattr=-avx512f", "avx2"),
         ("rpi4", "neon"),
         ("llvm -mtriple=aarch64", "neon"),
-        ("armv7", "neon"),
+        ("armv7", "generic"),
         ("riscv64", "generic"),
         ("cortex-a55", "neon"),
         ("raspberry-pi/4b-aarch64", "neon"),

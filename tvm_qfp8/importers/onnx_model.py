@@ -11,6 +11,7 @@ from onnx import numpy_helper
 
 from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
 from tvm_qfp8.importers.imported import Imported
+from tvm_qfp8.importers.onnx_inputs import fix_input_shapes
 from tvm_qfp8.importers.onnx_padding import explicit_padding
 from tvm_qfp8.importers.onnx_qdq import strip_quantization
 
@@ -39,7 +40,7 @@ def from_onnx_model(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     _check_weights(fixed)
-    _fix_shapes(fixed, input_shapes)
+    fix_input_shapes(fixed, input_shapes)
     notes = strip_quantization(fixed)
     try:
         simple = onnxslim.slim(fixed)
@@ -76,40 +77,6 @@ def _check_weights(model: onnx.ModelProto) -> None:
             raise ModelError(
                 f"weight {tensor.name!r} is {array[index]} at index {index}; the file is damaged"
             )
-
-
-def _fix_shapes(model: onnx.ModelProto, input_shapes: Shapes) -> None:
-    """Write the given shapes into the inputs; every dimension must be known then."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [i for i in model.graph.input if i.name not in constants]
-    names = [i.name for i in inputs]
-    for name in input_shapes:
-        if name not in names:
-            raise ModelError(f"the model has no input {name!r}; its inputs are {', '.join(names)}")
-    for value in inputs:
-        dims = value.type.tensor_type.shape.dim
-        given = input_shapes.get(value.name)
-        if given is not None and len(dims) and len(given) != len(dims):
-            raise ModelError(
-                f"input {value.name!r} has {len(dims)} dimensions, the shape given is {tuple(given)}"
-            )
-        if given is not None:
-            for i, (dim, extent) in enumerate(zip(dims, given, strict=False)):
-                if dim.dim_value not in (0, extent):
-                    raise ModelError(
-                        f"input {value.name!r} has {dim.dim_value} in dimension {i}, the shape given is {tuple(given)}"
-                    )
-                dim.Clear()
-                dim.dim_value = int(extent)
-        open_dims = [d.dim_param or "?" for d in dims if not d.HasField("dim_value")]
-        if open_dims:
-            shown = ", ".join(d.dim_param or str(d.dim_value or "?") for d in dims)
-            raise ModelError(
-                f"input {value.name!r} has open dimensions ({shown}); give them, for example "
-                f"input_shapes={{{value.name!r}: ({', '.join(str(d.dim_value or 1) for d in dims)})}}"
-            )
-    # Shapes that the file records for inner values may still name the open dimensions.
-    del model.graph.value_info[:]
 
 
 def _check_operators(model: onnx.ModelProto) -> None:

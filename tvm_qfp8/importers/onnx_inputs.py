@@ -1,0 +1,77 @@
+"""Inputs of ONNX models: every dimension becomes a number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from tvm_qfp8.errors import ModelError
+
+
+def fix_input_shapes(model: onnx.ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Write the given shapes into the model's inputs, in place.
+
+    Raises
+    ------
+    ModelError
+        A name is unknown, a shape contradicts the model, or a dimension stays open.
+    """
+    # Files of IR version 3 list their weights among the inputs.
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    names = [value.name for value in inputs]
+    for name in input_shapes:
+        if name not in names:
+            raise ModelError(f"the model has no input {name!r}; its inputs are {', '.join(names)}")
+    for value in model.graph.input:
+        if not value.type.HasField("tensor_type"):
+            kind = value.type.WhichOneof("value")
+            raise ModelError(f"input {value.name!r} is a {kind}; only tensors are supported as inputs")
+        if value.name in input_shapes:
+            _write(value, input_shapes[value.name])
+        _refuse_open(value)
+    # Shapes that the file records for inner values and results may still name the open dimensions.
+    del model.graph.value_info[:]
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+
+
+def _is_open(dim: onnx.TensorShapeProto.Dimension) -> bool:
+    """Exporters write an open dimension as a name, as nothing, as 0 or as -1."""
+    return dim.dim_value <= 0
+
+
+def _write(value: onnx.ValueInfoProto, given: tuple[int, ...]) -> None:
+    tensor_type = value.type.tensor_type
+    dims = tensor_type.shape.dim
+    if tensor_type.HasField("shape") and len(given) != len(dims):
+        raise ModelError(f"input {value.name!r} has {len(dims)} dimensions, the shape given is {tuple(given)}")
+    if any(int(extent) < 1 for extent in given):
+        raise ModelError(f"input {value.name!r} needs positive dimensions, the shape given is {tuple(given)}")
+    for i, (dim, extent) in enumerate(zip(dims, given, strict=False)):
+        if not _is_open(dim) and dim.dim_value != extent:
+            raise ModelError(
+                f"input {value.name!r} has {dim.dim_value} in dimension {i}, the shape given is {tuple(given)}"
+            )
+    del dims[:]
+    dims.extend(onnx.TensorShapeProto.Dimension(dim_value=int(extent)) for extent in given)
+
+
+def _refuse_open(value: onnx.ValueInfoProto) -> None:
+    tensor_type = value.type.tensor_type
+    if not tensor_type.HasField("shape"):
+        raise ModelError(
+            f"input {value.name!r} has no shape in the file; give it: input_shapes={{{value.name!r}: (...)}}"
+        )
+    dims = tensor_type.shape.dim
+    if not any(_is_open(dim) for dim in dims):
+        return
+    shown = ", ".join(dim.dim_param or ("?" if _is_open(dim) else str(dim.dim_value)) for dim in dims)
+    example = "".join(f"{1 if _is_open(dim) else dim.dim_value}, " for dim in dims)
+    raise ModelError(
+        f"input {value.name!r} has open dimensions ({shown}); give them, for example "
+        f"input_shapes={{{value.name!r}: ({example[:-1] if len(dims) == 1 else example[:-2]})}}"
+    )
