@@ -11,22 +11,26 @@ import tvm
 from tvm import relax
 
 from tvm_qfp8.relay_passes.choose_layout import ChooseLayout
+from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.recognize import Recognize
+from tvm_qfp8.relay_passes.restore_clip import RestoreClip
 
 
 def prepare_passes() -> list:
     """The passes, in order."""
     return [
+        # -- what the importers leave: operators on constants, clips in pieces
+        FoldConstants(),
+        RestoreClip(),
         # -- BatchNorm: into the convolution before it, or multiply and add
         relax.transform.FoldBatchnormToConv2D(),
-        relax.transform.FoldConstant(),
         relax.transform.DecomposeOpsForInference(),
-        relax.transform.FoldConstant(),
+        FoldConstants(),
         # -- nonlinear layers that the file holds as many small operators
         Recognize(),
         # -- channels last
         ChooseLayout(),
-        relax.transform.FoldConstant(),
+        FoldConstants(),
         relax.transform.CanonicalizeBindings(),
         relax.transform.DeadCodeElimination(),
     ]

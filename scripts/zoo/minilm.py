@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2: BERT encoder built as ONNX from safetensors, scored on similarity and sentiment.
 
-A text's embedding is the masked mean of the last hidden states, L2 normalised. Texts of more than 64 tokens are cut into
-windows whose states are pooled together; only the documents of the Lee corpus need more than one.
+A text's embedding is the masked mean of the last hidden states, L2 normalised. A text of more than 64 tokens,
+as most of Lee's documents, is cut into windows whose states are pooled together.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def _gensim(name: str) -> str:
 
 @functools.cache
 def documents() -> tuple[list[str], np.ndarray]:
-    """The 50 news documents of Lee, Pincombe and Welsh (2005) and people's mean similarities, ``(50, 50)``."""
+    """The 50 documents of Lee, Pincombe and Welsh (2005) and people's mean similarities, ``(50, 50)``."""
     return _gensim("lee.cor").splitlines(), np.loadtxt(io.StringIO(_gensim("similarities0-1.txt")))
 
 
@@ -98,7 +99,7 @@ def word_pairs() -> tuple[list[tuple[str, str]], np.ndarray]:
 def sentences(corpus: str) -> list[tuple[str, bool]]:
     """Texts of a corpus of Hutto and Gilbert (2014), positive or not, in seeded order.
 
-    Their mean rating of -4 ... 4 is at least 0.5 from 0. The first 2,000 train the probe, the next 1,000 are scored.
+    Their mean rating of -4 ... 4 is at least 0.5 from 0. 2,000 train the probe, the next 1,000 are scored.
     """
     with tarfile.open(fileobj=io.BytesIO(fetch.read("vaderSentiment", _RATINGS))) as tar:
         stream = tar.extractfile(f"hutto_ICWSM_2014/{corpus}_GroundTruth.txt")
@@ -114,7 +115,7 @@ def _float32() -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(onnx_path()), providers=["CPUExecutionProvider"])
 
 
-def _float32_run(inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+def _float32_run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """One call of the raw file without the padding, which costs time and changes nothing."""
     length = int(inputs["attention_mask"].sum())
     (states,) = _float32().run(None, {name: value[:, :length] for name, value in inputs.items()})
@@ -138,12 +139,10 @@ def _probe(corpus: str) -> np.ndarray:
 
 
 def calibration(n: int) -> list[dict[str, np.ndarray]]:
-    """In turn: news of Lee's background corpus, movie reviews and tweets of the probe's training, single words."""
-    scored_documents, scored_words = set(documents()[0]), {word for pair in word_pairs()[0] for word in pair}
-    news = [text for text in _gensim("lee_background.cor").splitlines() if text not in scored_documents]
-    words = sorted(
-        set(re.findall(r"\b[a-z]{3,}\b", " ".join(news))) - {word.lower() for word in scored_words}
-    )
+    """In turn: news of Lee's background corpus, reviews and tweets that train the probe, single words."""
+    news = [text for text in _gensim("lee_background.cor").splitlines() if text not in documents()[0]]
+    scored_words = {word.lower() for pair in word_pairs()[0] for word in pair}
+    words = sorted(set(re.findall(r"\b[a-z]{3,}\b", " ".join(news))) - scored_words)
     rng = np.random.RandomState(SEED + 1)
     sources = [news, *([text for text, _ in sentences(c)[:TRAINED]] for c in SENTIMENT.values()), words]
     shuffled = [[source[i] for i in rng.permutation(len(source))] for source in sources]

@@ -1,6 +1,6 @@
 """BERT encoder as an ONNX graph, from a safetensors state dict, node for node as torch.onnx exports it.
 
-LayerNorm and GELU are decomposed, the mask is additive ``(1 - mask) * -10000``, batch and sequence are dynamic.
+LayerNorm and GELU are decomposed, the mask is ``(1 - mask) * -10000``, added; batch and sequence are dynamic.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class _Graph:
         return name
 
     def number(self, value: float) -> str:
-        return self.constant(f"float_{value!r}", np.float32(value))
+        return self.constant(f"float_{value!r}", np.array(value, np.float32))
 
     def integers(self, *values: int) -> str:
-        return self.constant("int64_" + "_".join(map(str, values)), np.int64(values))
+        return self.constant("int64_" + "_".join(map(str, values)), np.array(values, np.int64))
 
     def weight(self, name: str) -> str:
         return self.constant(name, self.weights[name])
@@ -59,7 +59,7 @@ class _Graph:
         return self.op("Mul", self.op("Mul", x, self.op("Add", erf, self.number(1.0))), self.number(0.5))
 
     def embeddings(self, ids: str, types: str) -> str:
-        length = self.op("Gather", self.op("Shape", ids), self.constant("one", np.int64(1)), axis=0)
+        length = self.op("Gather", self.op("Shape", ids), self.constant("one", np.array(1, np.int64)), axis=0)
         end = self.op("Unsqueeze", length, self.integers(0))
         positions = self.op(
             "Slice",

@@ -94,3 +94,17 @@ def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
     reference = np.asarray(reference, np.float64)
     noise = ((reference - other) ** 2).sum()
     return float(10 * np.log10((reference**2).sum() / noise)) if noise else float("inf")
+
+
+def compare_outputs(run: Run, reference: Run, inputs: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """First outputs of two runners on the same inputs.
+
+    Returns
+    -------
+    dict
+        ``sqnr_db`` over all values, and ``agreement``: how often the largest of the last axis is at the same place.
+    """
+    expected = np.concatenate([reference(one)[0] for one in inputs])
+    found = np.concatenate([run(one)[0] for one in inputs])
+    same = expected.argmax(-1) == found.argmax(-1)
+    return {"sqnr_db": sqnr_db(expected, found), "agreement": float(same.mean())}

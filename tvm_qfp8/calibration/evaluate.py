@@ -5,7 +5,7 @@ Attributes and constants are turned into Python values once, so that a step cost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -175,3 +175,13 @@ def evaluate(mod: tvm.IRModule, inputs: Mapping[str, np.ndarray]) -> list[np.nda
         for step in program.steps:
             values[step.name] = step.run(values)
     return program.outputs(values)
+
+
+def evaluate_constant_call(call: tvm.ir.Call, arguments: Sequence[Any]) -> np.ndarray | None:
+    """The value of a call whose tensor ``arguments`` are given as arrays; None where no NumPy twin exists."""
+    if not isinstance(call.op, tvm.ir.Op) or call.op.name not in TABLE:
+        return None
+    if isinstance(call.ty, relax.TupleType):
+        return None
+    result = TABLE[call.op.name](_attributes(call, _spec(call.ty)), *arguments)
+    return np.asarray(result)

@@ -1,0 +1,48 @@
+"""The limits a quantized model must keep, checked on the measurements of `scripts/accuracy`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+RELATIVE_LOSS = 0.005
+MOBILENET_HITS = 1
+MOBILENET_AGREEMENT = 0.95
+MOBILENET_SQNR_DB = 19.5
+
+
+class Bar(NamedTuple):
+    """One limit: what is measured, its value, the limit as text, whether it is kept."""
+
+    what: str
+    measured: float
+    limit: str
+    kept: bool
+
+
+def bars(name: str, found: dict[str, Any]) -> list[Bar]:
+    """Limits of the model `name`; `found` is its entry in the JSON, with a runner ``qfp8``."""
+    runners = found["runners"]
+    checked = [_against_int8(task, runners) for task in runners["qfp8"]["tasks"] if "int8" in runners]
+    if name == "mobilenetv2":
+        return [*_mobilenet(runners), *checked]
+    for task, scored in runners["qfp8"]["tasks"].items():
+        loss, high = scored["relative_loss"], scored["relative_high"]
+        checked.append(Bar(f"{task}: relative loss", loss, f"<= {RELATIVE_LOSS}", loss <= RELATIVE_LOSS))
+        checked.append(Bar(f"{task}: 95 % bound", high, f"<= {2 * RELATIVE_LOSS}", high <= 2 * RELATIVE_LOSS))
+    return checked
+
+
+def _against_int8(task: str, runners: dict[str, Any]) -> Bar:
+    score, int8 = (runners[runner]["tasks"][task]["score"] for runner in ("qfp8", "int8"))
+    return Bar(f"{task}: score", score, f">= int8's {int8:.4f}", score >= int8)
+
+
+def _mobilenet(runners: dict[str, Any]) -> list[Bar]:
+    qfp8 = runners["qfp8"]
+    lost = round(qfp8["tasks"]["photos"]["loss"] * qfp8["tasks"]["photos"]["items"])
+    agreement, sqnr = qfp8["agreement"], qfp8["sqnr_db"]
+    return [
+        Bar("photos: hits lost", lost, f"<= {MOBILENET_HITS}", lost <= MOBILENET_HITS),
+        Bar("top-1 agreement", agreement, f">= {MOBILENET_AGREEMENT}", agreement >= MOBILENET_AGREEMENT),
+        Bar("logit SQNR, dB", sqnr, f">= {MOBILENET_SQNR_DB}", sqnr >= MOBILENET_SQNR_DB),
+    ]
