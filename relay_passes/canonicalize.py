@@ -138,7 +138,11 @@ class _Rewriter(MainRewriter):
             self.variables[var] = source
             return
         if high == math.inf:
-            call = relax.op.nn.relu(source) if low == 0 else relax.op.maximum(source, relax.const(low, "float32"))
+            call = (
+                relax.op.nn.relu(source)
+                if low == 0
+                else relax.op.maximum(source, relax.const(low, "float32"))
+            )
         elif low == -math.inf:
             call = relax.op.minimum(source, relax.const(high, "float32"))
         else:

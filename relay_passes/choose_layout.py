@@ -13,13 +13,13 @@ After::
     lv1 = R.add(lv, bias1)                    # (1, 1, 1, C)
     lv2 = R.mean(lv1, axis=[1, 2])
 
-Elementwise operators, pooling, reductions, concatenation and resizing follow their inputs; before any other operator
-the tensor is turned back. A 1-D convolution becomes a 2-D one of height 1.
+Convolutions start a region of channels last; the operators of ``layout_rules`` follow their inputs into it; before any
+other operator the tensor is turned back. A 1-D convolution becomes a 2-D one of height 1, and its surroundings with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 
 import numpy as np
 import tvm
@@ -27,22 +27,8 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
+from tvm_qfp8.relay_passes.layout_rules import FOLLOWS, REDUCTIONS, STARTS, TO_NHWC
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
-
-TO_NHWC = [0, 2, 3, 1]
-TO_NCHW = [0, 3, 1, 2]
-
-ELEMENTWISE = {
-    f"relax.{name}"
-    for names in (
-        "add subtract multiply divide maximum minimum power where astype",
-        "negative abs sqrt rsqrt square exp log erf tanh sigmoid clip floor ceil round",
-        "greater greater_equal less less_equal equal not_equal",
-        "nn.relu nn.gelu nn.gelu_tanh nn.silu nn.leakyrelu nn.softplus nn.prelu",
-    )
-    for name in names.split(" ")
-}
-REDUCTIONS = {"relax.mean": relax.op.mean, "relax.max": relax.op.max, "relax.sum": relax.op.sum}
 
 
 @tvm.transform.module_pass(opt_level=0, name="ChooseLayout")
@@ -53,207 +39,103 @@ class ChooseLayout:
         return relax.transform.DeadCodeElimination()(_Rewriter(mod).rewrite())
 
 
-def _array(constant: GenericConst) -> np.ndarray:
-    return constant.value.numpy()
-
-
 class _Rewriter(MainRewriter):
+    """``nhwc`` holds the NHWC form of variables of rank 4 and, as images of height 1, of rank 3."""
+
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
         self.nhwc: dict[relax.Var, relax.Expr] = {}
-        self._handlers: dict[str, Callable] = {
-            "relax.nn.conv1d": self._conv1d,
-            "relax.nn.conv2d": self._conv2d,
-            "relax.nn.conv2d_transpose": self._conv2d_transpose,
-            "relax.nn.max_pool2d": self._pool,
-            "relax.nn.avg_pool2d": self._pool,
-            "relax.nn.adaptive_avg_pool2d": self._adaptive_pool,
-            "relax.image.resize2d": self._resize,
-            "relax.concat": self._concat,
-            "relax.permute_dims": self._permute,
-            **dict.fromkeys(REDUCTIONS, self._reduce),
-            **dict.fromkeys(ELEMENTWISE, self._elementwise),
-        }
+        self.tuples: dict[relax.Var, relax.Expr] = {}
+        items = [v.tuple_value for v in self.definition.values() if isinstance(v, relax.TupleGetItem)]
+        self.items = Counter(item for item in items if isinstance(item, relax.Var))
 
     def expression(self, expr: relax.Expr) -> relax.Expr:
         """In the file's own layout: turned back where only the NHWC form exists."""
         if isinstance(expr, relax.Var) and expr not in self.variables and expr in self.nhwc:
-            turned = self.nhwc[expr]
-            shape = shape_of(expr)
-            if shape[2] * shape[3] == 1:
-                back = relax.op.reshape(turned, shape)
-            else:
-                back = relax.op.permute_dims(turned, TO_NCHW)
-            self.variables[expr] = self.builder.emit(back, expr.name)
+            self.variables[expr] = self.builder.emit(self._turned_back(expr), expr.name)
         return super().expression(expr)
 
-    def channels_last(self, expr: relax.Expr) -> relax.Expr | None:
-        """The NHWC form of a 4-D tensor, or of anything that broadcasts against one; None if there is none."""
+    def _turned_back(self, var: relax.Var) -> relax.Expr:
+        turned, shape = self.nhwc[var], shape_of(var)
+        if np.prod(shape[2:]) == 1 or shape[1] == 1:
+            return relax.op.reshape(turned, shape)
+        if len(shape) == 4:
+            return relax.op.permute_dims(turned, [0, 3, 1, 2])
+        rows = self.builder.emit(relax.op.reshape(turned, (shape[0], shape[2], shape[1])))
+        return relax.op.permute_dims(rows, [0, 2, 1])
+
+    def channels_last(self, expr: relax.Expr, rank: int) -> relax.Expr | None:
+        """The NHWC form of a tensor of ``rank`` 3 or 4, or of a constant that broadcasts against one; else None."""
         constant = self.constant(expr)
         if constant is not None:
-            array = _array(constant)
-            if array.ndim > 4:
-                return None
-            aligned = array.reshape((1,) * (4 - array.ndim) + array.shape).transpose(TO_NHWC)
-            return constant if array.size == 1 else relax.const(np.ascontiguousarray(aligned))
-        if not isinstance(expr, relax.Var) or len(static_shape(expr) or ()) != 4:
+            return _turned_constant(constant, rank)
+        if not isinstance(expr, relax.Var) or len(static_shape(expr) or ()) != rank:
             return None
         if expr not in self.nhwc:
-            self.nhwc[expr] = self.builder.emit(
-                relax.op.permute_dims(super().expression(expr), TO_NHWC), f"{expr.name}_nhwc"
-            )
+            self.nhwc[expr] = self._turned(expr)
         return self.nhwc[expr]
 
+    def _turned(self, var: relax.Var) -> relax.Expr:
+        shape, name = shape_of(var), f"{var.name}_nhwc"
+        x = super().expression(var)
+        if len(shape) == 3:
+            x = self.builder.emit(relax.op.permute_dims(x, TO_NHWC[3]))
+            return self.builder.emit(relax.op.reshape(x, (shape[0], 1, shape[2], shape[1])), name)
+        return self.builder.emit(relax.op.permute_dims(x, TO_NHWC[4]), name)
+
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
-        handler = self._handlers.get(op_name(value))
-        result = handler(var, value) if handler else None
+        if isinstance(value, relax.TupleGetItem) and value.tuple_value in self.tuples:
+            part = relax.TupleGetItem(self.tuples[value.tuple_value], value.index)
+            self.nhwc[var] = self.builder.emit(part, var.name)
+            return
+        name = op_name(value)
+        if name == "relax.permute_dims" and self._follows(value):
+            self._permute(var, value)
+            return
+        rule = STARTS.get(name) or (FOLLOWS.get(name) if self._follows(value) else None)
+        if name == "relax.split" and self.uses.get(var, 0) != self.items.get(var, 0):
+            rule = None  # the tuple itself is read
+        result = rule(self, var, value) if rule else None
         if result is None:
             self.keep(var, value)
-        elif len(static_shape(var) or ()) == 4 and handler not in (self._permute,):
-            self.nhwc[var] = self.builder.emit(result, var.name)
+            return
+        emitted = self.builder.emit(result, var.name)
+        if name == "relax.split":
+            self.tuples[var] = emitted
+        elif name in REDUCTIONS and not value.attrs.keepdims:
+            self.variables[var] = emitted
         else:
-            self.variables[var] = self.builder.emit(result, var.name)
+            self.nhwc[var] = emitted
 
     def _follows(self, value: relax.Call) -> bool:
-        return any(isinstance(argument, relax.Var) and argument in self.nhwc for argument in value.args)
+        arguments = [*getattr(value, "args", ())]
+        if arguments and isinstance(arguments[0], relax.Tuple):
+            arguments = [*arguments[0].fields]
+        return any(isinstance(argument, relax.Var) and argument in self.nhwc for argument in arguments)
 
-    # -- convolutions -----------------------------------------------------------------------------------------
-
-    def _conv2d(self, _var, value: relax.Call) -> relax.Call | None:
-        weight = self.constant(value.args[1])
-        attrs = value.attrs
-        if weight is None or str(attrs.data_layout) != "NCHW" or str(attrs.kernel_layout) != "OIHW":
-            return None
-        return relax.op.nn.conv2d(
-            self.channels_last(value.args[0]),
-            relax.const(np.ascontiguousarray(_array(weight).transpose(0, 2, 3, 1))),
-            strides=list(attrs.strides),
-            padding=list(attrs.padding),
-            dilation=list(attrs.dilation),
-            groups=int(attrs.groups),
-            data_layout="NHWC",
-            kernel_layout="OHWI",
-        )
-
-    def _conv1d(self, var, value: relax.Call) -> relax.Call | None:
-        weight = self.constant(value.args[1])
-        attrs = value.attrs
-        if weight is None or str(attrs.data_layout) != "NCW" or str(attrs.kernel_layout) != "OIW":
-            return None
-        batch, channels, width = shape_of(value.args[0])
-        x = self.builder.emit(relax.op.permute_dims(self.expression(value.args[0]), [0, 2, 1]))
-        x = self.builder.emit(relax.op.reshape(x, (batch, 1, width, channels)))
-        padding = [int(p) for p in attrs.padding]
-        conv = relax.op.nn.conv2d(
-            x,
-            relax.const(np.ascontiguousarray(_array(weight)[:, :, None].transpose(0, 2, 3, 1))),
-            strides=[1, int(attrs.strides[0])],
-            padding=[0, padding[0], 0, padding[-1]],
-            dilation=[1, int(attrs.dilation[0])],
-            groups=int(attrs.groups),
-            data_layout="NHWC",
-            kernel_layout="OHWI",
-        )
-        y = self.builder.emit(conv, var.name)
-        batch, channels, width = shape_of(var)
-        y = self.builder.emit(relax.op.reshape(y, (batch, width, channels)))
-        return relax.op.permute_dims(y, [0, 2, 1])
-
-    def _conv2d_transpose(self, _var, value: relax.Call) -> relax.Call | None:
-        attrs = value.attrs
-        if self.constant(value.args[1]) is None or str(attrs.data_layout) != "NCHW":
-            return None
-        return relax.op.nn.conv2d_transpose(
-            self.channels_last(value.args[0]),
-            value.args[1],
-            strides=list(attrs.strides),
-            padding=list(attrs.padding),
-            output_padding=list(attrs.output_padding),
-            dilation=list(attrs.dilation),
-            groups=int(attrs.groups),
-            data_layout="NHWC",
-            kernel_layout=str(attrs.kernel_layout),
-        )
-
-    # -- what follows -----------------------------------------------------------------------------------------
-
-    def _elementwise(self, var, value: relax.Call) -> relax.Call | None:
-        if not self._follows(value) or len(static_shape(var) or ()) != 4:
-            return None
-        arguments = []
-        for argument in value.args:
-            if isinstance(argument.ty, relax.TensorType):
-                turned = self.channels_last(argument)
-                if turned is None:
-                    return None
-                arguments.append(turned)
-            else:
-                arguments.append(argument)
-        return relax.Call(value.op, arguments, value.attrs, value.ty_args)
-
-    def _pool(self, _var, value: relax.Call) -> relax.Call | None:
-        attrs = value.attrs
-        if not self._follows(value) or str(attrs.layout) != "NCHW":
-            return None
-        make = relax.op.nn.max_pool2d if op_name(value).endswith("max_pool2d") else relax.op.nn.avg_pool2d
-        return make(
-            self.channels_last(value.args[0]),
-            list(attrs.pool_size),
-            list(attrs.strides),
-            list(attrs.padding),
-            list(attrs.dilation),
-            bool(attrs.ceil_mode),
-            bool(attrs.count_include_pad),
-            "NHWC",
-        )
-
-    def _adaptive_pool(self, _var, value: relax.Call) -> relax.Call | None:
-        size = value.attrs.output_size
-        if not self._follows(value) or size is None or [int(s) for s in size] != [1, 1]:
-            return None
-        return relax.op.mean(self.channels_last(value.args[0]), [1, 2], keepdims=True)
-
-    def _resize(self, _var, value: relax.Call) -> relax.Call | None:
-        attrs = value.attrs
-        if not self._follows(value) or str(attrs.layout) != "NCHW":
-            return None
-        names = (
-            "method",
-            "coordinate_transformation_mode",
-            "rounding_method",
-            "cubic_alpha",
-            "cubic_exclude",
-            "extrapolation_value",
-            "out_dtype",
-        )
-        kept = {name: getattr(attrs, name) for name in names}
-        roi = [float(bound) for bound in attrs.roi]
-        return relax.op.image.resize2d(
-            self.channels_last(value.args[0]), value.args[1], roi=roi, layout="NHWC", **kept
-        )
-
-    def _reduce(self, var, value: relax.Call) -> relax.Call | None:
-        axes = value.attrs.axis
-        if not self._follows(value) or axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
-            return None
-        return REDUCTIONS[op_name(value)](
-            self.channels_last(value.args[0]), [1, 2], keepdims=bool(value.attrs.keepdims)
-        )
-
-    def _concat(self, var, value: relax.Call) -> relax.Call | None:
-        parts = value.args[0]
-        if not isinstance(parts, relax.Tuple) or len(static_shape(var) or ()) != 4:
-            return None
-        if not any(isinstance(part, relax.Var) and part in self.nhwc for part in parts.fields):
-            return None
-        turned = [self.channels_last(part) for part in parts.fields]
-        return relax.op.concat(turned, TO_NHWC.index(int(value.attrs.axis) % 4))
-
-    def _permute(self, _var, value: relax.Call) -> relax.Call | None:
+    def _permute(self, var: relax.Var, value: relax.Call) -> None:
+        """A transposition of the file itself is joined with the turning."""
         source = value.args[0]
-        if not self._follows(value) or value.attrs.axes is None:
-            return None
-        axes = [TO_NHWC.index(int(axis) % 4) for axis in value.attrs.axes]
-        if axes == [0, 1, 2, 3]:
-            return self.nhwc[source]
-        return relax.op.permute_dims(self.nhwc[source], axes)
+        shape, turned = shape_of(source), self.nhwc[source]
+        rank = len(shape)
+        wanted = (
+            list(range(rank))[::-1] if value.attrs.axes is None else [int(a) % rank for a in value.attrs.axes]
+        )
+        axes = [TO_NHWC[rank].index(axis) for axis in wanted]
+        if rank == 3:
+            turned = self.builder.emit(relax.op.reshape(turned, (shape[0], shape[2], shape[1])), var.name)
+        if axes == list(range(rank)):
+            self.variables[var] = turned
+        else:
+            self.variables[var] = self.builder.emit(relax.op.permute_dims(turned, axes), var.name)
+
+
+def _turned_constant(constant: GenericConst, rank: int) -> relax.Expr | None:
+    array = constant.value.numpy()
+    if array.ndim > rank:
+        return None
+    if array.size == 1:
+        return relax.const(array.reshape(()))
+    array = array.reshape((1,) * (rank - array.ndim) + array.shape)
+    image = array if rank == 4 else array[:, :, None]
+    return relax.const(np.ascontiguousarray(image.transpose(0, 2, 3, 1)))

@@ -21,7 +21,6 @@ from __future__ import annotations
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.ir import GenericConst
 
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
@@ -44,31 +43,23 @@ class _Rewriter(MainRewriter):
         for var, value in self.definition.items():
             for read in relax.analysis.free_vars(value):
                 self.readers.setdefault(read, []).append(var)
-        self.folded: dict[relax.Var, relax.Var] = {}  # from the last binding of a chain to its linear layer
+        self.folded: set[relax.Var] = set()
 
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         axis = self._output_axis(value)
-        if axis is None:
-            self.keep(var, value)
-            return
-        chain, scale, shift = self._chain(var)
-        if len(chain) < 2 and (scale == 1).all():
+        chain, scale, shift = ([], None, None) if axis is None else self._chain(var)
+        if not chain or (len(chain) == 1 and (scale == 1).all()):
             self.keep(var, value)
             return
         weight = self.constant(value.args[1]).value.numpy()
-        along = np.ones(weight.ndim, int)
-        along[axis] = -1
-        if op_name(value) == "relax.nn.conv2d_transpose":  # (in, out / groups, ...): channels run over both axes
-            groups = int(value.attrs.groups)
-            factor = np.repeat(scale.reshape(groups, -1), weight.shape[0] // groups, axis=0)[:, :, None, None]
-        else:
-            factor = scale.reshape(along)
-        scaled = relax.const((weight * factor).astype(np.float32))
+        scaled = relax.const((weight * _along_weights(value, weight, scale, axis)).astype(np.float32))
         call = relax.Call(value.op, [self.expression(value.args[0]), scaled], value.attrs, value.ty_args)
         result = self.builder.emit(call, var.name)
-        bias = relax.const(shift.astype(np.float32))
-        self.variables[chain[-1]] = self.builder.emit(relax.op.add(result, bias), chain[-1].name)
-        self.folded.update(dict.fromkeys(chain, var))
+        if shift.any():
+            bias = relax.const(shift.astype(np.float32))
+            result = self.builder.emit(relax.op.add(result, bias), chain[-1].name)
+        self.variables[chain[-1]] = result
+        self.folded.update(chain)
 
     def keep(self, var: relax.Var, value: relax.Expr) -> None:
         if var not in self.folded:
@@ -97,40 +88,46 @@ class _Rewriter(MainRewriter):
         var = linear
         while self.uses.get(var) == 1 and len(self.readers.get(var, ())) == 1:
             after = self.readers[var][0]
-            value = self.definition[after]
-            number = self._per_channel(var, after, value)
-            if number is None:
+            affine = self._affine(var, after, self.definition[after])
+            if affine is None:
                 break
-            name = op_name(value)
-            if name == "relax.multiply":
-                scale, shift = scale * number, shift * number
-            elif name == "relax.divide":
-                scale, shift = scale / number, shift / number
-            else:
-                # a - x turns the sign of x
-                if name == "relax.subtract" and value.args[0] is not var and not value.args[0].same_as(var):
-                    scale, shift = -scale, -shift
-                    shift = shift + number
-                else:
-                    shift = shift + (number if name == "relax.add" else -number)
+            factor, offset = affine
+            scale, shift = scale * factor, shift * factor + offset
             chain.append(after)
             var = after
         return chain, scale, shift
 
-    def _per_channel(self, var: relax.Var, after: relax.Var, value: relax.Expr) -> np.ndarray | None:
-        """The constant of ``after = value``, one number per channel."""
+    def _affine(
+        self, var: relax.Var, after: relax.Var, value: relax.Expr
+    ) -> tuple[np.ndarray | float, np.ndarray | float] | None:
+        """(a, b), each one number per channel or one for all, where ``after = a * var + b``."""
         if op_name(value) not in AFFINE or static_shape(after) != static_shape(var):
             return None
-        a, b = value.args
-        first = isinstance(a, relax.Var) and a.same_as(var)
-        constant = self.constant(b if first else a)
-        if not isinstance(constant, GenericConst) or (op_name(value) == "relax.divide" and not first):
+        x_first = isinstance(value.args[0], relax.Var) and value.args[0].same_as(var)
+        constant = self.constant(value.args[1 if x_first else 0])
+        if constant is None:
             return None
         array = constant.value.numpy().astype(np.float64)
         channels = shape_of(var)[-1]
-        if array.size not in (1, channels) or (array.size == channels > 1 and array.shape[-1] != channels):
+        if array.size != 1 and not array.size == array.shape[-1] == channels:
             return None
-        result = np.broadcast_to(array.reshape(-1), (channels,))
-        if op_name(value) == "relax.divide" and not result.all():
-            return None
-        return result
+        number = array.reshape(-1)
+        operator = op_name(value)
+        if operator == "relax.multiply":
+            return number, 0.0
+        if operator == "relax.add":
+            return 1.0, number
+        if operator == "relax.subtract":
+            return (1.0, -number) if x_first else (-1.0, number)
+        return (1 / number, 0.0) if x_first and number.all() else None
+
+
+def _along_weights(value: relax.Call, weight: np.ndarray, scale: np.ndarray, axis: int) -> np.ndarray:
+    """A number per output channel in the shape that multiplies the weights."""
+    if op_name(value) != "relax.nn.conv2d_transpose":
+        shape = [1] * weight.ndim
+        shape[axis] = -1
+        return scale.reshape(shape)
+    # (in, out / groups, kernel height, kernel width): each group of inputs has output channels of its own
+    groups = int(value.attrs.groups)
+    return np.repeat(scale.reshape(groups, -1), weight.shape[0] // groups, axis=0)[:, :, None, None]

@@ -40,19 +40,26 @@ class _Rewriter(MainRewriter):
         if folded is None:
             self.keep(var, value)
         else:
-            self.variables[var] = relax.const(np.ascontiguousarray(folded), str(var.ty.dtype))
+            # ascontiguousarray would give a scalar a dimension.
+            self.variables[var] = relax.const(np.array(folded, order="C"), str(var.ty.dtype))
 
     def _fold(self, call: relax.Call) -> np.ndarray | None:
-        arguments: list[Any] = []
-        for argument in call.args:
-            if isinstance(argument, relax.Var):
-                argument = self.variables.get(argument)
-            if isinstance(argument, GenericConst):
-                arguments.append(argument.value.numpy())
-            elif isinstance(argument, relax.ShapeExpr) and all(hasattr(v, "value") for v in argument.values):
-                arguments.append(tuple(int(v) for v in argument.values))
-            elif isinstance(argument, tirx.IntImm | tirx.FloatImm):
-                arguments.append(argument.value)
-            else:
-                return None
-        return evaluate_constant_call(call, arguments) if arguments else None
+        arguments = [self._value(argument) for argument in call.args]
+        if not arguments or any(argument is None for argument in arguments):
+            return None
+        return evaluate_constant_call(call, arguments)
+
+    def _value(self, argument: relax.Expr) -> Any:
+        """An argument as NumPy and Python values, None if it is not constant."""
+        if isinstance(argument, relax.Var):
+            argument = self.variables.get(argument)
+        if isinstance(argument, GenericConst):
+            return argument.value.numpy()
+        if isinstance(argument, relax.ShapeExpr) and all(hasattr(v, "value") for v in argument.values):
+            return tuple(int(v) for v in argument.values)
+        if isinstance(argument, tirx.IntImm | tirx.FloatImm):
+            return argument.value
+        if isinstance(argument, relax.Tuple):
+            fields = tuple(self._value(field) for field in argument.fields)
+            return None if any(field is None for field in fields) else fields
+        return None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import tvm
 import tvm_ffi
 from tvm import relax, tirx
+from tvm.ir import Expr, TensorLoad
 
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
@@ -64,18 +65,18 @@ def _single_extremum(function: tirx.PrimFunc) -> tuple[type, float | None] | Non
         return None
     store = stores[0]
     first, second = store.value.a, store.value.b
-    buffers = [function.buffer_map[p] for p in function.params]
-    elementwise = (
-        isinstance(first, tirx.BufferLoad)
-        and first.buffer.same_as(buffers[0])
-        and store.buffer.same_as(buffers[-1])
-        and len(first.indices) == len(store.indices)
-        and all(a.same_as(b) for a, b in zip(first.indices, store.indices, strict=True))
-    )
-    if not elementwise:
+    if not (_reads(first, function.params[0]) and store.buffer.same_as(function.params[-1])):
+        return None
+    if len(first.indices) != len(store.indices):
+        return None
+    if not all(a.same_as(b) for a, b in zip(first.indices, store.indices, strict=True)):
         return None
     if isinstance(second, tirx.FloatImm | tirx.IntImm):
         return type(store.value), float(second.value)
-    if isinstance(second, tirx.BufferLoad) and second.buffer.same_as(buffers[1]) and not len(second.buffer.shape):
+    if _reads(second, function.params[1]) and not len(second.indices):
         return type(store.value), None
     return None
+
+
+def _reads(expr: Expr, buffer: Expr) -> bool:
+    return isinstance(expr, TensorLoad) and expr.source.same_as(buffer)

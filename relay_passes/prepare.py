@@ -10,27 +10,32 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
+from tvm_qfp8.relay_passes.canonicalize import Canonicalize
 from tvm_qfp8.relay_passes.choose_layout import ChooseLayout
+from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
+from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.recognize import Recognize
-from tvm_qfp8.relay_passes.restore_clip import RestoreClip
+from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
 
 
 def prepare_passes() -> list:
     """The passes, in order."""
     return [
-        # -- what the importers leave: operators on constants, clips in pieces
-        FoldConstants(),
-        RestoreClip(),
-        # -- BatchNorm: into the convolution before it, or multiply and add
-        relax.transform.FoldBatchnormToConv2D(),
+        # -- BatchNorm becomes arithmetic with constants; what importers compute from constants becomes constant
         relax.transform.DecomposeOpsForInference(),
         FoldConstants(),
+        # -- bounds in one form, nothing that does nothing
+        LiftClip(),
+        Canonicalize(),
         # -- nonlinear layers that the file holds as many small operators
         Recognize(),
-        # -- channels last
+        # -- channels last, without transpositions that cancel
         ChooseLayout(),
-        FoldConstants(),
+        SimplifyViews(),
+        # -- scales and shifts of channels, BatchNorm above all, into the linear layer before them
+        FoldBatchnorm(),
+        relax.transform.FoldConstant(),
         relax.transform.CanonicalizeBindings(),
         relax.transform.DeadCodeElimination(),
     ]

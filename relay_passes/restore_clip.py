@@ -57,7 +57,8 @@ class _Rewriter(MainRewriter):
             return None
         for x, other in (arguments, reversed(arguments)):
             constant = self.constant(other)
-            if constant is not None and constant.value.numpy().size == 1 and self.constant(x) is None:
-                if str(getattr(x.ty, "dtype", "")) == "float32":
-                    return kind, x, float(constant.value.numpy().reshape(-1)[0])
+            if constant is None or self.constant(x) is not None or str(getattr(x.ty, "dtype", "")) != "float32":
+                continue
+            if constant.value.numpy().size == 1:
+                return kind, x, float(constant.value.numpy().reshape(-1)[0])
         return None

@@ -10,7 +10,8 @@ After::
 
     lv2 = R.reshape(x, R.shape([1, 49, 64]))
 
-Transpositions that do not cancel stay apart: the one before a product of two activations costs nothing there. A chain is followed on the numbers 0, 1, 2 ...: where they arrive in order, it is a reshape of where it started.
+A chain is followed on the numbers 0, 1, 2 ...: where they arrive in order, it is a reshape of where it started.
+Transpositions that do not cancel stay apart: kernels for products of two activations take the last one in.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.overflow import INT32_LIMIT
-from tvm_qfp8.topi.panels import decode_run, round_up, zero_run
+from tvm_qfp8.topi.panels import decode_run, overlapped_start, round_up, zero_run
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
 
 
@@ -63,30 +63,30 @@ def emit_batch_matmul(
     macs = shape.batch * shape.rows * shape.columns * shape.depth
     parallel = threads > 1 and shape.batch > 1 and macs >= MIN_PARALLEL_MACS
 
-    def panel_at(column, step):
-        """Place of the ``pair`` values of (column, step) in the decoded panels."""
-        panel, lane = tirx.floordiv(column, width), tirx.floormod(column, width)
-        return (panel * steps + step) * panel_step + lane * isa.pair
-
     def decode_transposed(batch, panels) -> None:
         row = T.alloc_buffer((depth,), "int16", align=64)
         zero_run(isa, row, 0, depth)
-        with T.serial(0, shape.columns) as n:
-            decode_run(isa, y_layout, y, (batch * shape.columns + n) * shape.depth, row, 0, shape.depth)
-            start = T.bind(panel_at(n, 0))
-            with T.serial(0, steps) as step:
-                store(panels, start + step * panel_step, load(row, step * isa.pair, isa.pair), isa.pair)
+        with T.serial(0, panel_count) as panel:
+            first = overlapped_start(panel, width, shape.columns)
+            with T.serial(0, min(width, shape.columns)) as lane:
+                source = (batch * shape.columns + first + lane) * shape.depth
+                decode_run(isa, y_layout, y, source, row, 0, shape.depth)
+                start = T.bind(panel * steps * panel_step + lane * isa.pair)
+                with T.serial(0, steps) as step:
+                    store(panels, start + step * panel_step, load(row, step * isa.pair, isa.pair), isa.pair)
 
     def decode_straight(batch, panels) -> None:
         """Rows of y are steps of the reduction: neighbouring columns stay neighbours."""
         start = batch * shape.depth * shape.columns
 
-        def columns_of(panel: int, length: int, step) -> None:
+        def columns_of(panel, step) -> None:
+            first = overlapped_start(panel, width, shape.columns)
+
             def emit(offset, lanes):
                 at = (panel * steps + step) * panel_step + offset * isa.pair
 
                 def grid(k):
-                    codes = load(y, start + k * shape.columns + panel * width + offset, lanes)
+                    codes = load(y, start + k * shape.columns + first + offset, lanes)
                     return decode_expr(codes, y_layout, "int16" if isa.pair == 1 else "int32")
 
                 if isa.pair == 1:
@@ -108,13 +108,17 @@ def emit_batch_matmul(
                 pairs = tirx.reinterpret(with_lanes("int16", 2 * lanes), low | high)
                 store(panels, at, pairs, 2 * lanes)
 
-            vector_runs(length, isa.lanes, emit)
+            vector_runs(min(width, shape.columns), isa.lanes, emit)
 
         with T.serial(0, steps) as step:
-            for panel in range(panel_count):
-                columns_of(panel, min(width, shape.columns - panel * width), step)
+            with T.serial(0, panel_count) as panel:
+                columns_of(panel, step)
 
-    def tile(scratch, panels, batch, first_row, panel, valid_vectors) -> None:
+    valid_vectors = [
+        min(isa.lanes, shape.columns - at) for at in range(0, min(width, shape.columns), isa.lanes)
+    ]
+
+    def tile(scratch, panels, batch, first_row, panel, first_column) -> None:
         lanes = isa.lanes
         single = steps <= block_steps
         totals = None
@@ -154,7 +158,7 @@ def emit_batch_matmul(
             for j, valid in enumerate(valid_vectors):
                 at = (i * vectors + j) * lanes
                 value = to_float(registers.value(i, j)) if single else load(totals, at, lanes)
-                epilogue(value, batch * shape.rows + first_row + i, panel * width + j * lanes, valid)
+                epilogue(value, batch * shape.rows + first_row + i, first_column + j * lanes, valid)
 
     with (T.parallel if parallel else T.serial)(0, shape.batch) as batch:
         scratch = T.alloc_buffer((shape.rows * depth,), "int16", align=64)
@@ -163,20 +167,11 @@ def emit_batch_matmul(
             decode_run(isa, x_layout, x, source, scratch, row * depth, shape.depth)
             zero_run(isa, scratch, row * depth + shape.depth, depth - shape.depth)
         panels = T.alloc_buffer((panel_count * depth * width,), "int16", align=64)
-        if shape.columns % width:
+        if shape.columns < width:
             zero_run(isa, panels, 0, panel_count * depth * width)
         (decode_transposed if shape.transpose_y else decode_straight)(batch, panels)
-
-        def tiles(panel, valid_vectors) -> None:
-            full, rest = divmod(shape.rows, tile_rows)
-            with T.serial(0, full) as t:
-                tile(scratch, panels, batch, t * tile_rows, panel, valid_vectors)
-            if rest:
-                tile(scratch, panels, batch, shape.rows - tile_rows, panel, valid_vectors)
-
-        full_panels, left = divmod(shape.columns, width)
-        if full_panels:
-            with T.serial(0, full_panels) as panel:
-                tiles(panel, [isa.lanes] * vectors)
-        if left:
-            tiles(full_panels, [min(isa.lanes, left - at) for at in range(0, left, isa.lanes)])
+        with T.serial(0, panel_count) as panel:
+            first_column = overlapped_start(panel, width, shape.columns)
+            with T.serial(0, -(-shape.rows // tile_rows)) as t:
+                first_row = overlapped_start(t, tile_rows, shape.rows)
+                tile(scratch, panels, batch, first_row, panel, first_column)

@@ -21,8 +21,10 @@ from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
+    balanced_blocks,
     decode_run,
     for_each_panel,
+    overlapped_start,
     pack_panels,
     round_up,
     zero_run,
@@ -118,7 +120,7 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
     by_rows = parallel and out_h >= 2 * threads
     if by_rows:
         block_h = min(block_h, -(-out_h // (2 * threads)))
-    blocks = -(-out_h // block_h)
+    block_h, blocks = balanced_blocks(out_h, block_h)
     slab_h = (block_h - 1) * stride_h + reach
 
     def decode_row(image, source_row, group, slab, slab_at) -> None:
@@ -183,16 +185,13 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
                 epilogue(registers.value(i, j), out_row_at + first_pixel + i, column, valid)
 
     def tiles_of_block(slab, image, first_out_row, group, weights: PanelWeights) -> None:
-        full, rest = divmod(out_w, tile_rows)
         with T.serial(0, block_h) as row:
             out_row_at = T.bind((image * out_h + first_out_row + row) * out_w)
-            with T.serial(0, full) as t:
-                tile(slab, row, t * tile_rows, out_row_at, group, weights)
-            if rest:
-                tile(slab, row, out_w - tile_rows, out_row_at, group, weights)
+            with T.serial(0, -(-out_w // tile_rows)) as t:
+                tile(slab, row, overlapped_start(t, tile_rows, out_w), out_row_at, group, weights)
 
     def block(image, index, group) -> None:
-        first_out_row = T.bind(tirx.min(index * block_h, out_h - block_h)) if blocks > 1 else 0
+        first_out_row = overlapped_start(index, block_h, out_h)
         slab = T.alloc_buffer((slab_h * slab_row,), "int16", align=64)
         decode_slab(image, first_out_row, group, slab)
         group_panels = (

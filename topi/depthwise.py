@@ -18,7 +18,7 @@ from tvm_qfp8.topi.float_contract import with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
-from tvm_qfp8.topi.panels import decode_run, zero_run
+from tvm_qfp8.topi.panels import balanced_blocks, decode_run, overlapped_start, zero_run
 from tvm_qfp8.topi.prim_func import load, store
 
 SLAB_BYTES = 128 * 1024
@@ -74,7 +74,7 @@ def emit_depthwise(
     block_h = max(1, min(out_h, (SLAB_BYTES // (2 * slab_row) - reach) // stride_h + 1))
     if parallel:
         block_h = min(block_h, max(1, -(-out_h // (2 * threads))))
-    blocks = -(-out_h // block_h)
+    block_h, blocks = balanced_blocks(out_h, block_h)
     slab_h = (block_h - 1) * stride_h + reach
     vectors = len(_channel_starts(isa, shape.channels))
     lanes16 = with_lanes("int16", vector)
@@ -137,22 +137,19 @@ def emit_depthwise(
             epilogue(registers.value(i, 0), out_row_at + first_pixel + i, channel, isa.lanes)
 
     def channel_vector(image, first_out_row, index) -> None:
-        channel = T.bind(tirx.min(index * isa.lanes, shape.channels - isa.lanes))
+        channel = overlapped_start(index, isa.lanes, shape.channels)
         decoded = T.alloc_buffer((kernel_h * steps * vector,), "int16", align=64)
         length = kernel_h * steps * vector
         decode_run(isa, weight_layout, weights, index * length, decoded, 0, length)
         slab = T.alloc_buffer((slab_h * slab_row,), "int16", align=64)
         decode_slab(image, first_out_row, channel, slab)
-        full, rest = divmod(out_w, tile_pixels)
         with T.serial(0, block_h) as row:
             out_row_at = T.bind((image * out_h + first_out_row + row) * out_w)
-            with T.serial(0, full) as t:
-                tile(slab, row, t * tile_pixels, out_row_at, channel, decoded)
-            if rest:
-                tile(slab, row, out_w - tile_pixels, out_row_at, channel, decoded)
+            with T.serial(0, -(-out_w // tile_pixels)) as t:
+                tile(slab, row, overlapped_start(t, tile_pixels, out_w), out_row_at, channel, decoded)
 
     with T.serial(0, shape.batch) as image:
         with (T.parallel if parallel else T.serial)(0, blocks) as block:
-            first_out_row = T.bind(tirx.min(block * block_h, out_h - block_h))
+            first_out_row = overlapped_start(block, block_h, out_h)
             with T.serial(0, vectors) as index:
                 channel_vector(image, first_out_row, index)

@@ -19,7 +19,7 @@ from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, to_float, tree_sum, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, SCRATCH_BYTES
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.panels import pack_panels, round_up
+from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start, pack_panels, round_up
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
 
 
@@ -101,7 +101,7 @@ def emit_float_conv2d(
     out_h, out_w = conv.out_height, conv.out_width
     reach = conv.dilation[0] * (kernel_h - 1) + 1
     block_h = max(1, min(out_h, (SCRATCH_BYTES // (4 * slab_row) - reach) // conv.stride[0] + 1))
-    blocks = -(-out_h // block_h)
+    block_h, blocks = balanced_blocks(out_h, block_h)
     slab_h = (block_h - 1) * conv.stride[0] + reach
     panel_count = -(-out_channels // lanes)
     parallel = threads > 1 and conv.batch * out_h * out_w * conv.out_channels * depth >= MIN_PARALLEL_MACS
@@ -140,8 +140,7 @@ def emit_float_conv2d(
         start = (group * panel_count + index) * depth * lanes
         with T.serial(0, depth) as k:
             store(decoded, k * lanes, _weight_vector(shape, weights, start + k * lanes, lanes), lanes)
-        column = group * out_channels + index * lanes
-        last = out_channels - (panel_count - 1) * lanes
+        column = group * out_channels + overlapped_start(index, lanes, out_channels)
 
         def pixels(valid: int) -> None:
             with T.serial(0, block_h) as row:
@@ -159,19 +158,12 @@ def emit_float_conv2d(
                     out = (image * out_h + first_out_row + row) * out_w + pixel
                     epilogue(sums.total(), out, column, valid)
 
-        if last == lanes:
-            pixels(lanes)
-        else:
-            with T.If(index == panel_count - 1):
-                with T.Then():
-                    pixels(last)
-                with T.Else():
-                    pixels(lanes)
+        pixels(min(lanes, out_channels))
 
     with T.serial(0, conv.batch) as image:
         with T.serial(0, conv.groups) as group:
             with T.serial(0, blocks) as block:
-                first_out_row = T.bind(tirx.min(block * block_h, out_h - block_h))
+                first_out_row = overlapped_start(block, block_h, out_h)
                 slab = T.alloc_buffer((slab_h * slab_row,), "float32", align=64)
                 fill_slab(image, first_out_row, group, slab)
                 with (T.parallel if parallel and panel_count > 1 else T.serial)(0, panel_count) as index:

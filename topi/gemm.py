@@ -15,7 +15,16 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
-from tvm_qfp8.topi.panels import PanelShape, PanelWeights, decode_run, for_each_panel, round_up, zero_run
+from tvm_qfp8.topi.panels import (
+    PanelShape,
+    PanelWeights,
+    balanced_blocks,
+    decode_run,
+    for_each_panel,
+    overlapped_start,
+    round_up,
+    zero_run,
+)
 
 SCRATCH_BYTES = 384 * 1024
 """Decoded activations of one block: they should stay in the second-level cache."""
@@ -55,12 +64,11 @@ def emit_gemm(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Callab
     panel_shape = PanelShape(shape.columns, depth, vectors, shape.weight)
     parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
 
-    block_rows = max(tile_rows, min(shape.rows, SCRATCH_BYTES // (2 * depth)) // tile_rows * tile_rows)
     by_rows = parallel and shape.rows >= 2 * threads * 48
+    most = max(tile_rows, SCRATCH_BYTES // (2 * depth))
     if by_rows:
-        block_rows = min(block_rows, round_up(-(-shape.rows // threads), tile_rows))
-    block_rows = min(block_rows, shape.rows)
-    blocks = -(-shape.rows // block_rows)
+        most = min(most, -(-shape.rows // threads))
+    block_rows, blocks = balanced_blocks(shape.rows, most, tile_rows)
 
     def decode_block(first_row, scratch) -> None:
         if depth == shape.depth:
@@ -82,18 +90,11 @@ def emit_gemm(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Callab
                 epilogue(registers.value(i, j), first_row + row_in_block + i, weights.column(j), valid)
 
     def tiles_of_block(scratch, first_row, weights: PanelWeights) -> None:
-        full, rest = divmod(block_rows, tile_rows)
-        if full == 1:
-            tile(scratch, first_row, 0, weights)
-        else:
-            with T.serial(0, full) as t:
-                tile(scratch, first_row, t * tile_rows, weights)
-        if rest:
-            tile(scratch, first_row, block_rows - tile_rows, weights)
+        with T.serial(0, -(-block_rows // tile_rows)) as t:
+            tile(scratch, first_row, overlapped_start(t, tile_rows, block_rows), weights)
 
     def block(index) -> None:
-        # The last block overlaps the one before it: rows written twice get the same bits.
-        first_row = T.bind(T.min(index * block_rows, shape.rows - block_rows)) if blocks > 1 else 0
+        first_row = overlapped_start(index, block_rows, shape.rows)
         scratch = T.alloc_buffer((block_rows * depth,), "int16", align=64)
         decode_block(first_row, scratch)
         for_each_panel(

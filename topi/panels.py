@@ -26,13 +26,36 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def balanced_blocks(extent: int, most: int, multiple: int = 1) -> tuple[int, int]:
+    """(size, count) of equal blocks that cover ``extent``, each at most about ``most``: little overlap at the end."""
+    size = min(extent, round_up(-(-extent // -(-extent // max(1, most))), multiple))
+    return size, -(-extent // size)
+
+
+def overlapped_start(index, step: int, extent: int):
+    """Start of tile ``index`` of ``step`` elements: the last tile overlaps the one before it.
+
+    So every tile is a whole one and its code stands once; what is written twice gets the same bits. (A second copy
+    of a micro-kernel for the remainder makes LLVM's code for both half as fast.)
+    """
+    if extent <= step:
+        return 0
+    if extent % step == 0:
+        return index * step
+    return T.bind(tirx.min(index * step, extent - step))
+
+
 def pack_panels(codes: np.ndarray, width: int, pair: int) -> np.ndarray:
-    """Codes ``(columns, depth)`` -> panels ``(panels, depth / pair, width, pair)``, padded with code 0."""
+    """Codes ``(columns, depth)`` -> panels ``(panels, depth / pair, width, pair)``.
+
+    The last panel overlaps the one before it; a lone narrower one is padded with code 0.
+    """
     columns, depth = codes.shape
-    padded = np.zeros((round_up(columns, width), round_up(depth, pair)), codes.dtype)
+    padded = np.zeros((max(columns, width), round_up(depth, pair)), codes.dtype)
     padded[:columns, :depth] = codes
-    panels = padded.reshape(-1, width, padded.shape[1] // pair, pair)
-    return np.ascontiguousarray(panels.transpose(0, 2, 1, 3))
+    starts = [min(start, len(padded) - width) for start in range(0, len(padded), width)]
+    panels = np.stack([padded[start : start + width] for start in starts])
+    return np.ascontiguousarray(panels.reshape(len(starts), width, -1, pair).transpose(0, 2, 1, 3))
 
 
 CHANNEL_PADDING = 16
@@ -87,7 +110,7 @@ class PanelWeights:
     column: Callable
     """(vector) -> index of its first output channel."""
     valid: list[int]
-    """Real output channels in each vector; fewer than the lanes only at the end of the last panel."""
+    """Real output channels in each vector; fewer than the lanes only where there are fewer than a panel's."""
 
 
 def for_each_panel(
@@ -106,8 +129,11 @@ def for_each_panel(
     lanes, width = isa.lanes, shape.vectors * isa.lanes
     vector_codes = lanes * isa.pair
 
-    def one_panel(panel, valid: list[int]) -> None:
+    valid = [min(lanes, shape.columns - at) for at in range(0, min(width, shape.columns), lanes)]
+
+    def one_panel(panel) -> None:
         start = panel * (shape.depth * width)
+        first_column = overlapped_start(panel, width, shape.columns)
         if in_registers:
 
             def load_weights(step, vector):
@@ -120,11 +146,7 @@ def for_each_panel(
             def load_weights(step, vector):
                 return T.bind(load(decoded, step * (width * isa.pair) + vector * vector_codes, vector_codes))
 
-        body(PanelWeights(load_weights, lambda vector: panel * width + vector * lanes, valid))
+        body(PanelWeights(load_weights, lambda vector: first_column + vector * lanes, valid))
 
-    full, left = divmod(shape.columns, width)
-    if full:
-        with loop(0, full) as panel:
-            one_panel(panel, [lanes] * shape.vectors)
-    if left:
-        one_panel(full, [min(lanes, left - at) for at in range(0, left, lanes)])
+    with loop(0, -(-shape.columns // width)) as panel:
+        one_panel(panel)

@@ -1,7 +1,7 @@
 """MobileNetV2 for ImageNet: torchvision's state dict as an ONNX file with BatchNorm, scored on 144 photos.
 
-20 are photos of foolbox. 124 are cut-outs of Tux Paint; `stamps.json` holds by file name the ImageNet classes of what each
-shows: one file a class, where several fit the first by name, chosen by the subject and not by any network's answer.
+20 are photos of foolbox. 124 are cut-outs of Tux Paint; `stamps.json` holds by file name the ImageNet classes of
+what each shows: one file a class with few exceptions, chosen by the subject.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def preprocess(image: Image.Image) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def _photos() -> list[tuple[dict[str, np.ndarray], frozenset[int]]]:
+def photos() -> list[tuple[dict[str, np.ndarray], frozenset[int]]]:
     """All photos with the classes that count as hits: 20 of foolbox, then the cut-outs of `stamps.json`."""
     found = []
     for member in sorted(fetch.members("foolbox")):
@@ -78,12 +78,12 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def calibration(n: int) -> list[dict[str, np.ndarray]]:
     """Every 4th photo, at most 36; `n` beyond that gives 36."""
-    return [inputs for inputs, _ in _photos()[::4]][:n]
+    return [inputs for inputs, _ in photos()[::4]][:n]
 
 
 def _scored(quick: bool) -> list[tuple[dict[str, np.ndarray], frozenset[int]]]:
-    photos = [photo for i, photo in enumerate(_photos()) if i % 4]
-    return photos[::4] if quick else photos
+    scored = [photo for i, photo in enumerate(photos()) if i % 4]
+    return scored[::4] if quick else scored
 
 
 def probes(quick: bool = False) -> list[dict[str, np.ndarray]]:
@@ -93,9 +93,9 @@ def probes(quick: bool = False) -> list[dict[str, np.ndarray]]:
 
 def tasks(quick: bool = False) -> list[Task]:
     """Top-1 hits on the photos that calibration does not see."""
-    photos = _scored(quick)
+    scored = _scored(quick)
 
     def hits(run: Run) -> np.ndarray:
-        return np.array([int(run(inputs)[0].argmax()) in classes for inputs, classes in photos])
+        return np.array([int(run(inputs)[0].argmax()) in classes for inputs, classes in scored])
 
-    return [Task("photos", "top-1", len(photos), hits, mean_of)]
+    return [Task("photos", "top-1", len(scored), hits, mean_of)]

@@ -46,7 +46,9 @@ class _Graph:
             pads=[kernel // 2] * 4,
             strides=[stride, stride],
         )
-        statistics = [self.weight(f"{norm}.{part}") for part in ("weight", "bias", "running_mean", "running_var")]
+        statistics = [
+            self.weight(f"{norm}.{part}") for part in ("weight", "bias", "running_mean", "running_var")
+        ]
         return self.op("BatchNormalization", x, *statistics, epsilon=EPSILON)
 
     def relu6(self, x: str) -> str:
@@ -57,7 +59,9 @@ class _Graph:
         y, part = x, 0
         while f"{name}.conv.{part}.0.weight" in self.weights:
             depthwise = self.weights[f"{name}.conv.{part}.0.weight"].shape[1] == 1
-            y = self.conv_norm(y, f"{name}.conv.{part}.0", f"{name}.conv.{part}.1", stride if depthwise else 1)
+            y = self.conv_norm(
+                y, f"{name}.conv.{part}.0", f"{name}.conv.{part}.1", stride if depthwise else 1
+            )
             y, part = self.relu6(y), part + 1
         y = self.conv_norm(y, f"{name}.conv.{part}", f"{name}.conv.{part + 1}")
         kept = self.weights[f"{name}.conv.0.0.weight"].shape[1 if part == 2 else 0]

@@ -1,4 +1,4 @@
-"""What a user would run instead: onnxruntime in float32, and its own static int8, set up as its documentation advises."""
+"""What a user would run instead: onnxruntime in float32, and its static int8 as its documentation advises."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def int8_path(model: Model, samples: int) -> Path:
     if path.exists():
         return path
     raw = onnx.load(model.onnx_path())
-    if raw.opset_import[0].version < PER_CHANNEL_OPSET:
+    if next(o.version for o in raw.opset_import if not o.domain) < PER_CHANNEL_OPSET:
         raw = onnx.version_converter.convert_version(raw, PER_CHANNEL_OPSET)
     for value, shape in model.input_shapes().items():
         make_input_shape_fixed(raw.graph, value, shape)

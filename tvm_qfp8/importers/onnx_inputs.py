@@ -48,7 +48,9 @@ def _write(value: onnx.ValueInfoProto, given: tuple[int, ...]) -> None:
     tensor_type = value.type.tensor_type
     dims = tensor_type.shape.dim
     if tensor_type.HasField("shape") and len(given) != len(dims):
-        raise ModelError(f"input {value.name!r} has {len(dims)} dimensions, the shape given is {tuple(given)}")
+        raise ModelError(
+            f"input {value.name!r} has {len(dims)} dimensions, the shape given is {tuple(given)}"
+        )
     if any(int(extent) < 1 for extent in given):
         raise ModelError(f"input {value.name!r} needs positive dimensions, the shape given is {tuple(given)}")
     for i, (dim, extent) in enumerate(zip(dims, given, strict=False)):
