@@ -89,6 +89,14 @@ def test_every_target_and_thread_count_gives_the_same_bits():
         np.testing.assert_array_equal(results[0], other)
 
 
+def test_batches():
+    pair = np.concatenate([sample["image"] for sample in images(2)])
+    module = q.compile(cnn(batch=2), calibration=[{"image": pair}])
+    np.testing.assert_allclose(module(pair)[0], run_reference(cnn(batch=2), {"image": pair})[0], atol=0.03)
+    with pytest.raises(ModelError, match="positive dimensions"):
+        q.compile(cnn(batch="N"), input_shapes={"image": (0, 3, 16, 16)})
+
+
 def test_weights_only():
     module = q.compile(cnn())
     inputs = images(1)[0]

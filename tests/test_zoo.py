@@ -180,7 +180,7 @@ def test_bars_tell_kept_from_missed():
     }
     kept = {bar.what: bar.kept for bar in bars.bars("ppocr", {"runners": runners})}
     assert [what for what, good in kept.items() if good] == [
-        "clean: score",
+        "relative loss, mean of the tasks",
         "clean: relative loss",
         "clean: 95 % bound",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration import calibrate
 from tvm_qfp8.config import Config
@@ -114,16 +116,30 @@ def compile(  # noqa: A001 - the public name
         for name, p in zip(imported.input_names, canonical["main"].params, strict=True)
     ]
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
-    metadata = encode_metadata(inputs, imported.output_names, report, versions, config.check_finite)
     stage("build kernels", 0, 2)
     with parsed:
         lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads))(canonical)
+        report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
+        metadata = encode_metadata(inputs, imported.output_names, report, versions, config.check_finite)
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
         pipeline = tvm.transform.Sequential(build_passes())
         executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
     stage("build kernels", 2, 2)
     return CompiledModule(metadata, executable, executable, parsed)
+
+
+def _constant_bytes(mod: tvm.IRModule) -> int:
+    """Bytes of all constants of ``main``: packed codes, scales, biases. They stay as they are in memory."""
+    sizes = []
+
+    def visit(expr) -> None:
+        if isinstance(expr, GenericConst):
+            shape = [int(extent) for extent in expr.value.shape]
+            sizes.append(math.prod(shape) * tvm.DataType(str(expr.ty.dtype)).itemsize)
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    return sum(sizes)
 
 
 def _add_metadata(mod: tvm.IRModule, metadata: np.ndarray) -> tvm.IRModule:

@@ -58,7 +58,7 @@ def load_model(
     if kind == "torch":
         from tvm_qfp8.importers.torch_export import from_exported_program
 
-        return from_exported_program(mod)
+        return from_exported_program(mod, input_shapes or {})
     raise ModelError(
         f"a model of type {type(mod).__name__} is not known; give an .onnx path, onnx.ModelProto, "
         "torch.export.ExportedProgram or Relax IRModule"

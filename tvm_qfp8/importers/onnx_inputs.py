@@ -33,7 +33,11 @@ def fix_input_shapes(model: onnx.ModelProto, input_shapes: Mapping[str, tuple[in
         if value.name in input_shapes:
             _write(value, input_shapes[value.name])
         _refuse_open(value)
-    # Shapes that the file records for inner values and results may still name the open dimensions.
+    forget_shapes(model)
+
+
+def forget_shapes(model: onnx.ModelProto) -> None:
+    """Drop recorded shapes of inner values and results: they may name open dimensions or be wrong."""
     del model.graph.value_info[:]
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
-from onnx import numpy_helper
+import tvm
+from onnx import numpy_helper, version_converter
+from tvm import relax
 
 from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
+from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported
-from tvm_qfp8.importers.onnx_inputs import fix_input_shapes
+from tvm_qfp8.importers.onnx_adapt import adapt_operators
+from tvm_qfp8.importers.onnx_float32 import to_float32
+from tvm_qfp8.importers.onnx_inputs import fix_input_shapes, forget_shapes
+from tvm_qfp8.importers.onnx_operators import (
+    check_operators,
+    describe,
+    expand_operators,
+    failed_node,
+    inferred_shapes,
+)
 from tvm_qfp8.importers.onnx_padding import explicit_padding
-from tvm_qfp8.importers.onnx_qdq import strip_quantization
+from tvm_qfp8.importers.onnx_qdq import constant_tensors, strip_quantization
 
+WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -34,59 +48,77 @@ def from_onnx_path(path: Path, input_shapes: Shapes) -> Imported:
 
 def from_onnx_model(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
     """Import a model; it is not changed."""
-    import onnxslim
-    from tvm.relax.frontend.onnx import from_onnx
-
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     _check_weights(fixed)
     fix_input_shapes(fixed, input_shapes)
-    notes = strip_quantization(fixed)
-    try:
-        simple = onnxslim.slim(fixed)
-    except Exception as error:  # the simplifier's own errors are of many kinds
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the ONNX model cannot be simplified: {reason}") from error
-    _check_operators(simple)
+    notes = [*strip_quantization(fixed), *to_float32(fixed)]
+    simple = _simplified(expand_operators(fixed))
+    adapt_operators(simple)
     explicit_padding(simple)
-    inputs = [i.name for i in simple.graph.input]
+    check_operators(simple)
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in simple.graph.input}
-    try:
-        mod = from_onnx(simple, shape_dict=shapes, keep_params_in_input=False, sanitize_input_names=False)
-    except Exception as error:  # the front end raises whatever its converters do
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise UnsupportedOperatorError(
-            f"TVM cannot import the model: {reason}; change that operator in the model or export it with another opset"
-        ) from error
-    return Imported(mod, inputs, [o.name for o in simple.graph.output], notes)
+    mod = _converted(simple, shapes)
+    _check_output_shapes(simple, mod)
+    return Imported(mod, list(shapes), [o.name for o in simple.graph.output], notes)
 
 
 def _check_weights(model: onnx.ModelProto) -> None:
-    for tensor in model.graph.initializer:
-        if tensor.data_type not in (
-            onnx.TensorProto.FLOAT,
-            onnx.TensorProto.DOUBLE,
-            onnx.TensorProto.FLOAT16,
-        ):
-            continue
-        array = numpy_helper.to_array(tensor)
-        # The lowest float32 is a usual mask value; only NaN is wrong in any constant, infinity in a matrix or filter.
-        bad = ~np.isfinite(array) if array.ndim >= 2 else np.isnan(array)
-        if bad.any():
-            index = tuple(int(i) for i in np.argwhere(bad)[0])
+    constants = constant_tensors(model)
+    weights = {name for node in model.graph.node if node.op_type in WEIGHTED for name in node.input}
+    arrays = {name: numpy_helper.to_array(tensor) for name, tensor in constants.items()}
+    check_finite(item for item in arrays.items() if item[0] in weights)
+    check_finite((item for item in arrays.items() if item[0] not in weights), infinity_allowed=True)
+
+
+def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Constants folded, shapes propagated: TVM's importer needs both."""
+    import onnxslim
+
+    try:
+        simple = onnxslim.slim(model)
+        if any(node.op_type == "Upsample" for node in simple.graph.node):
+            simple = version_converter.convert_version(simple, 13)  # to Resize
+    except Exception as error:  # both raise errors of many kinds
+        raise ModelError(f"the ONNX model cannot be simplified: {_last_line(error)}") from error
+    forget_shapes(simple)
+    return simple
+
+
+def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]]) -> tvm.IRModule:
+    from tvm.relax.frontend.onnx import from_onnx
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the front end prints what it then raises
+            return from_onnx(model, shape_dict=shapes, keep_params_in_input=False, sanitize_input_names=False)
+    except Exception as error:  # the front end raises whatever its converters do
+        node = failed_node(error.__traceback__)
+        where = "the model" if node is None else describe(node)
+        raise UnsupportedOperatorError(
+            f"TVM cannot import {where}: {_last_line(error)}; change it in the model or export with another opset"
+        ) from error
+
+
+def _check_output_shapes(model: onnx.ModelProto, mod: tvm.IRModule) -> None:
+    """ONNX's own shape inference is the witness against variants that TVM imports as something else."""
+    inferred = inferred_shapes(model)
+    type_ = mod["main"].ret_ty
+    fields = type_.fields if isinstance(type_, relax.TupleType) else [type_]
+    for output, field in zip(model.graph.output, fields, strict=False):
+        expected, shape = inferred.get(output.name), _static(field)
+        if expected is not None and shape is not None and 0 not in expected and shape != tuple(expected):
             raise ModelError(
-                f"weight {tensor.name!r} is {array[index]} at index {index}; the file is damaged"
+                f"output {output.name!r} has shape {tuple(expected)} in the file and {shape} as TVM imports it; "
+                "an operator on the way to it is one that TVM reads in another way"
             )
 
 
-def _check_operators(model: onnx.ModelProto) -> None:
-    from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
+def _static(type_: relax.TensorType) -> tuple[int, ...] | None:
+    extents = getattr(getattr(type_, "shape", None), "values", None)
+    if extents is None or not all(hasattr(extent, "value") for extent in extents):
+        return None
+    return tuple(int(extent) for extent in extents)
 
-    known = set(_get_convert_map())
-    for node in model.graph.node:
-        if node.op_type not in known:
-            where = node.name or (node.output[0] if node.output else "?")
-            raise UnsupportedOperatorError(
-                f"operator {node.op_type} (node {where!r}) is not supported; replace it in the model by supported "
-                "operators, or cut the model before it"
-            )
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -9,6 +9,7 @@ import tvm
 from tvm import relax
 
 from tvm_qfp8.errors import ModelError
+from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported
 
 
@@ -27,6 +28,7 @@ def from_relax(
     if unknown:
         raise ModelError(f"'main' has no parameter {unknown[0]!r}; it has {', '.join(names)}")
     if params:
+        check_finite((name, np.asarray(value)) for name, value in params.items())
         mod = relax.transform.BindParams("main", {k: np.asarray(v) for k, v in params.items()})(mod)
     symbols: dict = {}
     for p in mod["main"].params:

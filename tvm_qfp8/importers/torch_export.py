@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tvm
 
 from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
+from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported
 from tvm_qfp8.importers.relax_module import from_relax
 
 
-def from_exported_program(program: Any) -> Imported:
-    """An ``ExportedProgram`` with static shapes."""
+def from_exported_program(program: Any, input_shapes: Mapping[str, tuple[int, ...]]) -> Imported:
+    """An ``ExportedProgram``; dimensions that it leaves open are given by ``input_shapes``."""
     from torch.export import ExportedProgram
     from tvm.relax.frontend.torch import from_exported_program as convert
 
@@ -20,6 +23,8 @@ def from_exported_program(program: Any) -> Imported:
         raise ModelError(
             f"a {type(program).__name__} is not an exported program; use torch.export.export(model.eval(), inputs)"
         )
+    check_finite((name, _array(tensor)) for name, tensor in program.named_parameters())
+    check_finite(((name, _array(tensor)) for name, tensor in program.named_buffers()), infinity_allowed=True)
     try:
         mod = convert(program, keep_params_as_input=False, unwrap_unit_return_tuple=True)
     except (AssertionError, ValueError, NotImplementedError, KeyError, tvm.error.TVMError) as error:
@@ -27,4 +32,8 @@ def from_exported_program(program: Any) -> Imported:
         raise UnsupportedOperatorError(
             f"TVM cannot import the exported program: {reason}; replace that operator in the model and export again"
         ) from error
-    return from_relax(mod, {}, {})
+    return from_relax(mod, {}, input_shapes)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()

@@ -1,0 +1,125 @@
+"""Writes README.md's tables from results/*.json and from the code; ``--check`` only says whether they are current."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = REPOSITORY / "README.md"
+RESULTS = REPOSITORY / "results"
+
+
+def main() -> int:
+    text = README.read_text()
+    current = fill(text)
+    if "--check" in sys.argv[1:]:
+        return int(current != text)
+    README.write_text(current)
+    return 0
+
+
+def fill(text: str) -> str:
+    """The page with every table between its markers made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        body = make()
+        text = pattern.sub(lambda match, body=body: match[1] + body + match[2], text)
+    return text
+
+
+def _load(name: str) -> Any:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def machine() -> str:
+    """One line on the machine of the latency figures."""
+    record = _load("bench_models.json")
+    if record is None:
+        return ""
+    found = record["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if k in SHOWN_VERSIONS)
+    return (
+        f"{found['cpu']} ({found['mcpu']}, {found['instruction_set']}), {found['cores']} cores; {versions}; "
+        f"{found['date']}.\n"
+    )
+
+
+SHOWN_VERSIONS = ("apache-tvm", "onnxruntime", "openvino")
+
+
+def accuracy() -> str:
+    """Task scores."""
+    record = _load("accuracy.json") or {}
+    rows = []
+    for model, found in record.items():
+        runners = found["runners"]
+        for task, base in runners["float32"]["tasks"].items():
+            row = [model, f"{task}, {base['metric']} ({base['items']})", f"{base['score']:.4f}"]
+            for runner in ("int8", "qfp8"):
+                scored = runners[runner]["tasks"][task]
+                row.append(f"{scored['score']:.4f} ({0 - 100 * scored['relative_loss']:+.2f} %)")
+            rows.append(row)
+        sqnr = [f"{runners[runner]['sqnr_db']:.1f}" for runner in ("int8", "qfp8")]
+        rows.append([model, "output SQNR, dB", "", *sqnr])
+    return _table(["model", "task (items)", "float32", "onnxruntime int8", "QFP8"], rows) if rows else ""
+
+
+def latency() -> str:
+    """Milliseconds and ratios."""
+    record = _load("bench_models.json")
+    if record is None:
+        return ""
+    peers = list(dict.fromkeys(p for row in record["models"] for p in row["speedup"]))
+    rows = []
+    for row in record["models"]:
+        cells = [
+            f"{row['milliseconds'][p]:.1f} ({row['speedup'][p]:.2f})" if p in row["speedup"] else "-"
+            for p in peers
+        ]
+        ours = f"{row['milliseconds']['qfp8']:.1f}"
+        rows.append([row["model"], str(row["threads"]), ours, *cells])
+    return _table(["model", "threads", "QFP8", *peers], rows)
+
+
+def layouts() -> str:
+    """The layouts of the format module."""
+    from tvm_qfp8.format import LAYOUTS
+
+    uses = {
+        "E1M6": "linear, symmetric int8",
+        "E2M5": "weights, activations",
+        "E3M4": "activations with outliers",
+        "E4M3": "comparisons; the grid of float8_e4m3fnuz",
+        "UE1M7": "linear uint8",
+        "UE2M6": "activations that are never negative",
+        "UE3M5": "the same, with outliers",
+    }
+    rows = [
+        [
+            f"**{name}**" if name == "E2M5" else name,
+            str(layout.exponent_bits),
+            str(layout.mantissa_bits),
+            "yes" if layout.signed else "no",
+            str(layout.max_grid),
+            "0x80" if layout.nan_code is not None else "none",
+            uses[name],
+        ]
+        for name, layout in LAYOUTS.items()
+    ]
+    return _table(["layout", "e", "m", "sign", "largest G", "NaN", "used for"], rows)
+
+
+TABLES = {"machine": machine, "accuracy": accuracy, "latency": latency, "layouts": layouts}
+
+if __name__ == "__main__":
+    sys.exit(main())
