@@ -8,20 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from zoo.fetch import cache_dir
+from zoo.peers import int8_path, session
 
 Runner = Callable[[dict], Any]
-
-
-def onnxruntime_runner(path: Path, threads: int) -> Runner:
-    """All graph optimisations (the default), a fixed number of threads in an operator."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, inputs)
+CALIBRATION_SAMPLES = 64
 
 
 def dynamic_int8(model: Any) -> Path:
@@ -59,15 +49,13 @@ def openvino_runner(path: Path, shapes: dict[str, tuple[int, ...]], threads: int
     return lambda inputs: request.infer(inputs)
 
 
-def latency_peers(model: Any, threads: int, static_int8: Path | None = None) -> dict[str, Runner]:
-    """Runners by name; ``static_int8`` is a QDQ model to time as well."""
-    path = model.onnx_path()
-    runners = {"onnxruntime float32": onnxruntime_runner(path, threads)}
-    runners["onnxruntime int8 dynamic"] = onnxruntime_runner(dynamic_int8(model), threads)
-    if static_int8 is not None:
-        runners["onnxruntime int8 QDQ"] = onnxruntime_runner(static_int8, threads)
-    try:
-        runners["openvino float32"] = openvino_runner(path, model.input_shapes(), threads)
-    except ImportError:
-        pass
-    return runners
+def latency_peers(model: Any, threads: int) -> dict[str, Runner]:
+    """Runners by name: onnxruntime and OpenVINO, float32 and int8."""
+    path, static = model.onnx_path(), int8_path(model, CALIBRATION_SAMPLES)
+    return {
+        "onnxruntime float32": session(path, threads),
+        "onnxruntime int8 dynamic": session(dynamic_int8(model), threads),
+        "onnxruntime int8 QDQ": session(static, threads),
+        "openvino float32": openvino_runner(path, model.input_shapes(), threads),
+        "openvino int8 QDQ": openvino_runner(static, model.input_shapes(), threads),
+    }
