@@ -71,6 +71,12 @@ def _dense(windows: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return out
 
 
+def input_windows(attrs: SimpleNamespace, x: np.ndarray, kernel: tuple[int, int]) -> np.ndarray:
+    """What each output pixel of a ``conv2d`` reads, ``(n, out_h, out_w, kernel_h, kernel_w, channels)``, a view."""
+    padded = _pad(_to(x, attrs.data_layout, "NHWC"), attrs.padding)
+    return _windows(padded, kernel, attrs.strides, attrs.dilation)
+
+
 def conv2d(attrs: SimpleNamespace, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """``relax.nn.conv2d`` for every layout, stride, padding, dilation and number of groups."""
     w = _to(weight, attrs.kernel_layout, "OHWI")

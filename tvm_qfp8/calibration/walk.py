@@ -22,6 +22,7 @@ from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.linear import Linear, LinearSteps, Product
 from tvm_qfp8.calibration.output_error import OutputError
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
+from tvm_qfp8.calibration.rounding import Covariance, can_round, layer_input, rounded_on_data
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.errors import CalibrationError
@@ -169,6 +170,9 @@ class Walk:
         name, source = linear.step.name, linear.source
         choice = self._choice(source)
         chosen = LinearQuantization(quantized_weight(linear), choice.layout, choice.scale, note=choice.note)
+        if can_round(linear):
+            covariance = self._covariance(linear, chosen)
+            chosen = replace(chosen, weight=rounded_on_data(linear, chosen.weight, covariance))
         weight = chosen.weight.dequantize()
         kept, error = self._result(linear.step), OutputError(linear)
         for sample in range(self.samples):
@@ -184,6 +188,14 @@ class Walk:
         correction = error.correction()
         self.corrections[name] = linear.per_channel(correction)
         self.plan.linear[name] = replace(chosen, bias_correction=correction, sqnr_db=error.sqnr_db())
+
+    def _covariance(self, linear: Linear, chosen: LinearQuantization) -> np.ndarray:
+        """Of the layer's input as the quantized layer reads it."""
+        covariance = Covariance(linear, self.samples)
+        for sample in range(self.samples):
+            x = layer_input(self._read(linear.source, self._flow(linear.source), sample), chosen)
+            covariance.add(x, self._tokens(x.size // x.shape[-1], sample))
+        return covariance.value()
 
     def run_product(self, product: Product) -> None:
         """Quantize a product of two activations; it has no bias, so nothing is corrected."""

@@ -1,0 +1,183 @@
+"""Data-driven rounding of weights: what is minimised is a layer's output error, not the weights' own.
+
+Rounding the weights of one output channel by ``dw`` changes the layer's output, its mean apart (which the bias
+correction takes off), by ``dw^T H dw`` on the calibration data, with ``H`` the covariance of the layer's input. The
+columns are rounded one after the other, and what each loses is made up for by those not rounded yet: Frantar et al.,
+"GPTQ" (ICLR 2023), algorithm 1, here onto the QFP8 grid with every channel's scale fixed before. A channel that nearest
+rounding serves better keeps it, so no channel gets worse.
+"""
+
+from __future__ import annotations
+
+
+import numpy as np
+
+from tvm_qfp8.calibration.convolution import input_windows
+from tvm_qfp8.calibration.fake_quantize import fake_quantize
+from tvm_qfp8.calibration.linear import Linear
+from tvm_qfp8.calibration.plan import LinearQuantization
+from tvm_qfp8.format import Layout, encode, get_layout, round_to_grid
+from tvm_qfp8.quantize import QTensor
+
+ROWS_PER_COLUMN = 8
+"""Input rows for each column of the covariance; more change no measurable error."""
+
+DAMPING = 0.01
+"""Of the mean of the covariance's diagonal, added to it."""
+
+LAZY_COLUMNS = 128
+LARGEST_DEPTH = 4096
+"""Deeper layers are rounded to nearest: the covariance is inverted at a cost of depth^3."""
+
+
+class Covariance:
+    """Covariance of a layer's input patches, streaming: ``(groups, depth, depth)``."""
+
+    def __init__(self, linear: Linear, samples: int, seed: int = 0) -> None:
+        self.linear, self._rng = linear, np.random.default_rng(seed)
+        self.groups, self.depth = _geometry(linear)
+        self._rows_per_sample = -(-max(ROWS_PER_COLUMN * self.depth, 4096) // samples)
+        self._rows = 0
+        self._sum = np.zeros((self.groups, self.depth))
+        self._products = np.zeros((self.groups, self.depth, self.depth))
+
+    def add(self, x: np.ndarray, tokens: np.ndarray | None) -> None:
+        """One sample's input, as the layer receives it; ``tokens`` picks rows of a matmul."""
+        patches = _patches(self.linear, x, tokens, self._rows_per_sample, self._rng)
+        self._rows += patches.shape[1]
+        self._sum += patches.sum(axis=1, dtype=np.float64)
+        self._products += patches.transpose(0, 2, 1) @ patches
+
+    def value(self) -> np.ndarray:
+        """The covariance times the number of rows."""
+        mean = self._sum / max(self._rows, 1)
+        return self._products - self._rows * mean[:, :, None] * mean[:, None, :]
+
+
+def can_round(linear: Linear) -> bool:
+    """Matrices and convolutions (OHWI) up to a depth; a transposed convolution is rounded to nearest."""
+    operator, attrs = linear.step.operator, linear.step.attrs
+    plain = operator == "relax.matmul" or (operator == "relax.nn.conv2d" and attrs.kernel_layout == "OHWI")
+    return plain and _geometry(linear)[1] <= LARGEST_DEPTH
+
+
+def rounded_on_data(linear: Linear, weight: QTensor, covariance: np.ndarray) -> QTensor:
+    """``weight`` (rounded to nearest) with codes that give the smaller output error."""
+    layout = get_layout(weight.layout)
+    exact, nearest = (_as_rows(linear, w) for w in (linear.weight, weight.dequantize()))
+    scale = np.asarray(weight.scale, np.float32).reshape(exact.shape[:2])
+    found = round_columns(exact, covariance, scale, layout)
+    if found is None:
+        return weight
+    better = _output_error(found - exact, covariance) < _output_error(nearest - exact, covariance)
+    chosen = np.where(better[..., None], found, nearest)
+    values = _from_rows(linear, chosen)
+    return QTensor(encode(values, weight.scale, layout, weight.axis), weight.scale, weight.layout, weight.axis)
+
+
+def round_columns(
+    weight: np.ndarray, covariance: np.ndarray, scale: np.ndarray, layout: Layout
+) -> np.ndarray | None:
+    """Algorithm 1 of GPTQ for all groups and channels at once.
+
+    Parameters
+    ----------
+    weight : float32 ``(groups, channels, depth)``
+    covariance : float64 ``(groups, depth, depth)``
+    scale : float32 ``(groups, channels)``
+
+    Returns
+    -------
+    Values on the grid times the scale, float32 in the shape of ``weight``; None where the covariance is degenerate.
+    """
+    groups, _, depth = weight.shape
+    diagonal = np.einsum("gii->gi", covariance)
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    mean = diagonal.mean(axis=1)
+    if not (np.isfinite(mean).all() and (mean > 0).any()):
+        return None
+    pick = np.arange(groups)[:, None]
+    sorted_covariance = covariance[pick[:, :, None], order[:, :, None], order[:, None, :]]
+    damped = sorted_covariance + np.eye(depth) * (DAMPING * np.maximum(mean, mean.max() * 1e-9))[:, None, None]
+    try:
+        inverse = np.linalg.inv(damped)
+        upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
+    except np.linalg.LinAlgError:
+        return None
+    upper = upper.astype(np.float32)
+    left = np.take_along_axis(weight, order[:, None, :], axis=2)
+    result = np.empty_like(left)
+    for start in range(0, depth, LAZY_COLUMNS):
+        end = min(start + LAZY_COLUMNS, depth)
+        block = left[:, :, start:end].copy()
+        errors = np.empty_like(block)
+        for i in range(end - start):
+            column = start + i
+            result[:, :, column] = _nearest(block[:, :, i], scale, layout)
+            error = (block[:, :, i] - result[:, :, column]) / upper[:, column, column][:, None]
+            block[:, :, i:] -= error[:, :, None] * upper[:, None, column, column:end]
+            errors[:, :, i] = error
+        left[:, :, end:] -= errors @ upper[:, start:end, end:]
+    back = np.argsort(order, axis=1)
+    return np.take_along_axis(result, back[:, None, :], axis=2)
+
+
+def _nearest(values: np.ndarray, scale: np.ndarray, layout: Layout) -> np.ndarray:
+    scaled = values / scale
+    magnitude = np.minimum(np.abs(scaled), np.float32(layout.max_grid))
+    return np.copysign(round_to_grid(np.ascontiguousarray(magnitude), layout), scaled) * scale
+
+
+def _output_error(change: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """``dw^T H dw`` of every channel, ``(groups, channels)``."""
+    return np.einsum("gcd,gcd->gc", change @ covariance, change, optimize=True)
+
+
+def _geometry(linear: Linear) -> tuple[int, int]:
+    """(groups, reduction steps of one output)."""
+    weight, attrs = linear.weight, linear.step.attrs
+    groups = 1 if linear.step.operator == "relax.matmul" else int(attrs.groups)
+    outputs = weight.shape[linear.weight_axis]
+    return groups, weight.size // outputs
+
+
+def _as_rows(linear: Linear, weight: np.ndarray) -> np.ndarray:
+    """A weight as ``(groups, channels of a group, depth)``."""
+    groups, depth = _geometry(linear)
+    return np.moveaxis(weight, linear.weight_axis, 0).reshape(groups, -1, depth)
+
+
+def _from_rows(linear: Linear, rows: np.ndarray) -> np.ndarray:
+    """The inverse of ``_as_rows``."""
+    shape = np.moveaxis(linear.weight, linear.weight_axis, 0).shape
+    return np.moveaxis(rows.reshape(shape), 0, linear.weight_axis)
+
+
+def _patches(
+    linear: Linear, x: np.ndarray, tokens: np.ndarray | None, most: int, rng: np.random.Generator
+) -> np.ndarray:
+    """At most ``most`` input rows of one sample, float32 ``(groups, rows, depth)``, in the weight's order."""
+    if linear.step.operator == "relax.matmul":
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows[tokens] if tokens is not None else rows
+        return rows[_some(len(rows), most, rng)][None]
+    _, height, width, _ = linear.weight.shape
+    windows = input_windows(linear.step.attrs, x, (height, width))
+    batch, out_h, out_w, kernel_h, kernel_w, channels = windows.shape
+    index = np.unravel_index(_some(batch * out_h * out_w, most, rng), (batch, out_h, out_w))
+    groups, depth = _geometry(linear)
+    picked = windows[index].reshape(len(index[0]), kernel_h * kernel_w, groups, channels // groups)
+    return np.ascontiguousarray(picked.transpose(2, 0, 1, 3)).reshape(groups, -1, depth)
+
+
+def _some(count: int, most: int, rng: np.random.Generator) -> np.ndarray:
+    return np.arange(count) if count <= most else rng.choice(count, most, replace=False)
+
+
+def layer_input(x: np.ndarray, chosen: LinearQuantization) -> np.ndarray:
+    """The activation as the quantized layer reads it."""
+    if chosen.activation_layout is None or chosen.activation_scale is None:
+        return x
+    return fake_quantize(x, chosen.activation_layout, chosen.activation_scale)
+
+
