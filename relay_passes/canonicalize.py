@@ -62,10 +62,24 @@ class _Rewriter(MainRewriter):
                 self.bounded[var] = self.bounded[same]
             return
         bounds = self._bounds(value)
-        if bounds is None:
-            self.keep(var, value)
-        else:
+        if bounds is not None:
             self._emit_bounds(var, *bounds)
+        elif op_name(value) == "relax.matmul":
+            self._matmul(var, value)
+        else:
+            self.keep(var, value)
+
+    def _matmul(self, var: relax.Var, value: relax.Call) -> None:
+        """Constant weights lose dimensions of 1 in front."""
+        x, weight = value.args[0], self.constant(value.args[1])
+        array = None if weight is None else weight.value.numpy()
+        rank = len(static_shape(x) or ())
+        if array is None or not 2 < array.ndim <= rank or array.shape[:-2] != (1,) * (array.ndim - 2):
+            self.keep(var, value)
+            return
+        matrix = relax.const(array.reshape(array.shape[-2:]))
+        call = relax.op.matmul(self.expression(x), matrix)
+        self.variables[var] = self.builder.emit(call, var.name)
 
     # -- operators that do nothing: each handler gives the argument that is the result --------------------------
 

@@ -27,7 +27,7 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
-from tvm_qfp8.relay_passes.layout_rules import FOLLOWS, REDUCTIONS, STARTS, TO_NHWC
+from tvm_qfp8.relay_passes.layout_rules import FOLLOWS, REDUCTIONS, STARTS, TO_NHWC, weights_to_ohwi
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 
@@ -91,6 +91,10 @@ class _Rewriter(MainRewriter):
         name = op_name(value)
         if name == "relax.permute_dims" and self._follows(value):
             self._permute(var, value)
+            return
+        straight = weights_to_ohwi(self, value) if name == "relax.nn.conv2d" else None
+        if straight is not None:
+            self.variables[var] = self.builder.emit(straight, var.name)
             return
         rule = STARTS.get(name) or (FOLLOWS.get(name) if self._follows(value) else None)
         if name == "relax.split" and self.uses.get(var, 0) != self.items.get(var, 0):

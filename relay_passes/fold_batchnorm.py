@@ -21,6 +21,7 @@ from __future__ import annotations
 import numpy as np
 import tvm
 from tvm import relax
+from tvm.ir import GenericConst
 
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
@@ -47,11 +48,14 @@ class _Rewriter(MainRewriter):
 
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         axis = self._output_axis(value)
-        chain, scale, shift = ([], None, None) if axis is None else self._chain(var)
-        if not chain or (len(chain) == 1 and (scale == 1).all()):
+        if axis is None:
             self.keep(var, value)
             return
-        weight = self.constant(value.args[1]).value.numpy()
+        chain, scale, shift = self._chain(var)
+        if not chain or (len(chain) == 1 and np.all(scale == 1)):
+            self.keep(var, value)
+            return
+        weight = value.args[1].value.numpy()
         scaled = relax.const((weight * _along_weights(value, weight, scale, axis)).astype(np.float32))
         call = relax.Call(value.op, [self.expression(value.args[0]), scaled], value.attrs, value.ty_args)
         result = self.builder.emit(call, var.name)
@@ -70,8 +74,12 @@ class _Rewriter(MainRewriter):
         name = op_name(value)
         if name not in ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose"):
             return None
-        weight = self.constant(value.args[1])
-        if weight is None or static_shape(value) is None or str(value.ty.dtype) != "float32":
+        weight = value.args[1]
+        if (
+            not isinstance(weight, GenericConst)
+            or static_shape(value) is None
+            or str(value.ty.dtype) != "float32"
+        ):
             return None
         if name == "relax.matmul":
             return 1 if len(shape_of(weight)) == 2 and len(shape_of(value)) >= 2 else None

@@ -36,7 +36,8 @@ class _Rewriter(MainRewriter):
         if isinstance(value, GenericConst):
             self.variables[var] = value
             return
-        folded = self._fold(value) if isinstance(value, relax.Call) else None
+        tensor = isinstance(var.ty, relax.TensorType)  # not a shape or a tuple
+        folded = self._fold(value) if tensor and isinstance(value, relax.Call) else None
         if folded is None:
             self.keep(var, value)
         else:

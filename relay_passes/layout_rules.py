@@ -86,6 +86,28 @@ def convolution(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax
     )
 
 
+def weights_to_ohwi(rewriter: Rewriter, value: relax.Call) -> relax.Call | None:
+    """A conv2d that is in NHWC already, with weights in another layout."""
+    attrs, weight = value.attrs, rewriter.constant(value.args[1])
+    layout = str(attrs.kernel_layout)
+    if (
+        weight is None
+        or str(attrs.data_layout) != "NHWC"
+        or sorted(layout) != sorted("OHWI")
+        or layout == "OHWI"
+    ):
+        return None
+    array = weight.value.numpy().transpose([layout.index(axis) for axis in "OHWI"])
+    return relax.op.nn.conv2d(
+        rewriter.expression(value.args[0]),
+        relax.const(np.ascontiguousarray(array)),
+        **_spatial(attrs, ("strides", "padding", "dilation"), 4),
+        groups=int(attrs.groups),
+        data_layout="NHWC",
+        kernel_layout="OHWI",
+    )
+
+
 def transposed_convolution(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
     """conv1d_transpose and conv2d_transpose with constant weights, which stay in IOHW."""
     attrs, weight, rank = value.attrs, rewriter.constant(value.args[1]), _rank(value)

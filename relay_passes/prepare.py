@@ -14,8 +14,10 @@ from tvm_qfp8.relay_passes.canonicalize import Canonicalize
 from tvm_qfp8.relay_passes.choose_layout import ChooseLayout
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
+from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.recognize import Recognize
+from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
 
 
@@ -24,12 +26,15 @@ def prepare_passes() -> list:
     return [
         # -- BatchNorm becomes arithmetic with constants; what importers compute from constants becomes constant
         relax.transform.DecomposeOpsForInference(),
+        relax.transform.CanonicalizeBindings(),
         FoldConstants(),
         # -- bounds in one form, nothing that does nothing
         LiftClip(),
         Canonicalize(),
         # -- nonlinear layers that the file holds as many small operators
         Recognize(),
+        FoldLayerNorm(),
+        RecognizeSoftmax(),
         # -- channels last, without transpositions that cancel
         ChooseLayout(),
         SimplifyViews(),

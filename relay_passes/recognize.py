@@ -37,7 +37,9 @@ UNARY = (
 )  # fmt: skip
 BINARY = (
     "relax.add", "relax.subtract", "relax.multiply", "relax.divide", "relax.power", "relax.maximum", "relax.minimum",
+    "relax.where",
 )  # fmt: skip
+COMPARISONS = ("relax.greater", "relax.greater_equal", "relax.less", "relax.less_equal")
 LONGEST_CHAIN = 24
 GRID = np.concatenate([np.linspace(-9, 9, 181), [-0.01, 0.01, 3.3, -3.3]]).astype(np.float64)
 
@@ -76,7 +78,8 @@ class _Rewriter(MainRewriter):
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         found = None
         if op_name(value) in BINARY and str(getattr(var.ty, "dtype", "")) == "float32":
-            found = self._layer_norm(var, value)
+            if op_name(value) in ("relax.divide", "relax.multiply"):
+                found = self._layer_norm(var)
             if found is None:
                 found = self._function(var)
         if found is None:
@@ -142,7 +145,7 @@ class _Rewriter(MainRewriter):
             return np.asarray(at(var))
 
     def _function(self, var: relax.Var) -> relax.Call | None:
-        allowed = UNARY + BINARY
+        allowed = UNARY + BINARY + COMPARISONS
         for source in self._sources(var, allowed):
             if static_shape(source) != static_shape(var) or str(source.ty.dtype) != "float32":
                 continue
@@ -155,34 +158,17 @@ class _Rewriter(MainRewriter):
 
     # -- LayerNorm --------------------------------------------------------------------------------------------
 
-    def _layer_norm(self, var: relax.Var, value: relax.Call) -> relax.Call | None:
-        """``normalised * gamma + beta`` with both constants; ``normalised`` alone when nothing scales it."""
-        shift = self._with_constant(value, "relax.add")
-        if shift is None:
-            return None
-        scaled, beta = shift
-        product = self._with_constant(self.definition.get(scaled), "relax.multiply")
-        if product is None:
-            return None
-        normalised, gamma = product
-        length = shape_of(var)[-1]
-        if gamma.size != length or beta.size != length:
-            return None
-        found = self._normalised(normalised)
+    def _layer_norm(self, var: relax.Var) -> relax.Call | None:
+        """The normalisation alone; its scale and shift are taken in by ``FoldLayerNorm``."""
+        found = self._normalised(var)
         if found is None:
             return None
         source, epsilon = found
-        constants = [relax.const(np.ascontiguousarray(c.reshape(-1), np.float32)) for c in (gamma, beta)]
+        length = shape_of(var)[-1]
+        constants = [
+            relax.const(array) for array in (np.ones(length, np.float32), np.zeros(length, np.float32))
+        ]
         return relax.op.nn.layer_norm(self.expression(source), *constants, axes=-1, epsilon=epsilon)
-
-    def _with_constant(self, value, name: str) -> tuple[relax.Var, np.ndarray] | None:
-        if op_name(value) != name:
-            return None
-        for a, b in (value.args, reversed(value.args)):
-            constant = self.constant(b)
-            if isinstance(a, relax.Var) and constant is not None:
-                return a, constant.value.numpy()
-        return None
 
     def _is_row_mean(self, value) -> bool:
         if op_name(value) != "relax.mean" or not value.attrs.keepdims or value.attrs.axis is None:

@@ -51,10 +51,13 @@ class _Rewriter(MainRewriter):
     def _origin(self, var: relax.Var) -> relax.Var | None:
         """The farthest tensor that ``var`` is a reshape of."""
         chain = [var]
-        while op_name(value := self.definition.get(chain[-1])) in (*VIEWS, "relax.permute_dims"):
-            if not isinstance(value.args[0], relax.Var) or static_shape(value.args[0]) is None:
+        value = self.definition.get(var)
+        while isinstance(value, relax.Call) and op_name(value) in (*VIEWS, "relax.permute_dims"):
+            source = value.args[0]
+            if not isinstance(source, relax.Var) or static_shape(source) is None:
                 break
-            chain.append(value.args[0])
+            chain.append(source)
+            value = self.definition.get(source)
         for start in range(len(chain) - 1, 0, -1):
             order = np.arange(np.prod(shape_of(chain[start]), dtype=int)).reshape(shape_of(chain[start]))
             for step in chain[start - 1 :: -1]:

@@ -134,9 +134,7 @@ def print_table(record: dict[str, Any]) -> None:
             for n in names
         ]
         quiet = "noisy machine" if row["noisy"] else ""
-        table.add_row(
-            row["model"], str(row["threads"]), f"{row['milliseconds']['qfp8']:.2f}", *cells, quiet
-        )
+        table.add_row(row["model"], str(row["threads"]), f"{row['milliseconds']['qfp8']:.2f}", *cells, quiet)
     Console().print(table)
 
 

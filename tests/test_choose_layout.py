@@ -80,6 +80,28 @@ def test_conv1d_becomes_conv2d():
     )
 
 
+def everything_follows(e, x):
+    y = e(op.nn.conv2d(x, const(8, 3, 3, 3)))
+    first, second = (e(relax.TupleGetItem(e(op.split(y, 2, 1)), i)) for i in (0, 1))
+    sliced = e(op.strided_slice(e(op.concat([second, first], 1)), [1, -1], [1, 0], [7, 8], [2, 1]))
+    padded = e(op.nn.pad(sliced, [0, 0, 1, 0, 0, 1, 2, 0]))
+    gate = e(op.sigmoid(e(op.add(e(op.mean(padded, 1, True)), e(op.max(padded, [-3], True))))))
+    resized = e(op.image.resize2d(e(op.multiply(padded, gate)), (20, 22), method="linear"))
+    return op.nn.softmax(e(op.nn.prelu(resized, const(4))), 1)
+
+
+def shuffle(e, x):
+    y = e(op.nn.conv2d(x, const(8, 3, 1, 1)))
+    y = e(op.permute_dims(e(op.reshape(y, (1, 2, 4, 12, 12))), [0, 2, 1, 3, 4]))
+    return op.nn.conv2d(e(op.reshape(y, (1, 8, 12, 12))), const(4, 8, 1, 1))
+
+
+def norm_over_channels(e, x):
+    y = e(op.permute_dims(e(op.nn.conv2d(x, const(8, 3, 3, 3))), [0, 2, 3, 1]))
+    y = e(op.nn.layer_norm(y, const(8), const(8), axes=-1))
+    return op.mean(e(op.nn.conv2d(e(op.permute_dims(y, [0, 3, 1, 2])), const(4, 8, 1, 1))), [2, 3])
+
+
 def test_batch_norm_is_folded():
     gamma, beta, mean, variance = (
         relax.const(np.abs(RNG.standard_normal(4)).astype(np.float32)) for _ in range(4)
@@ -99,3 +121,48 @@ def test_batch_norm_is_folded():
     np.testing.assert_allclose(
         evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("emit, permutes", [(everything_follows, 2), (shuffle, 5), (norm_over_channels, 1)])
+def test_operators_follow(emit, permutes):
+    test_the_numbers_stay(emit, permutes)
+
+
+def test_one_dimensional_networks():
+    def emit(e, x):
+        y = e(op.nn.conv1d(x, const(8, 6, 5), strides=2, padding=2))
+        y = e(op.nn.relu(e(op.add(e(op.multiply(y, const(8, 1))), const(1, 8, 1)))))
+        y = e(op.nn.avg_pool1d(e(op.nn.max_pool1d(y, 2, 2)), 3, 1, 1, count_include_pad=False))
+        y = e(op.nn.conv1d_transpose(y, const(8, 4, 3), strides=2, padding=1, output_padding=1))
+        return op.mean(e(op.nn.silu(y)), 2)
+
+    mod = build((2, 6, 40), emit)
+    canonical = prepare(mod)
+    x = RNG.standard_normal((2, 6, 40)).astype(np.float32)
+    np.testing.assert_allclose(
+        evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-4, atol=1e-4
+    )
+    names = operators(canonical)
+    assert names.count("relax.permute_dims") == 1 and not [name for name in names if "1d" in name]
+
+
+@pytest.mark.parametrize("axes", [[1], [2], [3], [1, 2], [2, 3], [1, 3], [1, 2, 3], [0, 2, 3]])
+@pytest.mark.parametrize("keepdims", [True, False])
+def test_reductions(axes, keepdims):
+    def emit(e, x):
+        return op.sum(e(op.nn.conv2d(x, const(4, 3, 3, 3))), axes, keepdims)
+
+    mod = build((2, 3, 6, 5), emit)
+    x = RNG.standard_normal((2, 3, 6, 5)).astype(np.float32)
+    got, expected = evaluate(prepare(mod), {"x": x})[0], evaluate(mod, {"x": x})[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_channels_last_models_are_turned():
+    def emit(e, x):
+        return op.nn.conv2d(x, const(3, 3, 5, 4), data_layout="NHWC", kernel_layout="HWIO")
+
+    mod = build((1, 6, 6, 5), emit)
+    canonical = prepare(mod)
+    call = canonical["main"].body.blocks[0].bindings[0].value
+    assert str(call.attrs.kernel_layout) == "OHWI" and operators(canonical) == ["relax.nn.conv2d"]

@@ -180,3 +180,161 @@ def test_torch_export():
     )
     with pytest.raises(ModelError, match=r"torch\.export\.export"):
         load_model(net.conv)
+
+
+def test_open_dimensions_in_every_spelling(tmp_path):
+    for value in ("N", -1, 0, None):
+        made = cnn(batch=1)
+        dim = made.graph.input[0].type.tensor_type.shape.dim[0]
+        dim.Clear()
+        if isinstance(value, str):
+            dim.dim_param = value
+        elif value is not None:
+            dim.dim_value = value
+        assert load_model(made, input_shapes={"image": (1, 3, 16, 16)}).input_names == ["image"]
+        with pytest.raises(ModelError, match="open dimensions"):
+            load_model(made)
+    with pytest.raises(ModelError, match="positive"):
+        load_model(cnn(batch="N"), input_shapes={"image": (0, 3, 16, 16)})
+
+
+def test_a_variant_that_tvm_reads_in_another_way_is_refused():
+    nodes = [node("LayerNormalization", ["x", "g", "b"], ["y", "mean"], name="norm")]
+    constants = {"g": np.ones(4, np.float32), "b": np.zeros(4, np.float32)}
+    made = model(nodes, {"x": (3, 4)}, {"y": (3, 4), "mean": (3, 1)}, constants)
+    with pytest.raises(UnsupportedOperatorError, match="LayerNormalization .*'norm'.* mean"):
+        load_model(made)
+    scales = {"s": np.array([1, 1, 0.5, 0.5], np.float32)}
+    nodes = [node("Resize", ["x", "", "s"], ["y"], antialias=1)]
+    made = model(nodes, {"x": (1, 1, 4, 4)}, {"y": (1, 1, 2, 2)}, scales, opset=18)
+    with pytest.raises(UnsupportedOperatorError, match="antialias"):
+        load_model(made)
+
+
+def test_an_operator_that_fails_inside_tvm_is_named():
+    constants = {"depth": np.float32(4), "values": np.array([0, 1], np.float32)}
+    nodes = [node("OneHot", ["x", "depth", "values"], ["y"], name="hot")]
+    made = model(nodes, {"x": (3,)}, {"y": (3, 4)}, constants)
+    with pytest.raises(UnsupportedOperatorError, match="OneHot .*'hot'"):
+        load_model(made)
+
+
+def test_operators_that_onnx_defines_by_others():
+    constants = {"e": np.array([2], np.int64)}
+    nodes = [
+        node("Celu", ["x"], ["a"], alpha=2.0),
+        node("LpNormalization", ["a"], ["b"], axis=1),
+        node("Pow", ["b", "e"], ["y"]),
+    ]
+    made = model(nodes, {"x": (3, 4)}, {"y": (3, 4)}, constants)
+    check(made, {"x": np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)})
+
+
+def test_padding_rules_of_pooling_and_transposed_convolution():
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.standard_normal((3, 2, 3, 3)).astype(np.float32)}
+    nodes = [
+        node("MaxPool", ["x"], ["a"], kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1),
+        node("MaxPool", ["x"], ["b"], kernel_shape=[1, 1], strides=[2, 2], ceil_mode=1),
+        node(
+            "AveragePool", ["x"], ["c"], kernel_shape=[3, 2], strides=[2, 3], pads=[1, 0, 1, 1], ceil_mode=1
+        ),
+        node("ConvTranspose", ["x", "w"], ["d"], strides=[3, 2], output_shape=[25, 15]),
+        node("ConvTranspose", ["x", "w"], ["e"], strides=[2, 2], output_shape=[15, 13]),
+    ]
+    made = model(nodes, {"x": (1, 3, 8, 7)}, dict.fromkeys("abcde", [None] * 4), constants)
+    x = rng.standard_normal((1, 3, 8, 7)).astype(np.float32)
+    # ONNX's reference implementation and its specification differ on windows that begin in the padding.
+    runtime = pytest.importorskip("onnxruntime")
+    expected = runtime.InferenceSession(made.SerializeToString()).run(None, {"x": x})
+    for ours, theirs in zip(evaluate(prepare(load_model(made).mod), {"x": x}), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_saturation_of_a_quantized_model_stays():
+    """onnxruntime's quantizer drops a ReLU before codes that begin at 0."""
+    constants = {"w": np.eye(4, dtype=np.float32), "s": np.float32(6 / 255), "z": np.uint8(0)}
+    nodes = [
+        node("MatMul", ["x", "w"], ["m"]),
+        node("QuantizeLinear", ["m", "s", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        node("MatMul", ["d", "w"], ["y"]),
+    ]
+    imported = load_model(model(nodes, {"x": (1, 4)}, {"y": (1, 4)}, constants))
+    x = np.array([[-2, 0.5, 3, 9]], np.float32)
+    np.testing.assert_allclose(evaluate(prepare(imported.mod), {"x": x})[0], np.clip(x, 0, 6), rtol=1e-6)
+
+
+def test_half_precision_becomes_float32():
+    constants = {"w": np.eye(4, dtype=np.float32)}
+    made = model([node("MatMul", ["x", "w"], ["y"])], {"x": (1, 4)}, {"y": (1, 4)}, constants)
+    made.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.eye(4, dtype=np.float16), "w"))
+    for value in (*made.graph.input, *made.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    imported = load_model(made)
+    assert imported.notes == ["float16 became float32, inputs and outputs too"]
+    assert str(imported.mod["main"].params[0].ty.dtype) == "float32"
+
+
+def test_a_mask_may_hold_infinity_a_weight_may_not_hold_nan():
+    mask = np.triu(np.full((4, 4), -np.inf, np.float32), 1)
+    nodes = [node("Add", ["x", "mask"], ["m"]), node("Softmax", ["m"], ["y"])]
+    check(model(nodes, {"x": (4, 4)}, {"y": (4, 4)}, {"mask": mask}), {"x": np.eye(4, dtype=np.float32)})
+    value = numpy_helper.from_array(np.array([[np.nan]], np.float32))
+    nodes = [node("Constant", [], ["c"], value=value), node("MatMul", ["x", "c"], ["y"])]
+    with pytest.raises(ModelError, match=r"'c' is nan at index \(0, 0\)"):
+        load_model(model(nodes, {"x": (1, 1)}, {"y": (1, 1)}, {}))
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"transB": 1}, {"alpha": 0.5, "beta": 2.0}, {"transA": 1, "transB": 1}]
+)
+def test_gemm(attributes):
+    rng = np.random.default_rng(0)
+    shape = (3, 4) if attributes.get("transB") else (4, 3)
+    constants = {"w": rng.standard_normal(shape).astype(np.float32), "b": np.arange(3, dtype=np.float32)}
+    x = rng.standard_normal((4, 2) if attributes.get("transA") else (2, 4)).astype(np.float32)
+    made = model(
+        [node("Gemm", ["x", "w", "b"], ["y"], **attributes)], {"x": x.shape}, {"y": (2, 3)}, constants
+    )
+    check(made, {"x": x})
+
+
+@pytest.mark.parametrize("opset", [7, 10, 11])
+def test_old_clips(opset):
+    nodes = [node("Clip", ["x"], ["y"], min=0.0, max=6.0)]
+    constants = {}
+    if opset >= 11:
+        nodes, constants = (
+            [node("Clip", ["x", "low", "high"], ["y"])],
+            {"low": np.float32(0), "high": np.float32(6)},
+        )
+    imported = load_model(model(nodes, {"x": (2, 3)}, {"y": (2, 3)}, constants, opset))
+    text = prepare(imported.mod).script()
+    assert "R.clip" in text and "call_tir" not in text
+
+
+def test_a_constant_condition_is_decided():
+    def branch(name, operator):
+        return helper.make_graph(
+            [node(operator, ["x"], [name])], name, [], [helper.make_empty_tensor_value_info(name)]
+        )
+
+    nodes = [node("If", ["c"], ["y"], then_branch=branch("t", "Relu"), else_branch=branch("f", "Neg"))]
+    made = model(nodes, {"x": (2, 3)}, {"y": (2, 3)}, {"c": np.array(True)})
+    imported = load_model(made)
+    assert "nn.relu" in imported.mod.script()
+
+
+def test_torch_with_open_dimensions_and_bad_weights():
+    torch = pytest.importorskip("torch", reason="torch is an extra")
+    net = torch.nn.Linear(4, 3).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(net, (torch.zeros(2, 4),), dynamic_shapes=({0: batch},))
+    name = load_model(program, input_shapes={"input": (5, 4)}).input_names[0]
+    assert name == "input"
+    with pytest.raises(ModelError, match="'input' has open dimensions"):
+        load_model(program)
+    net.weight.data[1, 2] = float("inf")
+    with pytest.raises(ModelError, match=r"'weight' is inf at index \(1, 2\)"):
+        load_model(torch.export.export(net, (torch.zeros(2, 4),)))

@@ -22,7 +22,9 @@ def test_the_snippet_runs(tmp_path):
     onnx.save(cnn(), tmp_path / "model.onnx")
     code = re.search(r"<!-- snippet: compile -->\n```python\n(.*?)```", TEXT, re.DOTALL)[1]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True
+    )
 
 
 def test_the_commands_exist():

@@ -5,7 +5,9 @@ import pytest
 from tvm import relax
 
 from tvm_qfp8.calibration import evaluate
+from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
 from tvm_qfp8.relay_passes.recognize import Recognize
+from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.topi.float_contract import LANES
 
 op = relax.op
@@ -126,7 +128,39 @@ def test_layer_norm(root, square):
             normalised = e(op.divide(centred, e(deviation)))
         return op.add(e(op.multiply(normalised, const(gamma))), const(beta))
 
-    mod = Recognize()(build(emit))
+    mod = FoldLayerNorm()(Recognize()(build(emit)))
     assert operators(mod) == ["relax.nn.layer_norm"]
     x = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
     np.testing.assert_allclose(evaluate(mod, {"x": x})[0], evaluate(build(emit), {"x": x})[0], atol=1e-5)
+
+
+def test_layer_norm_alone():
+    def emit(e, x):
+        centred = e(op.subtract(x, e(op.mean(x, axis=[-1], keepdims=True))))
+        variance = e(op.mean(e(op.multiply(centred, centred)), axis=[-1], keepdims=True))
+        return op.divide(centred, e(op.sqrt(e(op.add(variance, const(1e-6))))))
+
+    mod = FoldLayerNorm()(Recognize()(build(emit)))
+    assert operators(mod) == ["relax.nn.layer_norm"]
+    x = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
+    np.testing.assert_allclose(evaluate(mod, {"x": x})[0], evaluate(build(emit), {"x": x})[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_softmax(shifted):
+    def emit(e, x):
+        exponential = e(op.exp(e(op.subtract(x, e(op.max(x, [1], True))))) if shifted else op.exp(x))
+        return op.divide(exponential, e(op.sum(exponential, [-2], True)))
+
+    mod = RecognizeSoftmax()(build(emit))
+    assert operators(mod) == ["relax.nn.softmax"]
+    x = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
+    np.testing.assert_allclose(evaluate(mod, {"x": x})[0], evaluate(build(emit), {"x": x})[0], atol=1e-6)
+
+
+def test_a_sum_over_another_axis_is_no_softmax():
+    def emit(e, x):
+        exponential = e(op.exp(e(op.subtract(x, e(op.max(x, [1], True))))))
+        return op.divide(exponential, e(op.sum(exponential, [1, 2], True)))
+
+    assert "relax.nn.softmax" not in operators(RecognizeSoftmax()(build(emit)))

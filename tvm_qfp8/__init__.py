@@ -8,8 +8,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from tvm_qfp8 import tvm_fixes
+
 # Imported here because the function shares its module's name, which importing the module would bind instead.
 from tvm_qfp8.quantize import QTensor, quantize
+
+tvm_fixes.apply()
 
 _PUBLIC = {
     "compile": "compiler",

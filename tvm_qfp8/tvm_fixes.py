@@ -24,4 +24,4 @@ def _getmodule(object: Any, _filename: str | None = None) -> ModuleType | None: 
 
 def apply() -> None:
     """Make TVM's script decorators fast in this process; calling it again changes nothing."""
-    inspect.getmodule = _getmodule  # type: ignore[assignment]
+    inspect.getmodule = _getmodule

@@ -9,7 +9,6 @@ rounding serves better keeps it, so no channel gets worse.
 
 from __future__ import annotations
 
-
 import numpy as np
 
 from tvm_qfp8.calibration.convolution import input_windows
@@ -72,7 +71,9 @@ def rounded_on_data(linear: Linear, weight: QTensor, covariance: np.ndarray) -> 
     better = _output_error(found - exact, covariance) < _output_error(nearest - exact, covariance)
     chosen = np.where(better[..., None], found, nearest)
     values = _from_rows(linear, chosen)
-    return QTensor(encode(values, weight.scale, layout, weight.axis), weight.scale, weight.layout, weight.axis)
+    return QTensor(
+        encode(values, weight.scale, layout, weight.axis), weight.scale, weight.layout, weight.axis
+    )
 
 
 def round_columns(
@@ -98,7 +99,9 @@ def round_columns(
         return None
     pick = np.arange(groups)[:, None]
     sorted_covariance = covariance[pick[:, :, None], order[:, :, None], order[:, None, :]]
-    damped = sorted_covariance + np.eye(depth) * (DAMPING * np.maximum(mean, mean.max() * 1e-9))[:, None, None]
+    damped = (
+        sorted_covariance + np.eye(depth) * (DAMPING * np.maximum(mean, mean.max() * 1e-9))[:, None, None]
+    )
     try:
         inverse = np.linalg.inv(damped)
         upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
@@ -179,5 +182,3 @@ def layer_input(x: np.ndarray, chosen: LinearQuantization) -> np.ndarray:
     if chosen.activation_layout is None or chosen.activation_scale is None:
         return x
     return fake_quantize(x, chosen.activation_layout, chosen.activation_scale)
-
-

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from tvm_qfp8.importers.onnx_operators import attributes, inferred_shapes
 
 
 def adapt_operators(model: onnx.ModelProto) -> None:
-    """``Pow`` with exponents of the base's type, ``Resize`` over all axes; in place."""
+    """``Pow`` with exponents of the base's type, ``Resize`` over all axes, ``LpNormalization`` as its definition."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
+    for node in list(model.graph.node):
         if node.op_type == "Pow" and node.input[1] in constants:
             _float_exponent(model, node, numpy_helper.to_array(constants[node.input[1]]))
         elif node.op_type == "Resize" and "axes" in attributes(node):
             _all_axes(model, node, constants)
+        elif node.op_type == "LpNormalization":
+            _divided_by_norm(model, node)
 
 
 def _float_exponent(model: onnx.ModelProto, node: onnx.NodeProto, exponent: np.ndarray) -> None:
@@ -48,3 +50,24 @@ def _all_axes(model: onnx.ModelProto, node: onnx.NodeProto, constants: dict[str,
             kept = [a for a in node.attribute if a.name != "axes"]
             del node.attribute[:]
             node.attribute.extend(kept)
+
+
+def _divided_by_norm(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+    given = attributes(node)
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    norm, positive, axes = f"{node.output[0]}_norm", f"{node.output[0]}_positive", [given.get("axis", -1)]
+    name = "ReduceL1" if given.get("p", 2) == 1 else "ReduceL2"
+    tiny = 1e-30  # a vector of zeros stays one
+    constants = {f"{norm}_axes": np.array(axes), f"{norm}_tiny": np.array(tiny, np.float32)}
+    model.graph.initializer.extend(numpy_helper.from_array(array, key) for key, array in constants.items())
+    if opset < 18:
+        reduce = helper.make_node(name, [node.input[0]], [norm], axes=axes)
+    else:
+        reduce = helper.make_node(name, [node.input[0], f"{norm}_axes"], [norm])
+    clip = helper.make_node("Clip", [norm, f"{norm}_tiny"], [positive])
+    if opset < 11:
+        clip = helper.make_node("Clip", [norm], [positive], min=tiny)
+    where = list(model.graph.node).index(node)
+    model.graph.node.insert(where, clip)
+    model.graph.node.insert(where, reduce)
+    node.CopyFrom(helper.make_node("Div", [node.input[0], positive], list(node.output), name=node.name))

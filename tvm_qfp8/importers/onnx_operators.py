@@ -24,13 +24,29 @@ COORDINATES = {
 
 def expand_operators(model: onnx.ModelProto) -> onnx.ModelProto:
     """Functions of the model, and operators new to TVM that ONNX defines by others, written out."""
-    known = known_operators() - {"Attention"}  # TVM knows the one of onnxruntime
-    unknown = {node.op_type for node in model.graph.node if node.domain in ("", "ai.onnx")} - known
     if model.functions:
         model = inline_local_functions(model)
-    if not unknown:
-        return model
-    return inline_selected_functions(model, [("", name) for name in unknown], inline_schema_functions=True)
+    # TVM's Attention is the one of onnxruntime; LpNormalization is written out by adapt_operators.
+    known = (known_operators() - {"Attention"}) | {"LpNormalization"}
+    for _ in range(3):  # a definition may itself hold new operators
+        unknown = {node.op_type for node in model.graph.node if node.domain in ("", "ai.onnx")} - known
+        if not unknown:
+            break
+        try:
+            names = [("", name) for name in unknown]
+            model = inline_selected_functions(_with_types(model), names, inline_schema_functions=True)
+        except RuntimeError:  # the inliner gives up on open types; the operators are refused later, by name
+            break
+    return model
+
+
+def _with_types(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Definitions may depend on types, which the inliner does not take from initializers."""
+    typed = onnx.shape_inference.infer_shapes(model)
+    typed.graph.value_info.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in typed.graph.initializer
+    )
+    return typed
 
 
 def known_operators() -> set[str]:
