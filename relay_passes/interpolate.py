@@ -11,18 +11,7 @@ from tvm import relax
 
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
-
-FUNCTIONS = {
-    "relax.nn.gelu": "gelu",
-    "relax.nn.gelu_tanh": "gelu_tanh",
-    "relax.nn.silu": "silu",
-    "relax.nn.softplus": "softplus",
-    "relax.sigmoid": "sigmoid",
-    "relax.tanh": "tanh",
-    "relax.erf": "erf",
-    "relax.exp": "exp",
-    "relax.log": "log",
-}
+from tvm_qfp8.tables.operators import FUNCTIONS
 
 
 @tvm.transform.module_pass(opt_level=0, name="Interpolate")

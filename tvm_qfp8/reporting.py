@@ -12,9 +12,9 @@ from tvm.ir import GenericConst
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.config import Config
 from tvm_qfp8.relay_passes.fuse import is_row_operator, op_name
-from tvm_qfp8.relay_passes.interpolate import FUNCTIONS
 from tvm_qfp8.report import LayerReport, Report
 from tvm_qfp8.tables import build_table
+from tvm_qfp8.tables.operators import FUNCTIONS
 
 LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 

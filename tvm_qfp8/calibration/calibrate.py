@@ -70,7 +70,9 @@ def calibrate(
             report("quantize weights", done, len(steps.linear))
         return plan
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
-        walk = Walk(program, steps, spill, plan, layouts=layouts, token_mask=token_mask)
+        walk = Walk(
+            program, steps, spill, plan, layouts=layouts, token_mask=token_mask, max_error=config.max_error
+        )
         plan.samples = walk.spill_inputs(batches)
         for group in walk.groups():
             if isinstance(group, Linear):

@@ -11,17 +11,19 @@ import tvm
 from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.linear import find_linear
 from tvm_qfp8.calibration.plan import QuantizationPlan
+from tvm_qfp8.calibration.tabulated import tabulated_steps
 
 
 class QuantizedProgram:
-    """A canonical module with its linear operators quantized, in float32 arithmetic.
+    """A canonical module with its linear operators quantized and its functions as tables, in float32 arithmetic.
 
     Compiled kernels sum exact integers where this sums float32 products, so the two differ by float32
-    rounding only (and by what the nonlinear tables may err).
+    rounding only (and by what the exponential inside a softmax may err).
     """
 
-    def __init__(self, mod: tvm.IRModule, plan: QuantizationPlan) -> None:
+    def __init__(self, mod: tvm.IRModule, plan: QuantizationPlan, max_error: float = 1e-3) -> None:
         self.program, self.plan = Program(mod), plan
+        self.tables = tabulated_steps(self.program, max_error)
         found = find_linear(self.program)
         self.linear = {name: linear for name, linear in found.linear.items() if name in plan.linear}
         self.products = {name: product for name, product in found.products.items() if name in plan.products}
@@ -33,7 +35,7 @@ class QuantizedProgram:
             x, y = (values[source] for source in self.products[name].sources)
             return self.products[name].quantized_output(x, y, self.plan.products[name])
         if name not in self.linear:
-            return step.run(values)
+            return self.tables.get(name, step.run)(values)
         linear, chosen = self.linear[name], self.plan.linear[name]
         y = linear.quantized_output(values[linear.source], chosen, self.weights[name])
         return y if chosen.bias_correction is None else y - linear.per_channel(chosen.bias_correction)

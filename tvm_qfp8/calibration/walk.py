@@ -25,6 +25,7 @@ from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.rounding import Covariance, can_round, layer_input, rounded_on_data
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
+from tvm_qfp8.calibration.tabulated import tabulated_steps
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.quantize import QTensor, quantize
 
@@ -49,12 +50,14 @@ class Walk:
         *,
         layouts: tuple[str, ...],
         token_mask: str,
+        max_error: float,
     ) -> None:
         self.program, self.spill, self.plan = program, spill, plan
         self.layouts, self.token_mask = layouts, token_mask
         self.alone: dict[str, Linear | Product] = {**found.linear, **found.products}
         self.sources = {linear.source for linear in found.linear.values()}
         self.sources.update(source for product in found.products.values() for source in product.sources)
+        self.tables = tabulated_steps(program, max_error)
         self.steps = self._needed_steps()
         self.last_reader = {name: step.name for step in self.steps for name in step.reads}
         self.samples = 0
@@ -127,7 +130,7 @@ class Walk:
         inner = {step.name for step in steps}
         reads = {name for step in steps for name in step.reads} - inner
         for step in steps:
-            if self.differs.intersection(step.reads):
+            if step.name in self.tables or self.differs.intersection(step.reads):
                 self.differs.add(step.name)
         kept = [step for step in steps if self.last_reader.get(step.name, step.name) not in inner]
         for step in kept:
@@ -139,7 +142,8 @@ class Walk:
             rounded = {**exact, **rounded}
             for step in steps:
                 exact[step.name] = step.run(exact)
-                rounded[step.name] = step.run(rounded) if step.name in self.differs else exact[step.name]
+                lowered = self.tables.get(step.name, step.run)
+                rounded[step.name] = lowered(rounded) if step.name in self.differs else exact[step.name]
             for step in kept:
                 self.spill.write(step.name, _FLOAT, sample, exact[step.name])
                 if step.name in self.differs:
