@@ -1,0 +1,107 @@
+"""Data-driven rounding: never worse than nearest, exact codes, every kind of layer."""
+
+import numpy as np
+import pytest
+from tvm import relax
+
+from tvm_qfp8.calibration.evaluate import Program
+from tvm_qfp8.calibration.linear import find_linear
+from tvm_qfp8.calibration.rounding import Covariance, can_round, round_columns, rounded_on_data
+from tvm_qfp8.calibration.walk import quantized_weight
+from tvm_qfp8.format import decode, get_layout
+
+RNG = np.random.default_rng(11)
+
+
+def linear_of(shape, emit):
+    """The one linear operator of a small module."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(shape, "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            y = builder.emit_output(emit(x))
+        builder.emit_func_output(y)
+    return next(iter(find_linear(Program(builder.get())).linear.values()))
+
+
+def const(*shape):
+    return relax.const(RNG.standard_normal(shape).astype(np.float32))
+
+
+def conv(out, kernel, channels, groups):
+    weight = const(out, kernel, kernel, channels // groups)
+    return lambda x: relax.op.nn.conv2d(
+        x, weight, padding=1, groups=groups, data_layout="NHWC", kernel_layout="OHWI"
+    )
+
+
+LAYERS = {
+    "matmul": ((4, 20, 48), lambda x: relax.op.matmul(x, const(48, 24))),
+    "conv": ((1, 9, 9, 8), conv(12, 3, 8, 1)),
+    "grouped": ((1, 9, 9, 8), conv(12, 3, 8, 2)),
+    "depthwise": ((1, 12, 12, 16), conv(16, 3, 16, 16)),
+}
+
+
+def correlated(shape):
+    """Inputs whose channels and neighbours depend on each other, with a mean: where rounding on data pays."""
+    channels = shape[-1]
+    mixing = RNG.standard_normal((channels // 4, channels)) + 0.05 * RNG.standard_normal((1, channels))
+    base = RNG.standard_normal((*shape[:-1], channels // 4)) @ mixing
+    for axis in range(1, len(shape) - 1):
+        base = base + np.roll(base, 1, axis) + np.roll(base, 2, axis)
+    return (base + 0.1 * RNG.standard_normal(shape) + 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_output_error_falls_and_codes_are_exact(name):
+    shape, emit = LAYERS[name]
+    linear = linear_of(shape, emit)
+    assert can_round(linear)
+    samples = [correlated(shape) for _ in range(4)]
+    covariance = Covariance(linear, len(samples))
+    for sample in samples:
+        covariance.add(sample, None)
+    nearest = quantized_weight(linear)
+    rounded = rounded_on_data(linear, nearest, covariance.value())
+    np.testing.assert_array_equal(rounded.scale, nearest.scale)
+    assert rounded.codes.shape == nearest.codes.shape and rounded.axis == nearest.axis
+    np.testing.assert_array_equal(
+        rounded.dequantize(), decode(rounded.codes, rounded.scale, "E2M5", rounded.axis)
+    )
+
+    def output_error(weight):
+        total = 0.0
+        for sample in samples:
+            change = linear.rows(linear.output(sample, weight) - linear.output(sample, linear.weight))
+            total += float(((change - change.mean(0)) ** 2).sum())
+        return total
+
+    assert output_error(rounded.dequantize()) < 0.9 * output_error(nearest.dequantize())
+
+
+def test_a_degenerate_covariance_keeps_the_nearest_codes():
+    linear = linear_of(*LAYERS["matmul"])
+    nearest = quantized_weight(linear)
+    assert rounded_on_data(linear, nearest, np.zeros((1, 48, 48))) is nearest
+
+
+def test_columns_without_correlation_are_rounded_to_nearest():
+    weight = RNG.standard_normal((1, 5, 30)).astype(np.float32)
+    scale = np.full((1, 5), 0.01, np.float32)
+    found = round_columns(weight, np.eye(30)[None] * 7.0, scale, get_layout("E2M5"))
+    grid = np.unique(get_layout("E2M5").grid).astype(np.float32)
+    expected = grid[np.abs(weight[..., None] / scale[..., None, None] - grid).argmin(-1)] * np.float32(0.01)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_masked_tokens_do_not_count():
+    linear = linear_of(*LAYERS["matmul"])
+    x = correlated((4, 20, 48))
+    tokens = np.arange(80) % 20 < 10
+    masked, kept = Covariance(linear, 1), Covariance(linear, 1)
+    poisoned = x.copy()
+    poisoned.reshape(-1, 48)[~tokens] = 1e6
+    masked.add(poisoned, tokens)
+    kept.add(x[:, :10], None)
+    np.testing.assert_allclose(masked.value(), kept.value(), rtol=1e-4, atol=1e-2)
