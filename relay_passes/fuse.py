@@ -21,7 +21,7 @@ from tvm import ir, relax
 
 from tvm_qfp8.topi.elementwise import ELEMENTWISE
 
-LINEAR = ("relax.qfp8.matmul", "relax.qfp8.conv2d", "relax.qfp8.batch_matmul")
+LINEAR = ("relax.qfp8.matmul", "relax.qfp8.conv2d", "relax.qfp8.batch_matmul", "relax.qfp8.take")
 ROW = ("relax.nn.softmax", "relax.nn.log_softmax", "relax.nn.layer_norm")
 POOL = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
 POINTWISE = (*ELEMENTWISE, "relax.qfp8.interpolate", "relax.qfp8.encode")

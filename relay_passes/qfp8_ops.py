@@ -12,6 +12,8 @@ qfp8.encode         x float32                                  codes of ``layout
 qfp8.matmul         x codes, w codes ``(out, in)``, a, bias    float32: fl32(fl32(acc) * a[c]) + bias[c]
 qfp8.conv2d         x codes NHWC, w codes OHWI, a, bias        the same
 qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc) * scale
+qfp8.take           table codes ``(rows, width)``, scale       float32: rows of an embedding table, each with its
+                    ``(rows,)``, indices                       own scale
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
 ==================  =========================================  ==================================================
 
@@ -59,11 +61,17 @@ def _batch_matmul_type(call, _builder):
     return relax.TensorType([*x[:-1], columns], "float32")
 
 
+def _take_type(call, _builder):
+    table, _, indices = call.args
+    return relax.TensorType([*indices.ty.shape, table.ty.shape[1]], "float32")
+
+
 _OPERATORS = {
     "encode": _encode_type,
     "matmul": _matmul_type,
     "conv2d": _conv2d_type,
     "batch_matmul": _batch_matmul_type,
+    "take": _take_type,
     "interpolate": _same_type,
 }
 
@@ -114,6 +122,11 @@ def conv2d(
 def batch_matmul(x, y, scale: float, *, transpose_y: bool) -> relax.Call:
     """Product of two activations, ``(..., m, k)`` by ``(..., k, n)``, or ``(..., n, k)`` transposed."""
     return _call("batch_matmul", [x, y], scale=float(scale), transpose_y=transpose_y)
+
+
+def take(table, scale, indices) -> relax.Call:
+    """Rows ``indices`` of an embedding table of codes."""
+    return _call("take", [table, scale, indices])
 
 
 def interpolate(x, function: str, max_error: float) -> relax.Call:

@@ -129,6 +129,11 @@ class _Rewriter(MainRewriter):
             return
         if op_name(value) in LINEAR and isinstance(value.args[1], GenericConst) and self._can_lower(value):
             self._linear(var, value, self.plan.linear.get(var.name))
+        elif var.name in self.plan.embeddings:
+            table = self.plan.embeddings[var.name]
+            rows = codes_constant(table.codes, table.layout)
+            call = qfp8_ops.take(rows, relax.const(table.scale), self.expression(value.args[1]))
+            self.variables[var] = self.builder.emit(call, var.name)
         elif op_name(value) == "relax.matmul" and self._is_batched(value):
             self._product(var, value)
         else:

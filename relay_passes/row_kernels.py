@@ -1,4 +1,4 @@
-"""Kernels whose anchor reduces: softmax and LayerNorm along rows, pooling over windows."""
+"""Kernels whose anchor works on rows or windows: softmax and LayerNorm, pooling, embedding look-up."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 from tvm import relax
 
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
-from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of
+from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.tables import build_table
+from tvm_qfp8.topi.embedding import emit_embedding
 from tvm_qfp8.topi.float_contract import add, bind, mul
 from tvm_qfp8.topi.interpolate import emit_table
 from tvm_qfp8.topi.isa import InstructionSet
@@ -18,6 +19,29 @@ from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
 from tvm_qfp8.topi.prim_func import load
 from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_softmax, for_each_row
+
+
+def _take(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+    table, scale, indices = call.args
+    layout, shape = layout_of(table), shape_of(table)
+    assert layout is not None
+    count = int(np.prod(shape_of(indices), dtype=np.int64))
+    table_at, scale_at = operands.constant(array_of(table)), operands.constant(array_of(scale))
+    indices_at = operands.tensor(indices)
+
+    def body(inputs, finish) -> None:
+        emit_embedding(
+            isa,
+            layout,
+            (shape[0], shape[1]),
+            count,
+            inputs[table_at],
+            inputs[scale_at],
+            inputs[indices_at],
+            lambda value, row, column, lanes: finish(value, row, column, lanes, lanes),
+        )
+
+    return body, ("embedding", layout, shape, count)
 
 
 def _row_shape(x: relax.Expr) -> tuple[int, int]:
@@ -108,6 +132,7 @@ def _pool(call, isa: InstructionSet, threads: int, operands: Operands, _max_erro
 
 
 ROW_ANCHORS: dict[str, Callable] = {
+    "relax.qfp8.take": _take,
     "relax.nn.softmax": _softmax,
     "relax.nn.log_softmax": _softmax,
     "relax.nn.layer_norm": _layer_norm,

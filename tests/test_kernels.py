@@ -5,7 +5,7 @@ import pytest
 from quantized_programs import TARGETS, build, machine_runs, program, random_codes, run
 from tvm import relax
 
-from tvm_qfp8.format import encode, get_layout
+from tvm_qfp8.format import decode, encode, get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.linear_kernels import conv_shape
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
@@ -152,6 +152,27 @@ def test_layer_norm_and_residual_follow_the_contract(target, length):
     quantized = program([(x.shape, None)], emit)
     expected = reference.layer_norm(x, gamma, beta, 1e-5) + x
     assert np.array_equal(run(build(quantized, target), x)[0], expected)
+
+
+@pytest.mark.parametrize("width", [1, 7, 48])
+def test_embedding(target, width):
+    rng = np.random.default_rng(width)
+    codes, scale = random_codes(rng, (20, width)), rng.random(20, np.float32)
+    indices = np.array([[0, 19, 7], [-1, -20, 3]], np.int64)
+    codes[codes == 0x80] = 0
+
+    def emit(builder, q):
+        rows = builder.emit(qfp8_ops.take(codes_constant(codes, "E2M5"), relax.const(scale), q))
+        return relax.op.add(rows, relax.const(np.ones(width, np.float32)))
+
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((2, 3), "int64"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            output = builder.emit_output(emit(builder, x))
+        builder.emit_func_output(output)
+    expected = decode(codes, scale, "E2M5", axis=0)[indices] + np.float32(1)
+    np.testing.assert_array_equal(run(build(builder.get(), target), indices)[0], expected)
 
 
 def test_threads_give_the_same_bits(target):

@@ -47,6 +47,12 @@ def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Co
     short = name.removeprefix("relax.").removeprefix("nn.")
     if name in LINEAR:
         return _linear(var, value, short, plan)
+    if var.name in plan.embeddings:
+        codes, scale = plan.embeddings[var.name].codes, plan.embeddings[var.name].scale
+        after = codes.nbytes + scale.nbytes
+        return LayerReport(
+            var.name, short, "QFP8 table", "E2M5", bytes_before=4 * codes.size, bytes_after=after
+        )
     if name in FUNCTIONS:
         table = build_table(FUNCTIONS[name], max_error=config.max_error)
         return LayerReport(var.name, short, f"table {FUNCTIONS[name]}, error <= {table.max_error:.1e}")

@@ -8,6 +8,7 @@ import numpy as np
 import tvm
 
 from tvm_qfp8.calibration.activations import LAYOUTS
+from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import Linear, Product, find_linear
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
@@ -63,6 +64,7 @@ def calibrate(
     steps = find_linear(program, config.skip)
     report = progress or (lambda stage, done, total: None)
     plan = QuantizationPlan(skipped=steps.skipped)
+    plan.embeddings = quantized_embeddings(program, config.skip)
     if batches is None:
         plan.skipped.update(dict.fromkeys(steps.products, "no calibration data"))
         for done, (name, linear) in enumerate(steps.linear.items(), 1):

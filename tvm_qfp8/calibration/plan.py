@@ -48,6 +48,8 @@ class QuantizationPlan:
         Matmuls of two activations (attention), with the layout and scale of either operand.
     skipped : dict of str to str
         Linear calls and products that stay float32, with the reason.
+    embeddings : dict of str to QTensor
+        Tables that a ``take`` reads rows of, one scale per row.
     samples : int
         Number of calibration samples seen; 0 means weights only.
     """
@@ -55,4 +57,5 @@ class QuantizationPlan:
     linear: dict[str, LinearQuantization] = field(default_factory=dict)
     products: dict[str, tuple[tuple[str, float], tuple[str, float]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    embeddings: dict[str, QTensor] = field(default_factory=dict)
     samples: int = 0

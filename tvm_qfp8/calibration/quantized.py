@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tvm
 
+from tvm_qfp8.calibration.embeddings import embedding_steps
 from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.linear import find_linear
 from tvm_qfp8.calibration.plan import QuantizationPlan
@@ -23,7 +24,10 @@ class QuantizedProgram:
 
     def __init__(self, mod: tvm.IRModule, plan: QuantizationPlan, max_error: float = 1e-3) -> None:
         self.program, self.plan = Program(mod), plan
-        self.tables = tabulated_steps(self.program, max_error)
+        self.tables = {
+            **tabulated_steps(self.program, max_error),
+            **embedding_steps(self.program, plan.embeddings),
+        }
         found = find_linear(self.program)
         self.linear = {name: linear for name, linear in found.linear.items() if name in plan.linear}
         self.products = {name: product for name, product in found.products.items() if name in plan.products}

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tvm_qfp8.calibration.activations import Choice, Observer
+from tvm_qfp8.calibration.embeddings import embedding_steps
 from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.linear import Linear, LinearSteps, Product
 from tvm_qfp8.calibration.output_error import OutputError
@@ -57,7 +58,10 @@ class Walk:
         self.alone: dict[str, Linear | Product] = {**found.linear, **found.products}
         self.sources = {linear.source for linear in found.linear.values()}
         self.sources.update(source for product in found.products.values() for source in product.sources)
-        self.tables = tabulated_steps(program, max_error)
+        self.tables = {
+            **tabulated_steps(program, max_error),
+            **embedding_steps(program, plan.embeddings),
+        }
         self.steps = self._needed_steps()
         self.last_reader = {name: step.name for step in self.steps for name in step.reads}
         self.samples = 0
