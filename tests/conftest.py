@@ -17,6 +17,25 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the process here, all being reported.
+
+    With torch, onnxruntime and TVM in one process, their libraries now and then crash while the interpreter unloads
+    them, after the last test, and the crash would replace pytest's exit status.
+    """
+    status = getattr(config, "final_exit_status", None)
+    if status is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(status))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keep the exit status for ``pytest_unconfigure``."""
+    session.config.final_exit_status = exitstatus  # type: ignore[attr-defined]
+
+
 @pytest.fixture(scope="session")
 def aarch64_root() -> Path:
     """Folder with TVM's runtime for 64-bit Arm and the runner; the test is skipped where it cannot be made."""

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from tvm import relax
 
+from tvm_qfp8.calibration.compensation import Moments, compensated
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import find_linear
-from tvm_qfp8.calibration.rounding import Covariance, can_round, round_columns, rounded_on_data
+from tvm_qfp8.calibration.rounding import InputRows, can_round, round_columns, rounded_on_data
 from tvm_qfp8.calibration.walk import quantized_weight
 from tvm_qfp8.format import decode, get_layout
 
@@ -59,11 +60,11 @@ def test_output_error_falls_and_codes_are_exact(name):
     linear = linear_of(shape, emit)
     assert can_round(linear)
     samples = [correlated(shape) for _ in range(4)]
-    covariance = Covariance(linear, len(samples))
+    inputs = InputRows(linear, len(samples))
     for sample in samples:
-        covariance.add(sample, None)
+        inputs.add(sample, sample, None)
     nearest = quantized_weight(linear)
-    rounded = rounded_on_data(linear, nearest, covariance.value())
+    rounded = rounded_on_data(linear, nearest, inputs)
     np.testing.assert_array_equal(rounded.scale, nearest.scale)
     assert rounded.codes.shape == nearest.codes.shape and rounded.axis == nearest.axis
     np.testing.assert_array_equal(
@@ -83,7 +84,9 @@ def test_output_error_falls_and_codes_are_exact(name):
 def test_a_degenerate_covariance_keeps_the_nearest_codes():
     linear = linear_of(*LAYERS["matmul"])
     nearest = quantized_weight(linear)
-    assert rounded_on_data(linear, nearest, np.zeros((1, 48, 48))) is nearest
+    inputs = InputRows(linear, 1)
+    inputs.add(np.ones((4, 20, 48), np.float32), np.ones((4, 20, 48), np.float32), None)
+    assert rounded_on_data(linear, nearest, inputs) is nearest
 
 
 def test_columns_without_correlation_are_rounded_to_nearest():
@@ -99,9 +102,52 @@ def test_masked_tokens_do_not_count():
     linear = linear_of(*LAYERS["matmul"])
     x = correlated((4, 20, 48))
     tokens = np.arange(80) % 20 < 10
-    masked, kept = Covariance(linear, 1), Covariance(linear, 1)
+    masked, kept = InputRows(linear, 1), InputRows(linear, 1)
     poisoned = x.copy()
     poisoned.reshape(-1, 48)[~tokens] = 1e6
-    masked.add(poisoned, tokens)
-    kept.add(x[:, :10], None)
-    np.testing.assert_allclose(masked.value(), kept.value(), rtol=1e-4, atol=1e-2)
+    masked.add(poisoned, poisoned, tokens)
+    kept.add(x[:, :10], x[:, :10], None)
+    np.testing.assert_allclose(masked.even.covariance(), kept.even.covariance(), rtol=1e-4, atol=1e-2)
+
+
+def moments(received, exact):
+    found = Moments(1, received.shape[1])
+    found.add(received[None], exact[None])
+    return found
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_make_up_for_the_error_of_their_input(name):
+    """Of an input too large by a tenth and noisy; measured on samples that were not fitted."""
+    shape, emit = LAYERS[name]
+    linear = linear_of(shape, emit)
+    inputs, nearest = InputRows(linear, 8), quantized_weight(linear)
+    pairs = [(1.1 * x + 0.3 * RNG.standard_normal(shape), x) for x in (correlated(shape) for _ in range(12))]
+    pairs = [(received.astype(np.float32), exact) for received, exact in pairs]
+    for received, exact in pairs[:8]:
+        inputs.add(received, exact, None)
+    rounded = rounded_on_data(linear, nearest, inputs)
+
+    def output_error(weight):
+        total = 0.0
+        for received, exact in pairs[8:]:
+            change = linear.rows(linear.output(received, weight) - linear.output(exact, linear.weight))
+            total += float(((change - change.mean(0)) ** 2).sum())
+        return total
+
+    assert output_error(rounded.dequantize()) < 0.9 * output_error(nearest.dequantize())
+
+
+def test_noise_is_not_fitted():
+    """Two folds whose errors have nothing in common: no ridge helps, the weights stay."""
+    received = RNG.standard_normal((40, 24)).astype(np.float32)
+    error = 0.5 * RNG.standard_normal((40, 24)).astype(np.float32)
+    weight = RNG.standard_normal((1, 6, 24)).astype(np.float32)
+    even, odd = moments(received, received + error), moments(received, received - error)
+    assert compensated(weight, even, odd) is weight
+
+
+def test_one_sample_is_not_enough_to_compensate():
+    received = RNG.standard_normal((40, 24)).astype(np.float32)
+    weight = RNG.standard_normal((1, 6, 24)).astype(np.float32)
+    assert compensated(weight, moments(received, 0.9 * received), Moments(1, 24)) is weight

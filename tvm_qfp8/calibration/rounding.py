@@ -1,16 +1,18 @@
 """Data-driven rounding of weights: what is minimised is a layer's output error, not the weights' own.
 
-Rounding the weights of one output channel by ``dw`` changes the layer's output, its mean apart (which the bias
-correction takes off), by ``dw^T H dw`` on the calibration data, with ``H`` the covariance of the layer's input. The
-columns are rounded one after the other, and what each loses is made up for by those not rounded yet: Frantar et al.,
-"GPTQ" (ICLR 2023), algorithm 1, here onto the QFP8 grid with every channel's scale fixed before. A channel that nearest
-rounding serves better keeps it, so no channel gets worse.
+First the weights are changed to make up for the error of the layer's input (``compensation``), then rounded: rounding
+the weights of one output channel by ``dw`` changes the layer's output, its mean apart (which the bias correction takes
+off), by ``dw^T H dw`` on the calibration data, with ``H`` the covariance of the layer's input. The columns are rounded
+one after the other, and what each loses is made up for by those not rounded yet: Frantar et al., "GPTQ" (ICLR 2023),
+algorithm 1, here onto the QFP8 grid with every channel's scale fixed before. A channel whose output nearest rounding
+brings closer to the float32 output keeps it, so no channel gets worse on these data.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from tvm_qfp8.calibration.compensation import Moments, compensated, output_error
 from tvm_qfp8.calibration.convolution import input_windows
 from tvm_qfp8.calibration.fake_quantize import fake_quantize
 from tvm_qfp8.calibration.linear import Linear
@@ -29,28 +31,25 @@ LARGEST_DEPTH = 4096
 """Deeper layers are rounded to nearest: the covariance is inverted at a cost of depth^3."""
 
 
-class Covariance:
-    """Covariance of a layer's input patches, streaming: ``(groups, depth, depth)``."""
+class InputRows:
+    """Moments of a layer's input patches, even and odd samples apart."""
 
     def __init__(self, linear: Linear, samples: int, seed: int = 0) -> None:
         self.linear, self._rng = linear, np.random.default_rng(seed)
-        self.groups, self.depth = _geometry(linear)
-        self._rows_per_sample = -(-max(ROWS_PER_COLUMN * self.depth, 4096) // samples)
-        self._rows = 0
-        self._sum = np.zeros((self.groups, self.depth))
-        self._products = np.zeros((self.groups, self.depth, self.depth))
+        groups, depth = _geometry(linear)
+        self._most = -(-max(ROWS_PER_COLUMN * depth, 4096) // samples)
+        self._samples = 0
+        self.even, self.odd = Moments(groups, depth), Moments(groups, depth)
 
-    def add(self, x: np.ndarray, tokens: np.ndarray | None) -> None:
-        """One sample's input, as the layer receives it; ``tokens`` picks rows of a matmul."""
-        patches = _patches(self.linear, x, tokens, self._rows_per_sample, self._rng)
-        self._rows += patches.shape[1]
-        self._sum += patches.sum(axis=1, dtype=np.float64)
-        self._products += patches.transpose(0, 2, 1) @ patches
-
-    def value(self) -> np.ndarray:
-        """The covariance times the number of rows."""
-        mean = self._sum / max(self._rows, 1)
-        return self._products - self._rows * mean[:, :, None] * mean[:, None, :]
+    def add(self, received: np.ndarray, exact: np.ndarray, tokens: np.ndarray | None) -> None:
+        """One sample's input, quantized and float32; ``tokens`` picks rows of a matmul."""
+        seed = int(self._rng.integers(1 << 31))  # the same rows of both
+        rows = [
+            _patches(self.linear, x, tokens, self._most, np.random.default_rng(seed))
+            for x in (received, exact)
+        ]
+        (self.odd if self._samples % 2 else self.even).add(*rows)
+        self._samples += 1
 
 
 def can_round(linear: Linear) -> bool:
@@ -60,15 +59,17 @@ def can_round(linear: Linear) -> bool:
     return plain and _geometry(linear)[1] <= LARGEST_DEPTH
 
 
-def rounded_on_data(linear: Linear, weight: QTensor, covariance: np.ndarray) -> QTensor:
+def rounded_on_data(linear: Linear, weight: QTensor, inputs: InputRows) -> QTensor:
     """``weight`` (rounded to nearest) with codes that give the smaller output error."""
     layout = get_layout(weight.layout)
     exact, nearest = (_as_rows(linear, w) for w in (linear.weight, weight.dequantize()))
     scale = np.asarray(weight.scale, np.float32).reshape(exact.shape[:2])
-    found = round_columns(exact, covariance, scale, layout)
+    total = inputs.even + inputs.odd
+    covariance, pull = total.covariance(), total.pull(exact)
+    found = round_columns(compensated(exact, inputs.even, inputs.odd), covariance, scale, layout)
     if found is None:
         return weight
-    better = _output_error(found - exact, covariance) < _output_error(nearest - exact, covariance)
+    better = output_error(found - exact, covariance, pull) < output_error(nearest - exact, covariance, pull)
     chosen = np.where(better[..., None], found, nearest)
     values = _from_rows(linear, chosen)
     return QTensor(
@@ -129,11 +130,6 @@ def _nearest(values: np.ndarray, scale: np.ndarray, layout: Layout) -> np.ndarra
     scaled = values / scale
     magnitude = np.minimum(np.abs(scaled), np.float32(layout.max_grid))
     return np.copysign(round_to_grid(np.ascontiguousarray(magnitude), layout), scaled) * scale
-
-
-def _output_error(change: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """``dw^T H dw`` of every channel, ``(groups, channels)``."""
-    return np.einsum("gcd,gcd->gc", change @ covariance, change, optimize=True)
 
 
 def _geometry(linear: Linear) -> tuple[int, int]:

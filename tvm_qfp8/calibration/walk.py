@@ -23,7 +23,7 @@ from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.linear import Linear, LinearSteps, Product
 from tvm_qfp8.calibration.output_error import OutputError
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
-from tvm_qfp8.calibration.rounding import Covariance, can_round, layer_input, rounded_on_data
+from tvm_qfp8.calibration.rounding import InputRows, can_round, layer_input, rounded_on_data
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.tabulated import tabulated_steps
@@ -179,8 +179,8 @@ class Walk:
         choice = self._choice(source)
         chosen = LinearQuantization(quantized_weight(linear), choice.layout, choice.scale, note=choice.note)
         if can_round(linear):
-            covariance = self._covariance(linear, chosen)
-            chosen = replace(chosen, weight=rounded_on_data(linear, chosen.weight, covariance))
+            inputs = self._input_rows(linear, chosen)
+            chosen = replace(chosen, weight=rounded_on_data(linear, chosen.weight, inputs))
         weight = chosen.weight.dequantize()
         kept, error = self._result(linear.step), OutputError(linear)
         for sample in range(self.samples):
@@ -197,13 +197,17 @@ class Walk:
         self.corrections[name] = linear.per_channel(correction)
         self.plan.linear[name] = replace(chosen, bias_correction=correction, sqnr_db=error.sqnr_db())
 
-    def _covariance(self, linear: Linear, chosen: LinearQuantization) -> np.ndarray:
-        """Of the layer's input as the quantized layer reads it."""
-        covariance = Covariance(linear, self.samples)
+    def _input_rows(self, linear: Linear, chosen: LinearQuantization) -> InputRows:
+        """What the layer reads, in both flows."""
+        rows = InputRows(linear, self.samples)
         for sample in range(self.samples):
-            x = layer_input(self._read(linear.source, self._flow(linear.source), sample), chosen)
-            covariance.add(x, self._tokens(x.size // x.shape[-1], sample))
-        return covariance.value()
+            exact = self._read(linear.source, _FLOAT, sample)
+            received = (
+                exact if linear.source not in self.differs else self._read(linear.source, _QUANTIZED, sample)
+            )
+            tokens = self._tokens(exact.size // exact.shape[-1], sample)
+            rows.add(layer_input(received, chosen), exact, tokens)
+        return rows
 
     def run_product(self, product: Product) -> None:
         """Quantize a product of two activations; it has no bias, so nothing is corrected."""
