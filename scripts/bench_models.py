@@ -1,8 +1,7 @@
-"""Times compiled models against onnxruntime and OpenVINO: calls in turn in one process, ratio of medians.
+"""Times compiled models against onnxruntime and OpenVINO: contestants take turns, ratio of medians.
 
-Every thread count has a process of its own, since TVM reads TVM_NUM_THREADS once. One call of every runner makes a
-round; the order of a round is always the same, and the figure is the median over rounds. The run also times a fixed
-amount of arithmetic before and after: if that changes by more than a tenth the machine was noisy, and the JSON says so.
+Every contestant has a process of its own (``zoo/contest.py``). The run also times a fixed amount of arithmetic
+before and after: if that changes by more than a tenth the machine was noisy, and the JSON says so.
 """
 
 from __future__ import annotations
@@ -10,12 +9,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +25,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "bench_models.json")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        name, module, threads = arguments.measure.split(":")
-        json.dump(measure(name, Path(module), int(threads), arguments.repeats), sys.stdout)
+    if arguments.serve:
+        serve_runner(arguments.serve, arguments.module)
         return
     from zoo.machine import describe_machine
 
-    record: dict[str, Any] = {"machine": describe_machine(), "repeats": arguments.repeats, "models": []}
+    record: dict[str, Any] = {"machine": describe_machine(), "turns": arguments.turns, "models": []}
     for name in arguments.models.split(","):
         module, compile_seconds = compile_model(name)
         for threads in arguments.threads.split(","):
             print(f"{name}, {threads} thread(s)", file=sys.stderr)
-            found = run_measurement(name, module, threads, arguments.repeats)
+            found = measure(name, module, int(threads), arguments.turns)
             record["models"].append({"model": name, "compile_seconds": compile_seconds, **found})
     print_table(record)
     arguments.output.parent.mkdir(exist_ok=True)
@@ -74,39 +69,37 @@ def compile_model(name: str) -> tuple[Path, float]:
     return output, round(seconds, 1)
 
 
-def run_measurement(name: str, module: Path, threads: str, repeats: int) -> dict[str, Any]:
-    """``measure`` in a fresh process with that many threads."""
-    environment = os.environ | {"TVM_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
-    command = [sys.executable, __file__, "--measure", f"{name}:{module}:{threads}", "--repeats", str(repeats)]
-    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+def measure(name: str, module: Path, threads: int, turns: int) -> dict[str, Any]:
+    """Median milliseconds of every contestant."""
+    from zoo.contest import contest
+    from zoo.latency import PEERS
 
-
-def measure(name: str, module: Path, threads: int, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of every runner, called in turn."""
-    import tvm_qfp8
-
-    model: Any = importlib.import_module(f"zoo.{name}")
-    from zoo.latency import latency_peers
-
-    sample = model.calibration(1)[0]
-    runners: dict[str, Callable[[dict], Any]] = latency_peers(model, threads)
-    runners["qfp8"] = tvm_qfp8.load(module).run
+    commands = {
+        runner: [__file__, "--serve", f"{name}:{runner}:{threads}", "--module", str(module)]
+        for runner in ("qfp8", *PEERS)
+    }
     before = reference_work()
-    times: dict[str, list[float]] = {runner: [] for runner in runners}
-    for turn in range(-3, repeats):
-        for runner, run in runners.items():
-            started = time.perf_counter()
-            run(sample)
-            if turn >= 0:
-                times[runner].append(time.perf_counter() - started)
+    medians = contest(commands, threads, turns)
     after = reference_work()
-    medians = {runner: statistics.median(values) * 1e3 for runner, values in times.items()}
     return {
         "threads": threads,
         "milliseconds": {runner: round(value, 3) for runner, value in medians.items()},
         "speedup": {r: round(v / medians["qfp8"], 3) for r, v in medians.items() if r != "qfp8"},
         "noisy": max(before, after) / min(before, after) > NOISY,
     }
+
+
+def serve_runner(which: str, module: Path) -> None:
+    """Be one contestant."""
+    import tvm_qfp8
+    from zoo.contest import serve
+    from zoo.latency import PEERS
+
+    name, runner, threads = which.split(":")
+    model: Any = importlib.import_module(f"zoo.{name}")
+    sample = model.calibration(1)[0]
+    run = tvm_qfp8.load(module).run if runner == "qfp8" else PEERS[runner](model, int(threads))
+    serve(lambda: run(sample))
 
 
 def reference_work() -> float:
@@ -126,16 +119,12 @@ def print_table(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    names = sorted({runner for row in record["models"] for runner in row["milliseconds"]} - {"qfp8"})
-    table = Table("model", "threads", "qfp8 ms", *[f"{n} ms (x)" for n in names], "")
     for row in record["models"]:
-        cells = [
-            f"{row['milliseconds'][n]:.2f} ({row['speedup'][n]:.2f})" if n in row["speedup"] else "-"
-            for n in names
-        ]
-        quiet = "noisy machine" if row["noisy"] else ""
-        table.add_row(row["model"], str(row["threads"]), f"{row['milliseconds']['qfp8']:.2f}", *cells, quiet)
-    Console().print(table)
+        noisy = ", on a noisy machine" if row["noisy"] else ""
+        table = Table(f"{row['model']}, {row['threads']} thread(s){noisy}", "ms", "QFP8 is faster by")
+        for runner, milliseconds in row["milliseconds"].items():
+            table.add_row(runner, f"{milliseconds:.2f}", f"{row['speedup'].get(runner, 1.0):.2f}")
+        Console().print(table)
 
 
 if __name__ == "__main__":

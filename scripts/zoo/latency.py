@@ -49,13 +49,15 @@ def openvino_runner(path: Path, shapes: dict[str, tuple[int, ...]], threads: int
     return lambda inputs: request.infer(inputs)
 
 
-def latency_peers(model: Any, threads: int) -> dict[str, Runner]:
-    """Runners by name: onnxruntime and OpenVINO, float32 and int8."""
-    path, static = model.onnx_path(), int8_path(model, CALIBRATION_SAMPLES)
-    return {
-        "onnxruntime float32": session(path, threads),
-        "onnxruntime int8 dynamic": session(dynamic_int8(model), threads),
-        "onnxruntime int8 QDQ": session(static, threads),
-        "openvino float32": openvino_runner(path, model.input_shapes(), threads),
-        "openvino int8 QDQ": openvino_runner(static, model.input_shapes(), threads),
-    }
+PEERS: dict[str, Callable[[Any, int], Runner]] = {
+    "onnxruntime float32": lambda model, threads: session(model.onnx_path(), threads),
+    "onnxruntime int8 dynamic": lambda model, threads: session(dynamic_int8(model), threads),
+    "onnxruntime int8 QDQ": lambda model, threads: session(int8_path(model, CALIBRATION_SAMPLES), threads),
+    "openvino float32": lambda model, threads: openvino_runner(
+        model.onnx_path(), model.input_shapes(), threads
+    ),
+    "openvino int8 QDQ": lambda model, threads: openvino_runner(
+        int8_path(model, CALIBRATION_SAMPLES), model.input_shapes(), threads
+    ),
+}
+"""Makes the runner of ``(model, threads)``."""

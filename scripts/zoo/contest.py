@@ -1,0 +1,87 @@
+"""Runners that take turns, each in a process of its own.
+
+In one process the thread pools of several runtimes spin for a while after each call and slow the next contestant
+down, several times with two threads on two cores. A contestant here sleeps while another one runs. A turn is one
+call that does not count and ``CALLS`` timed ones; turns alternate, so a busy moment of the machine hits all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+CALLS = 5
+PAUSE_SECONDS = 0.02
+"""Between turns: thread pools stop spinning."""
+
+
+class Contestant:
+    """A child process: ``command`` ends in ``serve(...)``; ``threads`` cores and threads are its own."""
+
+    def __init__(self, command: list[str], threads: int) -> None:
+        variables = ("TVM_NUM_THREADS", "OMP_NUM_THREADS")
+        environment = os.environ | {name: str(threads) for name in variables}
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        self._process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._answer()
+
+    def _answer(self) -> list[float]:
+        line = self._answers.readline()
+        if not line:
+            raise RuntimeError(f"contestant ended with status {self._process.wait()}: {self._process.args}")
+        return json.loads(line)
+
+    def turn(self) -> list[float]:
+        """Seconds of each timed call."""
+        time.sleep(PAUSE_SECONDS)
+        self._requests.write("turn\n")
+        self._requests.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._requests.close()
+        self._process.wait()
+
+
+def serve(run: Callable[[], Any]) -> None:
+    """Answer turns until the parent closes the pipe; what the runtime prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for _ in range(3):
+        run()
+    print("[]", file=answers, flush=True)
+    for _ in sys.stdin:
+        run()
+        seconds = []
+        for _ in range(CALLS):
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+        print(json.dumps(seconds), file=answers, flush=True)
+
+
+def contest(commands: dict[str, list[str]], threads: int, turns: int) -> dict[str, float]:
+    """Median milliseconds of a call of each contestant."""
+    contestants = {name: Contestant(command, threads) for name, command in commands.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(turns):
+        for name, contestant in contestants.items():
+            seconds[name] += contestant.turn()
+    for contestant in contestants.values():
+        contestant.close()
+    return {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
