@@ -13,7 +13,7 @@ from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes.fuse import Group, op_name, shape_of, tensor_arguments
 from tvm_qfp8.relay_passes.operands import Operands, array_of
 from tvm_qfp8.tables import build_table
-from tvm_qfp8.topi.codec import encode_expr
+from tvm_qfp8.topi.codec import ROUNDS_TO_ZERO, encode_expr
 from tvm_qfp8.topi.elementwise import emit_elementwise
 from tvm_qfp8.topi.float_contract import bind, mul
 from tvm_qfp8.topi.interpolate import emit_table
@@ -31,6 +31,15 @@ class External:
     shape: tuple[int, ...]
     padded: bool = False
     """A vector may be read past the end."""
+
+
+def clip_bounds(call: relax.Call) -> tuple[float, float] | None:
+    """(least, greatest) result of a ReLU or clip, None for any other operator."""
+    if op_name(call) == "relax.nn.relu":
+        return 0.0, float("inf")
+    if op_name(call) == "relax.clip":
+        return float(call.args[1].value), float(call.args[2].value)
+    return None
 
 
 class Epilogue:
@@ -51,9 +60,35 @@ class Epilogue:
             if op_name(call) == "relax.qfp8.encode":
                 reciprocal = np.float32(1.0) / np.float32(float(call.attrs["scale"]))
                 self.encode_scalars[var] = operands.scalar(float(reciprocal))
+        self._absorb_clips(operands)
         self.buffers: list = []
         self.outputs: dict = {}
         self.scalar_buffer = None
+
+    def _absorb_clips(self, operands: Operands) -> None:
+        """Let an unsigned encode do the work of the ReLU or clip from zero before it, where only it reads that.
+
+        Encoding clamps to [0, greatest grid value] anyway; multiplication by a positive number and rounding keep the
+        order, so clamping to ``fl32(upper * r)`` after the multiplication gives the same bits as to ``upper`` before.
+        """
+        self.limits: dict[relax.Var, int] = {}
+        self.absorbed: set[relax.Var] = set()
+        made_by = dict(self.members)
+        readers = [a for _, call in self.members for a in tensor_arguments(call)]
+        for var, call in self.members:
+            if op_name(call) != "relax.qfp8.encode":
+                continue
+            layout, clip = get_layout(str(call.attrs["layout"])), call.args[0]
+            if layout.signed or clip not in made_by or clip in self.group.outputs:
+                continue
+            bounds = clip_bounds(made_by[clip])
+            if bounds is None or bounds[0] != 0.0 or readers.count(clip) > 1:
+                continue
+            self.absorbed.add(clip)
+            if np.isfinite(bounds[1]):
+                upper = np.float32(bounds[1]) * np.float32(operands.scalars[self.encode_scalars[var]])
+                limit = float(np.clip(upper, np.float32(ROUNDS_TO_ZERO), np.float32(layout.max_grid)))
+                self.limits[var] = operands.scalar(limit)
 
     def _external(self, expr: relax.Expr, operands: Operands) -> External:
         shape = shape_of(expr)
@@ -132,7 +167,7 @@ class Epilogue:
                 values[a] if a in values else self._read(self.externals[a], row, column, lanes, valid)
                 for a in tensor_arguments(call)
             ]
-            result = self._compute(var, call, arguments, lanes)
+            result = arguments[0] if var in self.absorbed else self._compute(var, call, arguments, lanes)
             values[var] = result
             if var in self.outputs:
                 self._write(var, result, row, column, lanes, valid)
@@ -140,8 +175,9 @@ class Epilogue:
     def _compute(self, var, call, arguments: list, lanes: int):
         name = op_name(call)
         if name == "relax.qfp8.encode":
-            reciprocal = self._scalar(self.encode_scalars[var], lanes)
-            return encode_expr(bind(mul(arguments[0], reciprocal)), get_layout(str(call.attrs["layout"])))
+            scaled = bind(mul(arguments[0], self._scalar(self.encode_scalars[var], lanes)))
+            limit = self._scalar(self.limits[var], lanes) if var in self.limits else None
+            return encode_expr(scaled, get_layout(str(call.attrs["layout"])), self.isa, limit)
         if name == "relax.qfp8.interpolate":
             table = build_table(str(call.attrs["function"]), max_error=float(call.attrs["max_error"]))
             return bind(emit_table(table, arguments[0], self.isa))

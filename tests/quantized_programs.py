@@ -9,8 +9,8 @@ from tvm import relax
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
+from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_of
-from tvm_qfp8.targets import parse_target
 from tvm_qfp8.topi.isa import instruction_set
 
 TARGETS = {"sse2": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
@@ -42,7 +42,7 @@ def build(mod, target: str, threads: int = 1):
     """Write the kernels for a target and compile."""
     parsed = parse_target(target)
     with parsed:
-        mod = LowerGroups(instruction_set(isa_of(parsed)), threads)(mod)
+        mod = LowerGroups(instruction_set(isa_of(parsed), cpu_features(parsed)), threads)(mod)
         mod = ScheduleRest(threads)(relax.transform.LegalizeOps()(mod))
         return tvm.compile(mod, target=parsed)
 

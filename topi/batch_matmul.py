@@ -87,7 +87,7 @@ def emit_batch_matmul(
 
                 def grid(k):
                     codes = load(y, start + k * shape.columns + first + offset, lanes)
-                    return decode_expr(codes, y_layout, "int16" if isa.pair == 1 else "int32")
+                    return decode_expr(codes, y_layout, "int16" if isa.pair == 1 else "int32", isa)
 
                 if isa.pair == 1:
                     store(panels, at, grid(step), lanes)

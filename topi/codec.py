@@ -1,12 +1,13 @@
 """Encode and decode of QFP8 codes as TIR arithmetic, on scalars and vectors (``tvm_qfp8.format`` is the NumPy twin).
 
-Both directions use no table and no branch. With ``m`` mantissa bits, ``mag`` the code without its sign and
-``E = mag >> m``, the grid value ``G`` is convex and piecewise linear in ``mag``::
+Neither direction has a branch. With ``m`` mantissa bits and ``mag`` the code without its sign, the grid value ``G``
+is convex and piecewise linear in ``mag``: its slope is 1 up to ``2 * 2**m`` and doubles at every further multiple
+of ``2**m``, so for layouts of two exponent bits three saturating subtractions and additions decode.
 
-    G = max over k = 0 .. 2**e - 2 of  2**k * (mag - k * 2**m)
-
-so decoding is a few multiplies and maxima in 16-bit lanes. Encoding adds a power of two that depends on the
-exponent of the value: the sum is rounded to the grid's step there, ties to even, by the addition itself.
+Encoding adds a power of two that depends on the exponent of the value: the sum is rounded to the grid's step there,
+ties to even, by the addition itself. The low mantissa bits of that addend hold the code at which the binade starts,
+so that the low byte of the sum is the code. Vector look-ups, where the instruction set has them
+(``codec_lookup.py``), give the same bits in fewer instructions.
 """
 
 from __future__ import annotations
@@ -14,12 +15,24 @@ from __future__ import annotations
 from tvm import tirx
 
 from tvm_qfp8.format import Layout
+from tvm_qfp8.topi import codec_lookup
 from tvm_qfp8.topi.float_contract import bind, dtype_of, lanes_of, like, with_lanes
+from tvm_qfp8.topi.isa import InstructionSet
+
+ROUNDS_TO_ZERO = 0.25
+"""Stands for every smaller magnitude: rounds to code 0, and keeps the exponents of all values near each other."""
 
 
-def decode_expr(codes, layout: Layout, dtype: str = "int16"):
-    """Grid values of ``codes`` (uint8, scalar or vector) as ``dtype`` (int16 or int32); code 0x80 reads as 0."""
+def decode_expr(codes, layout: Layout, dtype: str = "int16", isa: InstructionSet | None = None):
+    """Grid values of ``codes`` (uint8, scalar or vector) as ``dtype`` (int16 or int32); code 0x80 reads as 0.
+
+    Instructions of ``isa`` are used where it has better ones than plain arithmetic.
+    """
     wide = bind(codes.astype(with_lanes(dtype, lanes_of(codes))))
+    if isa is not None and dtype == "int16":
+        found = codec_lookup.decode(wide, layout, isa)
+        if found is not None:
+            return found
 
     def const(value: int):
         return like(value, codes, dtype)
@@ -29,43 +42,56 @@ def decode_expr(codes, layout: Layout, dtype: str = "int16"):
     if layout.exponent_bits <= 2:
         grid = magnitude
         for k in range(1, (1 << layout.exponent_bits) - 1):
-            grid = tirx.max(grid, (magnitude - const(k * step)) << const(k))
+            beyond = bind(_saturating_sub(magnitude, const((k + 1) * step)))
+            for _ in range(1 << (k - 1)):
+                grid = grid + beyond
     else:
         exponent = bind(magnitude >> const(layout.mantissa_bits))
         shift = bind(tirx.max(exponent, const(1)) - const(1))
         # E == 0 and E == 1 share the step 1, so only the shift's multiple of 2**m has to be taken off.
         grid = (magnitude - shift * const(step)) << shift
-    if not layout.signed:
-        return bind(grid)
     grid = bind(grid)
-    # All ones where the sign bit is set: (g ^ s) - s negates.
-    sign = bind(const(0) - (wide >> const(7)))
-    return bind((grid ^ sign) - sign)
+    return bind(codec_lookup.with_sign(grid, wide, isa)) if layout.signed else grid
 
 
-def encode_expr(v, layout: Layout):
-    """Codes (uint8) of ``v``, float32 values already multiplied by ``1 / scale``; NaN becomes 0x00."""
+def _saturating_sub(a, b):
+    """max(a - b, 0) of values that are never negative."""
+    if lanes_of(a) == 1 or not dtype_of(a).startswith("int16"):
+        return tirx.max(a - b, like(0, a, dtype_of(a).partition("x")[0]))
+    return tirx.call_llvm_pure_intrin(dtype_of(a), "llvm.usub.sat", a, b)
+
+
+def encode_expr(v, layout: Layout, isa: InstructionSet | None = None, limit=None):
+    """Codes (uint8) of ``v``, float32 values already multiplied by ``1 / scale``; NaN becomes 0x00.
+
+    ``limit``, a scalar or vector of at least ``ROUNDS_TO_ZERO`` and at most the layout's greatest grid value, takes
+    the place of the latter: a clip that precedes the encode.
+    """
     lanes = lanes_of(v)
-    mantissa = layout.mantissa_bits
     if dtype_of(v) == with_lanes("float16", lanes):
         v = bind(v.astype(with_lanes("float32", lanes)))
+    int_dtype = with_lanes("int32", lanes)
+    # max(x, c) is "x > c ? x : c": it maps NaN to c.
+    magnitude = tirx.max(tirx.abs(v) if layout.signed else v, like(ROUNDS_TO_ZERO, v))
+    magnitude = bind(tirx.min(magnitude, like(float(layout.max_grid), v) if limit is None else limit))
+    bits = bind(tirx.reinterpret(int_dtype, magnitude))
+    addend = codec_lookup.addend(bits, layout, isa) if isa is not None else None
+    if addend is None:
+        addend = tirx.reinterpret(with_lanes("float32", lanes), _addend_bits(bits, layout))
+    code = bind(tirx.reinterpret(int_dtype, magnitude + addend))
+    if layout.signed:
+        # From -0.5 on negative values round to zero, which has no sign.
+        code = tirx.Select(v < like(-0.5, v), code | like(0x80, v, "int32"), code)
+    return bind((code & like(0xFF, v, "int32")).astype(with_lanes("uint8", lanes)))
+
+
+def _addend_bits(bits, layout: Layout):
+    """Bits of ``2**k * (2**23 + k * 2**m)`` where ``k`` is the binade of the value, 0 for the first two."""
+    mantissa = layout.mantissa_bits
 
     def integer(value: int):
-        return like(value, v, "int32")
+        return tirx.const(value, dtype_of(bits))
 
-    magnitude = tirx.abs(v) if layout.signed else v
-    # max(x, 0) is "x > 0 ? x : 0": it maps NaN to 0.
-    magnitude = tirx.max(magnitude, like(0.0, v))
-    magnitude = bind(tirx.min(magnitude, like(float(layout.max_grid), v)))
-    int_dtype = with_lanes("int32", lanes)
-    bits = tirx.reinterpret(int_dtype, magnitude)
-    # Exponent bits of the binade, never below the first one whose step is 1.
     binade = bind(tirx.max(bits & integer(0x7F800000), integer((127 + mantissa) << 23)))
-    magic_bits = bind(binade + integer((23 - mantissa) << 23))
-    rounded = magnitude + tirx.reinterpret(with_lanes("float32", lanes), magic_bits)
-    steps = tirx.reinterpret(int_dtype, rounded) - magic_bits
-    code = bind(steps + ((binade >> integer(23 - mantissa)) - integer((127 + mantissa) << mantissa)))
-    if layout.signed:
-        sign = (tirx.reinterpret(int_dtype, v) >> integer(24)) & integer(0x80)
-        code = tirx.Select(code > integer(0), code | sign, integer(0))
-    return bind(code.astype(with_lanes("uint8", lanes)))
+    start = binade >> integer(23 - mantissa)
+    return bind(binade + start + integer(((23 - mantissa) << 23) - ((127 + mantissa) << mantissa)))

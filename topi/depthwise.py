@@ -85,14 +85,14 @@ def emit_depthwise(
         if isa.pair == 1:
             with T.serial(0, shape.width) as pixel:
                 codes = load(x, source + pixel * shape.channels + channel, isa.lanes)
-                store(slab, slab_at + pixel * vector, decode_expr(codes, activation, "int16"), vector)
+                store(slab, slab_at + pixel * vector, decode_expr(codes, activation, "int16", isa), vector)
             return
         low_half = tirx.const(0xFFFF, lanes32)
         previous = T.alloc_buffer((isa.lanes,), "int32", scope="local")
         store(previous, 0, tirx.const(0, lanes32), isa.lanes)
         with T.serial(0, shape.width) as pixel:
             codes = load(x, source + pixel * shape.channels + channel, isa.lanes)
-            grid = decode_expr(codes, activation, "int32")
+            grid = decode_expr(codes, activation, "int32", isa)
             if taps == 2:
                 paired = (load(previous, 0, isa.lanes) & low_half) | (grid << tirx.const(16, lanes32))
                 # The pixel before the first one is padding; without any, the slab has no such place.

@@ -76,7 +76,7 @@ def decode_run(
 
     def emit(offset, lanes):
         codes = load(source, source_at + offset, lanes)
-        store(target, target_at + offset, decode_expr(codes, layout, "int16"), lanes)
+        store(target, target_at + offset, decode_expr(codes, layout, "int16", isa), lanes)
 
     vector_runs(length, 2 * isa.lanes, emit)
 
@@ -138,7 +138,7 @@ def for_each_panel(
 
             def load_weights(step, vector):
                 codes = load(panels, start + step * (width * isa.pair) + vector * vector_codes, vector_codes)
-                return T.bind(decode_expr(codes, shape.weight, "int16"))
+                return T.bind(decode_expr(codes, shape.weight, "int16", isa))
         else:
             decoded = T.alloc_buffer((shape.depth * width,), "int16", align=64)
             decode_run(isa, shape.weight, panels, start, decoded, 0, shape.depth * width)

@@ -25,8 +25,8 @@ from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
 from tvm_qfp8.reporting import describe
 from tvm_qfp8.runtime import METADATA_FUNCTION, CompiledModule, TensorInfo, encode_metadata
+from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_name
-from tvm_qfp8.targets import parse_target
 from tvm_qfp8.topi.isa import InstructionSet, instruction_set
 
 Calibration = Iterable[Mapping[str, np.ndarray]] | str | os.PathLike | None
@@ -101,7 +101,7 @@ def compile(  # noqa: A001 - the public name
     """
     config = config or Config()
     parsed = parse_target(target)
-    isa = instruction_set(isa_name(parsed))
+    isa = instruction_set(isa_name(parsed), cpu_features(parsed))
     stage = progress or (lambda name, done, total: None)
     stage("import", 0, 1)
     imported = load_model(mod, params=params, input_shapes=input_shapes)

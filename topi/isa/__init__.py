@@ -7,7 +7,7 @@ of neighbouring int16 lanes), how large the register tile is, and emits the mult
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 
@@ -26,6 +26,8 @@ class InstructionSet:
     """(acc int32xL, a, b) -> int32xL; a holds one group of ``pair`` values in each lane, b is int16x(L*pair)."""
     broadcast: Callable
     """(buffer int16, index) -> the ``pair`` values at index, repeated in every lane."""
+    byte_permute: bool = False
+    """Has ``vpermi2b``, a look-up in a table of 128 bytes (AVX512-VBMI)."""
 
     def tile(self, rows: int, columns: int, row_length: int | None = None) -> tuple[int, int]:
         """(rows, vectors) of the register tile for an output of ``rows`` x ``columns``.
@@ -51,12 +53,15 @@ class InstructionSet:
         return best
 
 
-def instruction_set(name: str) -> InstructionSet:
-    """The instruction set called ``avx512``, ``avx2``, ``sse2``, ``neon`` or ``generic``."""
+def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet:
+    """The instruction set called ``avx512``, ``avx2``, ``sse2``, ``neon`` or ``generic``.
+
+    ``features`` are LLVM's names of the target's features; some widen what an instruction set can do.
+    """
     from tvm_qfp8.topi.isa import avx2, avx512, neon, sse2
 
     if name == "generic":
         # The same plain vector code, without the look-up instructions that "neon" stands for.
         return replace(neon.INSTRUCTION_SET, name="generic")
     sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon}
-    return sets[name].INSTRUCTION_SET
+    return replace(sets[name].INSTRUCTION_SET, byte_permute="avx512vbmi" in features)
