@@ -60,9 +60,12 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_er
 def conv_shape(call) -> ConvShape:
     """The static description of a ``qfp8.conv2d`` call."""
     x, weight = call.args[:2]
-    batch, height, width, channels = shape_of(x)
     out_channels, kernel_h, kernel_w, _ = shape_of(weight)
     attrs = call.attrs
+    channels_first = bool(attrs["channels_first"])
+    batch, height, width, channels = shape_of(x)
+    if channels_first:
+        batch, channels, height, width = shape_of(x)
 
     def pair(name: str) -> tuple[int, int]:
         return int(attrs[name][0]), int(attrs[name][1])
@@ -82,6 +85,7 @@ def conv_shape(call) -> ConvShape:
         activation=layout_of(x),
         weight=layout_of(weight),
         input_dilation=pair("input_dilation"),
+        channels_first=channels_first,
     )
 
 

@@ -36,6 +36,10 @@ REGISTER_DECODE_ROWS = 6
 """Up to so many rows weights are decoded in registers instead of through a scratch panel."""
 
 
+PREFETCH_TILES = 16
+"""With more tiles a panel is computed so long that fetching the next one hardly counts."""
+
+
 @dataclass(frozen=True)
 class GemmShape:
     """``(rows, depth) x (depth, columns)`` and the layouts of both operands."""
@@ -90,7 +94,10 @@ def emit_gemm(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Callab
                 epilogue(registers.value(i, j), first_row + row_in_block + i, weights.column(j), valid)
 
     def tiles_of_block(scratch, first_row, weights: PanelWeights) -> None:
-        with T.serial(0, -(-block_rows // tile_rows)) as t:
+        tiles = -(-block_rows // tile_rows)
+        with T.serial(0, tiles) as t:
+            if tiles <= PREFETCH_TILES:
+                weights.prefetch_next(t, tiles)
             tile(scratch, first_row, overlapped_start(t, tile_rows, block_rows), weights)
 
     def block(index) -> None:
