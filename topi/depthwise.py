@@ -20,8 +20,7 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.panels import balanced_blocks, decode_run, overlapped_start, zero_run
 from tvm_qfp8.topi.prim_func import load, store
-
-SLAB_BYTES = 128 * 1024
+from tvm_qfp8.topi.schedules import DepthwiseSchedule
 
 
 def is_depthwise(isa: InstructionSet, shape: ConvShape) -> bool:
@@ -53,7 +52,13 @@ def pack_depthwise_weights(isa: InstructionSet, shape: ConvShape, codes: np.ndar
 
 
 def emit_depthwise(
-    isa: InstructionSet, shape: ConvShape, x, weights, epilogue: Callable, threads: int
+    isa: InstructionSet,
+    shape: ConvShape,
+    x,
+    weights,
+    epilogue: Callable,
+    threads: int,
+    schedule: DepthwiseSchedule,
 ) -> None:
     """Emit the loops; ``epilogue(acc, row, column, valid)`` as in conv2d."""
     kernel_h, kernel_w = shape.kernel
@@ -65,14 +70,14 @@ def emit_depthwise(
     slab_row = shape.slab_width * vector
     out_h, out_w = shape.out_height, shape.out_width
     reach = shape.dilation[0] * (kernel_h - 1) + 1
-    tile_pixels = min(out_w, 8 if isa.registers >= 32 else 6)
+    tile_pixels = schedule.tile_pixels
 
     parallel = (
         threads > 1
         and shape.batch * out_h * out_w * shape.channels * kernel_h * kernel_w >= MIN_PARALLEL_MACS
     )
-    block_h = max(1, min(out_h, (SLAB_BYTES // (2 * slab_row) - reach) // stride_h + 1))
-    if parallel:
+    block_h = max(1, min(out_h, (schedule.slab_bytes // (2 * slab_row) - reach) // stride_h + 1))
+    if parallel and not schedule.channels_outer:
         block_h = min(block_h, max(1, -(-out_h // (2 * threads))))
     block_h, blocks = balanced_blocks(out_h, block_h)
     slab_h = (block_h - 1) * stride_h + reach
@@ -149,7 +154,8 @@ def emit_depthwise(
                 tile(slab, row, overlapped_start(t, tile_pixels, out_w), out_row_at, channel, decoded)
 
     with T.serial(0, shape.batch) as image:
-        with (T.parallel if parallel else T.serial)(0, blocks) as block:
-            first_out_row = overlapped_start(block, block_h, out_h)
-            with T.serial(0, vectors) as index:
-                channel_vector(image, first_out_row, index)
+        outer, inner = (vectors, blocks) if schedule.channels_outer else (blocks, vectors)
+        with (T.parallel if parallel else T.serial)(0, outer) as i:
+            with T.serial(0, inner) as j:
+                index, block = (i, j) if schedule.channels_outer else (j, i)
+                channel_vector(image, overlapped_start(block, block_h, out_h), index)
