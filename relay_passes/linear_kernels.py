@@ -15,10 +15,17 @@ from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise
 from tvm_qfp8.topi.float_contract import add, bind, dtype_of, lanes_of, mul, to_float
 from tvm_qfp8.topi.float_linear import FloatConvShape, emit_float_conv2d, pack_float_weights
 from tvm_qfp8.topi.float_matmul import emit_float_batch_matmul
-from tvm_qfp8.topi.gemm import GemmShape, emit_gemm, gemm_tile
+from tvm_qfp8.topi.gemm import GemmShape, emit_gemm
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pack_panels, pad_channels
 from tvm_qfp8.topi.prim_func import load
+from tvm_qfp8.topi.schedules import (
+    BatchMatmulSchedule,
+    ConvSchedule,
+    DepthwiseSchedule,
+    GemmSchedule,
+    ScheduleChooser,
+)
 
 
 def _scaled(a, bias, finish: Callable) -> Callable:
@@ -34,7 +41,7 @@ def _scaled(a, bias, finish: Callable) -> Callable:
     return epilogue
 
 
-def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
     x, weight, a, bias = call.args
     rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
     columns, depth = shape_of(weight)
@@ -45,14 +52,15 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_er
             call, one_row, array_of(weight).reshape(columns, 1, 1, depth), isa, threads, operands
         )
     shape = GemmShape(rows, columns, depth, activation, layout)
-    _, vectors = gemm_tile(isa, rows, columns)
+    schedule = choose(GemmSchedule, isa, shape, threads)
     operands.tensor(x)
-    operands.constant(pack_panels(array_of(weight), vectors * isa.lanes, isa.pair))
+    operands.constant(pack_panels(array_of(weight), schedule.vectors * isa.lanes, isa.pair))
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
 
     def body(inputs, finish) -> None:
-        emit_gemm(isa, shape, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
+        epilogue = _scaled(inputs[2], inputs[3], finish)
+        emit_gemm(isa, shape, inputs[0], inputs[1], epilogue, threads, schedule)
 
     return body, shape
 
@@ -105,7 +113,7 @@ def _float_linear(
     return body, shape
 
 
-def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
     shape = conv_shape(call)
     x, weight, a, bias = call.args
     codes = array_of(weight)
@@ -115,25 +123,31 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, _max_er
     if shape.is_pointwise:
         rows = shape.batch * shape.height * shape.width
         dense = GemmShape(rows, shape.out_channels, shape.channels, *shape.layouts())
-        _, vectors = gemm_tile(isa, rows, shape.out_channels)
-        packed = pack_panels(codes.reshape(shape.out_channels, -1), vectors * isa.lanes, isa.pair)
+        schedule = choose(GemmSchedule, isa, dense, threads)
+        packed = pack_panels(codes.reshape(shape.out_channels, -1), schedule.vectors * isa.lanes, isa.pair)
         emit: Callable = emit_gemm
         described: GemmShape | ConvShape = dense
     elif is_depthwise(isa, shape):
-        packed, emit, described = pack_depthwise_weights(isa, shape, codes), emit_depthwise, shape
+        schedule = choose(DepthwiseSchedule, isa, shape, threads)
+        packed = pack_depthwise_weights(isa, shape, codes, schedule)
+        emit, described = emit_depthwise, shape
     else:
-        packed, emit, described = pack_conv_weights(isa, shape, codes), emit_conv2d, shape
+        schedule = choose(ConvSchedule, isa, shape, threads)
+        packed, emit, described = pack_conv_weights(isa, shape, codes, schedule), emit_conv2d, shape
     operands.constant(packed)
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
 
     def body(inputs, finish) -> None:
-        emit(isa, described, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
+        epilogue = _scaled(inputs[2], inputs[3], finish)
+        emit(isa, described, inputs[0], inputs[1], epilogue, threads, schedule)
 
     return body, described
 
 
-def _batch_matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+def _batch_matmul(
+    call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser
+) -> Emitter:
     x, y = call.args
     x_shape, y_shape = shape_of(x), shape_of(y)
     transpose = bool(call.attrs["transpose_y"])
@@ -156,8 +170,11 @@ def _batch_matmul(call, isa: InstructionSet, threads: int, operands: Operands, _
             factor = tirx.Broadcast(load(scalars, scale, 1), isa.lanes)
             finish(bind(mul(total, factor)), row, column, isa.lanes, valid)
 
-        emit = emit_float_batch_matmul if shape.x is None else emit_batch_matmul
-        emit(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads)
+        if shape.x is None:
+            emit_float_batch_matmul(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads)
+        else:
+            schedule = choose(BatchMatmulSchedule, isa, shape, threads)
+            emit_batch_matmul(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads, schedule)
 
     return body, shape
 

@@ -27,17 +27,24 @@ from tvm_qfp8.relay_passes.kernels import write_kernel
 from tvm_qfp8.relay_passes.operands import storage_dtype
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerGroups")
 class LowerGroups:
     """Write the kernels of a quantized module for one instruction set."""
 
-    def __init__(self, isa: InstructionSet, threads: int, max_error: float = 1e-3) -> None:
-        self.isa, self.threads, self.max_error = isa, threads, max_error
+    def __init__(
+        self,
+        isa: InstructionSet,
+        threads: int,
+        max_error: float = 1e-3,
+        choose: ScheduleChooser = default_schedule,
+    ) -> None:
+        self.isa, self.threads, self.max_error, self.choose = isa, threads, max_error, choose
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return _Rewriter(mod, self.isa, self.threads, self.max_error).rewrite()
+        return _Rewriter(mod, self).rewrite()
 
 
 def _results(function: relax.Function) -> set[relax.Var]:
@@ -49,9 +56,9 @@ def _results(function: relax.Function) -> set[relax.Var]:
 
 
 class _Rewriter(MainRewriter):
-    def __init__(self, mod: tvm.IRModule, isa: InstructionSet, threads: int, max_error: float) -> None:
+    def __init__(self, mod: tvm.IRModule, options: LowerGroups) -> None:
         super().__init__(mod)
-        self.isa, self.threads, self.max_error = isa, threads, max_error
+        self.options = options
         self._written: dict[str, relax.GlobalVar] = {}
 
     def parameter(self, old: relax.Var) -> relax.Var:
@@ -67,7 +74,8 @@ class _Rewriter(MainRewriter):
         if isinstance(step, Single):
             self.keep(step.var, step.value)
             return
-        kernel = write_kernel(step, self.isa, self.threads, self.max_error)
+        options = self.options
+        kernel = write_kernel(step, options.isa, options.threads, options.max_error, options.choose)
         if kernel.key not in self._written:
             # Private: the builder makes the name unique.
             function = kernel.function().without_attr("global_symbol")

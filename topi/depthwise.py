@@ -18,10 +18,9 @@ from tvm_qfp8.topi.float_contract import lanes_of, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
-from tvm_qfp8.topi.panels import balanced_blocks, decode_run, overlapped_start, round_up, zero_run
+from tvm_qfp8.topi.panels import balanced_blocks, decode_run, overlapped_start, zero_run
 from tvm_qfp8.topi.prim_func import load, store
-
-SLAB_BYTES = 128 * 1024
+from tvm_qfp8.topi.schedules import DepthwiseSchedule
 
 
 def is_depthwise(isa: InstructionSet, shape: ConvShape) -> bool:
@@ -30,19 +29,14 @@ def is_depthwise(isa: InstructionSet, shape: ConvShape) -> bool:
     return plain and shape.groups == shape.channels == shape.out_channels and shape.channels >= isa.lanes
 
 
-def _vectors(isa: InstructionSet, shape: ConvShape) -> int:
-    """int32 vectors of a block of channels: two fill one int16 vector of codes, where that wastes few channels."""
-    pair = 2 * isa.lanes
-    little_waste = round_up(shape.channels, pair) * 16 <= round_up(shape.channels, isa.lanes) * 17
-    return 2 if shape.channels >= pair and little_waste else 1
-
-
 def _taps_per_step(isa: InstructionSet, shape: ConvShape) -> int:
     """Taps that one multiply-add covers: neighbours in the row, so only without dilation."""
     return isa.pair if shape.dilation[1] == 1 else 1
 
 
-def pack_depthwise_weights(isa: InstructionSet, shape: ConvShape, codes: np.ndarray) -> np.ndarray:
+def pack_depthwise_weights(
+    isa: InstructionSet, shape: ConvShape, codes: np.ndarray, schedule: DepthwiseSchedule
+) -> np.ndarray:
     """Codes OHWI ``(channels, kh, kw, 1)`` -> ``(blocks of channels, kh, steps, channels, pair)``.
 
     The last block overlaps the one before where the channels do not divide.
@@ -53,7 +47,7 @@ def pack_depthwise_weights(isa: InstructionSet, shape: ConvShape, codes: np.ndar
     padded = np.zeros((shape.channels, kernel_h, steps, isa.pair), np.uint8)
     for tap in range(kernel_w):
         padded[:, :, tap // taps, tap % taps] = codes[:, :, tap, 0]
-    block = _vectors(isa, shape) * isa.lanes
+    block = schedule.vectors * isa.lanes
     starts = [min(start, shape.channels - block) for start in range(0, shape.channels, block)]
     blocks = [padded[start : start + block] for start in starts]
     return np.ascontiguousarray(np.stack(blocks).transpose(0, 2, 3, 1, 4))
@@ -67,7 +61,13 @@ def _interleave(a, b):
 
 
 def emit_depthwise(
-    isa: InstructionSet, shape: ConvShape, x, weights, epilogue: Callable, threads: int
+    isa: InstructionSet,
+    shape: ConvShape,
+    x,
+    weights,
+    epilogue: Callable,
+    threads: int,
+    schedule: DepthwiseSchedule,
 ) -> None:
     """Emit the loops; ``epilogue(acc, row, column, valid)`` as in conv2d."""
     kernel_h, kernel_w = shape.kernel
@@ -75,21 +75,22 @@ def emit_depthwise(
     activation, weight_layout = shape.layouts()
     taps = _taps_per_step(isa, shape)
     steps = -(-kernel_w // taps)
-    vectors = _vectors(isa, shape)
+    vectors = schedule.vectors
     block_channels = vectors * isa.lanes
     vector = isa.lanes * isa.pair
     pixel_values = vectors * vector
+    channel_blocks = -(-shape.channels // block_channels)
     slab_row = shape.slab_width * pixel_values
     out_h, out_w = shape.out_height, shape.out_width
     reach = shape.dilation[0] * (kernel_h - 1) + 1
-    tile_pixels = min(out_w, 8 if isa.registers >= 32 else 6 // vectors)
+    tile_pixels = schedule.tile_pixels
 
     parallel = (
         threads > 1
         and shape.batch * out_h * out_w * shape.channels * kernel_h * kernel_w >= MIN_PARALLEL_MACS
     )
-    block_h = max(1, min(out_h, (SLAB_BYTES // (2 * slab_row) - reach) // stride_h + 1))
-    if parallel:
+    block_h = max(1, min(out_h, (schedule.slab_bytes // (2 * slab_row) - reach) // stride_h + 1))
+    if parallel and not schedule.channels_outer:
         block_h = min(block_h, max(1, -(-out_h // (2 * threads))))
     block_h, blocks = balanced_blocks(out_h, block_h)
     slab_h = (block_h - 1) * stride_h + reach
@@ -167,7 +168,8 @@ def emit_depthwise(
                 tile(slab, row, overlapped_start(t, tile_pixels, out_w), out_row_at, channel, decoded)
 
     with T.serial(0, shape.batch) as image:
-        with (T.parallel if parallel else T.serial)(0, blocks) as block:
-            first_out_row = overlapped_start(block, block_h, out_h)
-            with T.serial(0, -(-shape.channels // block_channels)) as index:
-                channel_block(image, first_out_row, index)
+        outer, inner = (channel_blocks, blocks) if schedule.channels_outer else (blocks, channel_blocks)
+        with (T.parallel if parallel else T.serial)(0, outer) as i:
+            with T.serial(0, inner) as j:
+                index, block = (i, j) if schedule.channels_outer else (j, i)
+                channel_block(image, overlapped_start(block, block_h, out_h), index)
