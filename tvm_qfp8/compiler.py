@@ -115,18 +115,28 @@ def compile(  # noqa: A001 - the public name
         TensorInfo(name, tuple(int(d) for d in p.ty.shape), str(p.ty.dtype))
         for name, p in zip(imported.input_names, canonical["main"].params, strict=True)
     ]
+    outputs = _output_infos(canonical, imported.output_names)
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
     stage("build kernels", 0, 2)
     with parsed:
         lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads))(canonical)
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
-        metadata = encode_metadata(inputs, imported.output_names, report, versions, config.check_finite)
+        metadata = encode_metadata(inputs, outputs, report, versions, config.check_finite)
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
         pipeline = tvm.transform.Sequential(build_passes())
         executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
     stage("build kernels", 2, 2)
     return CompiledModule(metadata, executable, executable, parsed)
+
+
+def _output_infos(mod: tvm.IRModule, names: list[str]) -> list[TensorInfo]:
+    result = mod["main"].ret_ty
+    types = list(result.fields) if isinstance(result, relax.TupleType) else [result]
+    return [
+        TensorInfo(name, tuple(int(d) for d in ty.shape), str(ty.dtype))
+        for name, ty in zip(names, types, strict=True)
+    ]
 
 
 def _constant_bytes(mod: tvm.IRModule) -> int:
