@@ -13,6 +13,7 @@ logistic    0.5 + sign(x) * p(|x|): sigmoid
 hinge       max(x, hinge) + p(clamp(x)): Mish, ELU
 direct      p(clamp(x)): any function on its domain
 exp         2**n * p(t - n), n = rint(t), t = x * log2(e) or, for exp2, x
+exp_flush   the same for x <= 0, but 0 where t < -126: softmax
 exp_split   2**n * p(x - n * ln 2) with ln 2 in two parts: exp at small errors
 log         e * ln 2 + p(m - 1), x = m * 2**e, 1 <= m < 2, from the bits
 ==========  ==================================================================================================
@@ -102,9 +103,25 @@ def _clamped(table: Table, x, ops):
     return ops.maximum(ops.const(table.low), ops.minimum(ops.const(table.high), x))
 
 
-def _times_power_of_two(table: Table, mantissa, shifted, ops):
-    """mantissa * 2**n for the n in the low bits of ``shifted``."""
-    if table.low >= EXP_NORMAL[0] and table.high <= EXP_NORMAL[1]:
+def _has_normal_results(table: Table) -> bool:
+    return table.low >= EXP_NORMAL[0] and table.high <= EXP_NORMAL[1]
+
+
+def _round(t, ops):
+    """(a sum with rint(t) in its low bits, rint(t), t - rint(t))."""
+    if ops.scales_by_powers:
+        return None, ops.rint(t), ops.fraction(t)
+    magic = ops.const(MAGIC)
+    shifted = ops.add(t, magic)
+    whole = ops.sub(shifted, magic)
+    return shifted, whole, ops.sub(t, whole)
+
+
+def _times_power_of_two(mantissa, shifted, whole, ops, normal: bool):
+    """mantissa * 2**whole, rounded once; ``shifted`` is whole + MAGIC."""
+    if ops.scales_by_powers:
+        return ops.scale(mantissa, whole)
+    if normal:
         factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
         return ops.mul(mantissa, ops.from_bits(factor))
     # 2**(n1 - 2) * 2**(n - n1 + 2): only the last product can round (to a denormal) or overflow.
@@ -116,13 +133,26 @@ def _times_power_of_two(table: Table, mantissa, shifted, ops):
 
 
 def _exp(table: Table, x, ops):
-    t = _clamped(table, x, ops)
+    normal = _has_normal_results(table)
+    t = x
+    if normal or not ops.scales_by_powers:
+        # Without bounds of its own the instruction gives the same: 0 and infinity beyond the table's.
+        t = _clamped(table, x, ops)
     if table.scale != 1.0:
         t = ops.mul(t, ops.const(table.scale))
+    shifted, whole, fraction = _round(t, ops)
+    return _times_power_of_two(_horner(table, None, fraction, ops), shifted, whole, ops, normal)
+
+
+def _exp_flush(table: Table, x, ops):
+    # The integer arithmetic is cheaper here than instructions that are right for every number.
+    t = ops.mul(x, ops.const(table.scale))
     magic = ops.const(MAGIC)
     shifted = ops.add(t, magic)
-    mantissa = _horner(table, None, ops.sub(t, ops.sub(shifted, magic)), ops)
-    return _times_power_of_two(table, mantissa, shifted, ops)
+    fraction = ops.sub(t, ops.sub(shifted, magic))
+    factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
+    value = ops.mul(_horner(table, None, fraction, ops), ops.from_bits(factor))
+    return ops.select(ops.less(t, ops.const(-126.0)), ops.const(0.0), value)
 
 
 def _exp_split(table: Table, x, ops):
@@ -133,7 +163,8 @@ def _exp_split(table: Table, x, ops):
     # Cody and Waite: n * LN2_HIGH and the first difference are exact.
     rest = ops.sub(clamped, ops.mul(n, ops.const(LN2_HIGH)))
     rest = ops.sub(rest, ops.mul(n, ops.const(LN2_LOW)))
-    return _times_power_of_two(table, _horner(table, None, rest, ops), shifted, ops)
+    mantissa = _horner(table, None, rest, ops)
+    return _times_power_of_two(mantissa, shifted, n, ops, _has_normal_results(table))
 
 
 def _log(table: Table, x, ops):
@@ -182,6 +213,7 @@ REDUCTIONS = {
     "hinge": _hinge,
     "direct": _direct,
     "exp": _exp,
+    "exp_flush": _exp_flush,
     "exp_split": _exp_split,
     "log": _log,
     "reciprocal": _reciprocal,

@@ -29,7 +29,7 @@ def build_exp(function: Function, max_error: float, domain: tuple[float, float] 
     if domain is not None:
         low, high = max(low, domain[0]), min(high, domain[1])
     reach = min(max(abs(low), abs(high)) * log2_base, EXP_REACH)
-    choices = [("exp", *_plain(function, reach, scale, log2_base))]
+    choices = [("exp", *plain_curve(function, reach, scale, log2_base))]
     if scale != 1.0:
         choices.append(("exp_split", *_split(reach)))
     for (reduction, curve, argument_error), degree in itertools.product(choices, EXP_DEGREES):
@@ -52,7 +52,7 @@ def build_exp(function: Function, max_error: float, domain: tuple[float, float] 
     raise unreachable(function.name, max_error)
 
 
-def _plain(function: Function, reach: float, scale: float, log2_base: float) -> tuple[Curve, float]:
+def plain_curve(function: Function, reach: float, scale: float, log2_base: float) -> tuple[Curve, float]:
     """2**(t - n). The error is ln 2 times that of t, by its product and by the constant."""
     curve = Curve(np.exp2, function.curvature, -0.5, 0.5, ((0.0, 1.0),), norm="relative")
     if scale == 1.0:

@@ -8,6 +8,9 @@ import numpy as np
 class NumpyOps:
     """float32 in, float32 out; integers are int32 and wrap."""
 
+    scales_by_powers = False
+    """Has ``rint``, ``fraction`` and ``scale``, instructions for exponentials."""
+
     def const(self, value: float):
         return np.float32(value)
 
