@@ -54,7 +54,10 @@ def _softmax(call, isa: InstructionSet, threads: int, operands: Operands, max_er
     rows, length = _row_shape(call.args[0])
     at = operands.tensor(call.args[0])
     logarithmic = op_name(call) == "relax.nn.log_softmax"
-    exp_table = build_softmax_exp(softmax_exp_error(max_error, length))
+    if logarithmic:
+        exp_table = build_table("exp", max_error=max_error / 4, domain=(-87.0, 0.0))
+    else:
+        exp_table = build_softmax_exp(softmax_exp_error(max_error, length))
     log_table = build_table("log", max_error=max_error / 4)
 
     def body(inputs, finish) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import LANES, add, bind, lanes_of, mul, sub, with_lanes
+from tvm_qfp8.topi.float_contract import LANES, add, bind, lanes_of, mul, sub, tree_sum, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, store
 
@@ -61,29 +61,52 @@ class Row:
         if self._rest:
             body(lambda lane: bind(load(self._tail, lane, self.lanes)), self._full * LANES)
 
-    def reduce(self, combine: Callable, start: float, function: Callable = lambda v: v, keep: bool = False):
-        """16 lane accumulators over ``function(vector)``, combined in the tree 8-4-2-1; a float32 scalar.
+    def largest(self):
+        """The greatest value, a float32 scalar. The order does not matter, so several vectors are compared at once."""
+        width = next(w for w in (4, 2, 1) if self._full % w == 0)
+        accumulators = T.alloc_buffer((width * LANES,), "float32", scope="local", align=64)
+        lanes = range(0, width * LANES, self.lanes)
+        for lane in lanes:
+            store(accumulators, lane, self.constant(float("-inf")), self.lanes)
+
+        def take(lane, value) -> None:
+            store(accumulators, lane, tirx.max(load(accumulators, lane, self.lanes), value), self.lanes)
+
+        if self._full:
+            with T.serial(0, self._full // width) as group:
+                for lane in lanes:
+                    take(lane, bind(self._read(group * width * LANES + lane, self.lanes)))
+        if self._rest:
+            for lane in range(0, LANES, self.lanes):
+                take(lane, load(self._tail, lane, self.lanes))
+        vectors = [bind(load(accumulators, lane, self.lanes)) for lane in lanes]
+        while len(vectors) > 1:
+            vectors = [bind(tirx.max(a, b)) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        store(accumulators, 0, vectors[0], self.lanes)
+        values = [bind(load(accumulators, lane, 1)) for lane in range(self.lanes)]
+        while len(values) > 1:
+            values = [bind(tirx.max(a, b)) for a, b in zip(values[::2], values[1::2], strict=True)]
+        return values[0]
+
+    def sum(self, function: Callable = lambda v: v, keep: bool = False):
+        """Of ``function(vector)``, by 16 lane accumulators combined in the tree 8-4-2-1; a float32 scalar.
 
         With ``keep`` the function's values are kept for ``finish``.
         """
         accumulators = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
         parts = range(0, LANES, self.lanes)
         for lane in parts:
-            store(accumulators, lane, self.constant(start), self.lanes)
+            store(accumulators, lane, self.constant(0.0), self.lanes)
 
         def body(source, offset) -> None:
             for lane in parts:
                 value = bind(function(source(lane)))
                 if keep:
                     store(self._scratch, offset + lane, value, self.lanes)
-                store(accumulators, lane, combine(load(accumulators, lane, self.lanes), value), self.lanes)
+                store(accumulators, lane, add(load(accumulators, lane, self.lanes), value), self.lanes)
 
         self._groups(body)
-        lanes = [T.bind(load(accumulators, lane, 1)) for lane in range(LANES)]
-        while len(lanes) > 1:
-            half = len(lanes) // 2
-            lanes = [T.bind(combine(lanes[i], lanes[i + half])) for i in range(half)]
-        return lanes[0]
+        return tree_sum([T.bind(load(accumulators, lane, 1)) for lane in range(LANES)])
 
     def finish(self, function: Callable, emit: Callable, kept: bool = False) -> None:
         """``emit(function(vector), offset, lanes)`` over the row (or what ``reduce`` kept), the rest by powers of two."""
@@ -109,17 +132,17 @@ def for_each_row(rows: int, length: int, threads: int, body: Callable) -> None:
 
 def emit_softmax(row: Row, exp: Callable, finish: Callable) -> None:
     """exp(x - max) / sum; ``exp`` gives 0 for -infinity, the row's padding. NaN for a row of only -infinity."""
-    largest = row.splat(row.reduce(tirx.max, float("-inf")))
-    total = row.reduce(add, 0.0, lambda v: exp(bind(sub(v, largest))), keep=True)
+    largest = row.splat(row.largest())
+    total = row.sum(lambda v: exp(bind(sub(v, largest))), keep=True)
     factor = T.bind(tirx.const(1.0, "float32") / total)
     row.finish(lambda v: mul(v, like_scalar(factor, v)), finish, kept=True)
 
 
 def emit_log_softmax(row: Row, exp: Callable, log: Callable, finish: Callable) -> None:
     """x - max - log(sum)."""
-    largest = T.bind(row.reduce(tirx.max, float("-inf")))
+    largest = T.bind(row.largest())
     wide = row.splat(largest)
-    total = row.reduce(add, 0.0, lambda v: exp(bind(sub(v, wide))))
+    total = row.sum(lambda v: exp(bind(sub(v, wide))))
     shift = T.bind(log(total))
     row.finish(
         lambda v: sub(bind(sub(v, like_scalar(largest, v))), like_scalar(shift, v)), finish
@@ -132,7 +155,7 @@ def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
     Before the squares are summed the padding becomes the mean, so that it adds nothing.
     """
     inverse = tirx.const(1.0 / row.length, "float32")
-    mean = T.bind(mul(row.reduce(add, 0.0), inverse))
+    mean = T.bind(mul(row.sum(), inverse))
     row.set_padding(mean)
     wide = row.splat(mean)
 
@@ -140,7 +163,7 @@ def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
         centred = bind(sub(v, wide))
         return mul(centred, centred)
 
-    variance = T.bind(mul(row.reduce(add, 0.0, square), inverse))
+    variance = T.bind(mul(row.sum(square), inverse))
     deviation = T.bind(tirx.sqrt(add(variance, tirx.const(epsilon, "float32"))))
     factor = T.bind(tirx.const(1.0, "float32") / deviation)
     row.finish(lambda v: mul(bind(sub(v, like_scalar(mean, v))), like_scalar(factor, v)), finish)

@@ -13,7 +13,8 @@ logistic    0.5 + sign(x) * p(|x|): sigmoid
 hinge       max(x, hinge) + p(clamp(x)): Mish, ELU
 direct      p(clamp(x)): any function on its domain
 exp         2**n * p(t - n), n = rint(t), t = x * log2(e) or, for exp2, x
-exp_flush   the same for x <= 0, but 0 where t < -126: softmax
+exp_flush   the same for x <= 0, but 0 where t < -126: log-softmax
+exp_square  the same times a constant, with p(r) = (r + a)**2 + b: softmax
 exp_split   2**n * p(x - n * ln 2) with ln 2 in two parts: exp at small errors
 log         e * ln 2 + p(m - 1), x = m * 2**e, 1 <= m < 2, from the bits
 ==========  ==================================================================================================
@@ -145,14 +146,19 @@ def _exp(table: Table, x, ops):
 
 
 def _exp_flush(table: Table, x, ops):
-    # The integer arithmetic is cheaper here than instructions that are right for every number.
+    """Quadratics are (r + a)**2 + b: one operation less than Horner's rule, and a constant factor cancels in softmax."""
     t = ops.mul(x, ops.const(table.scale))
     magic = ops.const(MAGIC)
     shifted = ops.add(t, magic)
     fraction = ops.sub(t, ops.sub(shifted, magic))
     factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
-    value = ops.mul(_horner(table, None, fraction, ops), ops.from_bits(factor))
-    return ops.select(ops.less(t, ops.const(-126.0)), ops.const(0.0), value)
+    factor = ops.select(ops.less(t, ops.const(-126.0)), ops.const(0.0), ops.from_bits(factor))
+    if table.reduction == "exp_square":
+        root = ops.add(fraction, ops.const(table.coefficients[1][0]))
+        mantissa = ops.add(ops.mul(root, root), ops.const(table.coefficients[0][0]))
+    else:
+        mantissa = _horner(table, None, fraction, ops)
+    return ops.mul(mantissa, factor)
 
 
 def _exp_split(table: Table, x, ops):
@@ -214,6 +220,7 @@ REDUCTIONS = {
     "direct": _direct,
     "exp": _exp,
     "exp_flush": _exp_flush,
+    "exp_square": _exp_flush,
     "exp_split": _exp_split,
     "log": _log,
     "reciprocal": _reciprocal,
