@@ -73,9 +73,7 @@ def measure(layer: Any, size: int, turns: int) -> dict[str, Any]:
         "gigaelements": {name: round(size / statistics.median(t) / 1e9, 3) for name, t in seconds.items()},
         "speedup": {
             key: {
-                o: round(
-                    statistics.median(a / b for a, b in zip(seconds[o], seconds[key], strict=True)), 3
-                )
+                o: round(statistics.median(a / b for a, b in zip(seconds[o], seconds[key], strict=True)), 3)
                 for o in others
             }
             for key in forms

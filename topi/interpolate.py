@@ -29,8 +29,7 @@ def emit_table(table: Table, x, isa: InstructionSet):
         return evaluate(table, bind(x), TirOps(lanes, isa))
     if lanes > native:
         parts = [
-            evaluate(table, _part(x, start, native), TirOps(native, isa))
-            for start in range(0, lanes, native)
+            evaluate(table, _part(x, start, native), TirOps(native, isa)) for start in range(0, lanes, native)
         ]
         return bind(tirx.Shuffle(parts, _indices(0, lanes)))
     # Fewer lanes than a register: the others compute the same values again.
@@ -127,6 +126,16 @@ class TirOps:
 
     def to_float(self, integer):
         return bind(integer.astype(self._float))
+
+    def wide(self, integer):
+        wide = bind(integer).astype(with_lanes("int64", self.lanes))
+        return bind(wide & self.wide_const(0xFFFFFFFF))
+
+    def wide_const(self, value: int):
+        return tirx.const(value, with_lanes("int64", self.lanes))
+
+    def narrow(self, wide):
+        return bind(bind(wide).astype(self._int))
 
     def lookup(self, coefficients, index):
         return [bind(value) for value in self._look_up(coefficients, bind(index), self.lanes)]

@@ -19,7 +19,7 @@ MIN_PARALLEL_ELEMENTS = 65_536
 
 
 class Row:
-    """One row of ``length`` float32 values, read by ``read(offset, lanes)``, and a scratch buffer of whole groups of 16.
+    """One row of ``length`` float32 values, read by ``read(offset, lanes)``, and scratch space in whole groups of 16.
 
     Whole groups are read where they are; the rest of the row is copied to the last group of the scratch buffer once
     and padded there.
@@ -91,7 +91,7 @@ class Row:
     def sum(self, function: Callable = lambda v: v, keep: bool = False):
         """Of ``function(vector)``, by 16 lane accumulators combined in the tree 8-4-2-1; a float32 scalar.
 
-        With ``keep`` the function's values are kept for ``finish``.
+        With ``keep`` the values are kept for ``finish``.
         """
         accumulators = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
         parts = range(0, LANES, self.lanes)
@@ -109,7 +109,7 @@ class Row:
         return tree_sum([T.bind(load(accumulators, lane, 1)) for lane in range(LANES)])
 
     def finish(self, function: Callable, emit: Callable, kept: bool = False) -> None:
-        """``emit(function(vector), offset, lanes)`` over the row (or what ``reduce`` kept), the rest by powers of two."""
+        """``emit(function(vector), offset, lanes)`` over the row or what ``sum`` kept."""
         read = (lambda offset, lanes: load(self._scratch, offset, lanes)) if kept else self._read
         full = self.length // self.lanes
         if full:
@@ -144,9 +144,7 @@ def emit_log_softmax(row: Row, exp: Callable, log: Callable, finish: Callable) -
     wide = row.splat(largest)
     total = row.sum(lambda v: exp(bind(sub(v, wide))))
     shift = T.bind(log(total))
-    row.finish(
-        lambda v: sub(bind(sub(v, like_scalar(largest, v))), like_scalar(shift, v)), finish
-    )
+    row.finish(lambda v: sub(bind(sub(v, like_scalar(largest, v))), like_scalar(shift, v)), finish)
 
 
 def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:

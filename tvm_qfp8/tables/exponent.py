@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from tvm_qfp8.tables.cells import Curve, Placement, fit_cells
-from tvm_qfp8.tables.evaluate import LN2_LOW
+from tvm_qfp8.tables.exponent_bits import LN2_LOW
 from tvm_qfp8.tables.functions import Function
 from tvm_qfp8.tables.proof import U
 from tvm_qfp8.tables.search import CELLS, DEGREES, Form, as_tuples, unreachable

@@ -53,6 +53,17 @@ class NumpyOps:
     def to_float(self, integer):
         return integer.astype(np.float32)
 
+    def wide(self, integer):
+        """int32, taken as unsigned, to int64."""
+        return integer.astype(np.int64) & np.int64(0xFFFFFFFF)
+
+    def wide_const(self, value: int):
+        return np.int64(value)
+
+    def narrow(self, wide):
+        """The low 32 bits of int64 as int32."""
+        return wide.astype(np.int32)
+
     def int_const(self, value: int):
         return np.int32(value)
 

@@ -21,7 +21,7 @@ FLUSH = 126.0
 
 
 def softmax_exp_error(max_error: float, length: int) -> float:
-    """The relative error that exp may have in a softmax over ``length`` values whose probabilities err by ``max_error``.
+    """The relative error that exp may have in a softmax over ``length`` values: ``max_error`` is on probabilities.
 
     With every e_i off by a factor within ``1 +- d``, p_i = e_i / sum e_j is off by at most
     ``p (1 - p) ((1 + d) / (1 - d) - 1) <= d / (2 (1 - d))``. Besides, x - max rounds (``|d| exp(d) u <= u``), a sum
