@@ -16,6 +16,7 @@ from tvm_qfp8.relay_passes.operands import Operands, storage_dtype
 from tvm_qfp8.relay_passes.row_kernels import ROW_ANCHORS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, vector_runs
+from tvm_qfp8.topi.static_memory import StaticMemory
 
 MIN_PARALLEL_ELEMENTS = 65_536
 ANCHORS = {**LINEAR_ANCHORS, **ROW_ANCHORS}
@@ -32,14 +33,16 @@ class Kernel:
     function: Callable[[], tirx.PrimFunc]
 
 
-def write_kernel(group: Group, isa: InstructionSet, threads: int, max_error: float) -> Kernel:
+def write_kernel(
+    group: Group, isa: InstructionSet, threads: int, max_error: float, memory: StaticMemory | None = None
+) -> Kernel:
     """The kernel of ``group`` for one instruction set and number of threads.
 
-    ``max_error`` bounds the error of a softmax; interpolated functions carry their own.
+    ``max_error`` bounds the error of a softmax; interpolated functions carry their own. ``memory`` is the module's.
     """
     anchor_var, anchor = group.members[0]
     name = op_name(anchor)
-    operands = Operands()
+    operands = Operands(memory)
     if name in ANCHORS:
         body, shape_key = ANCHORS[name](anchor, isa, threads, operands, max_error)
         epilogue = Epilogue(group, isa, operands, skip=1)

@@ -19,6 +19,8 @@ from tvm_qfp8.topi.gemm import GemmShape, emit_gemm, gemm_tile
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pack_panels, pad_channels
 from tvm_qfp8.topi.prim_func import load
+from tvm_qfp8.topi.winograd import emit_winograd
+from tvm_qfp8.topi.winograd_plan import WinogradPlan, pack_winograd_weights, plan_winograd, winograd_is_faster
 
 
 def _scaled(a, bias, finish: Callable) -> Callable:
@@ -108,6 +110,10 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, _max_er
     if shape.activation is None:
         return _float_linear(call, shape, codes, isa, threads, operands)
     operands.tensor(x)
+    if operands.memory is not None:
+        plan = plan_winograd(shape, codes)
+        if plan is not None and winograd_is_faster(plan):
+            return _winograd(call, plan, isa, threads, operands)
     if shape.is_pointwise:
         rows = shape.batch * shape.height * shape.width
         dense = GemmShape(rows, shape.out_channels, shape.channels, *shape.layouts())
@@ -127,6 +133,22 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, _max_er
         emit(isa, described, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
 
     return body, described
+
+
+def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, operands: Operands) -> Emitter:
+    """A 3x3 convolution whose transformed filters stay in memory."""
+    assert operands.memory is not None
+    _, weight, a, bias = call.args
+    operands.constant(pack_winograd_weights(isa, plan, array_of(weight)))
+    operands.constant(pad_channels(array_of(a)))
+    operands.constant(pad_channels(array_of(bias)))
+    offset = operands.constant(np.array([operands.memory.reserve(plan.filter_values(isa))], np.int64))
+
+    def body(inputs, finish) -> None:
+        x, codes, scale, shift = inputs[:4]
+        emit_winograd(isa, plan, x, codes, load(inputs[offset], 0, 1), _scaled(scale, shift, finish), threads)
+
+    return body, plan
 
 
 def _batch_matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:

@@ -27,17 +27,27 @@ from tvm_qfp8.relay_passes.kernels import write_kernel
 from tvm_qfp8.relay_passes.operands import storage_dtype
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.static_memory import FUNCTION, StaticMemory
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerGroups")
 class LowerGroups:
     """Write the kernels of a quantized module for one instruction set."""
 
-    def __init__(self, isa: InstructionSet, threads: int, max_error: float = 1e-3) -> None:
-        self.isa, self.threads, self.max_error = isa, threads, max_error
+    def __init__(
+        self,
+        isa: InstructionSet,
+        threads: int,
+        max_error: float = 1e-3,
+        memory: StaticMemory | None = None,
+    ) -> None:
+        self.isa, self.threads, self.max_error, self.memory = isa, threads, max_error, memory
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return _Rewriter(mod, self.isa, self.threads, self.max_error).rewrite()
+        mod = _Rewriter(mod, self.isa, self.threads, self.max_error, self.memory).rewrite()
+        if self.memory is not None and self.memory.size:
+            mod[FUNCTION] = self.memory.function()
+        return mod
 
 
 def _results(function: relax.Function) -> set[relax.Var]:
@@ -49,9 +59,16 @@ def _results(function: relax.Function) -> set[relax.Var]:
 
 
 class _Rewriter(MainRewriter):
-    def __init__(self, mod: tvm.IRModule, isa: InstructionSet, threads: int, max_error: float) -> None:
+    def __init__(
+        self,
+        mod: tvm.IRModule,
+        isa: InstructionSet,
+        threads: int,
+        max_error: float,
+        memory: StaticMemory | None,
+    ) -> None:
         super().__init__(mod)
-        self.isa, self.threads, self.max_error = isa, threads, max_error
+        self.isa, self.threads, self.max_error, self.memory = isa, threads, max_error, memory
         self._written: dict[str, relax.GlobalVar] = {}
 
     def parameter(self, old: relax.Var) -> relax.Var:
@@ -67,13 +84,14 @@ class _Rewriter(MainRewriter):
         if isinstance(step, Single):
             self.keep(step.var, step.value)
             return
-        kernel = write_kernel(step, self.isa, self.threads, self.max_error)
+        kernel = write_kernel(step, self.isa, self.threads, self.max_error, self.memory)
         if kernel.key not in self._written:
             # Private: the builder makes the name unique.
             function = kernel.function().without_attr("global_symbol")
             self._written[kernel.key] = self.builder.add_func(function, kernel.name)
         arguments = [
-            relax.const(a) if isinstance(a, np.ndarray) else self.expression(a) for a in kernel.arguments
+            relax.const(a, str(a.dtype)) if isinstance(a, np.ndarray) else self.expression(a)
+            for a in kernel.arguments
         ]
         types = [relax.TensorType(spec.shape, spec.dtype) for spec in kernel.outputs]
         result = self.builder.emit(

@@ -22,9 +22,7 @@ def apply(target: str, source: np.ndarray, dtype: str, lanes, expression) -> np.
     isa = instruction_set(isa_of(parsed), cpu_features(parsed))
 
     def body(x, y):
-        vector_runs(
-            len(source), lanes(isa), lambda at, n: store(y, at, expression(load(x, at, n), isa), n)
-        )
+        vector_runs(len(source), lanes(isa), lambda at, n: store(y, at, expression(load(x, at, n), isa), n))
 
     specs = [TensorSpec(source.shape, str(source.dtype)), TensorSpec(source.shape, dtype)]
     with parsed:
