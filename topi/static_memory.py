@@ -76,7 +76,8 @@ class StaticMemory:
         with IRBuilder() as builder:
             with T.prim_func(s_tir=True):
                 T.func_name(FUNCTION)
-                T.func_attr({"tirx.is_scheduled": True, "global_symbol": FUNCTION})
+                # Without noalias TVM takes it that all pointers of all functions may alias: every loop is slow.
+                T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True, "global_symbol": FUNCTION})
                 with T.attr(0, "pragma_import_llvm", code):
                     # An attribute around nothing would be removed.
                     T.evaluate(_call("int32", "begin", tirx.const(0, "int64")))
