@@ -27,6 +27,7 @@ from tvm_qfp8.relay_passes.kernels import write_kernel
 from tvm_qfp8.relay_passes.operands import storage_dtype
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import FUNCTION, StaticMemory
 
 
@@ -39,12 +40,14 @@ class LowerGroups:
         isa: InstructionSet,
         threads: int,
         max_error: float = 1e-3,
+        choose: ScheduleChooser = default_schedule,
         memory: StaticMemory | None = None,
     ) -> None:
-        self.isa, self.threads, self.max_error, self.memory = isa, threads, max_error, memory
+        self.isa, self.threads, self.max_error = isa, threads, max_error
+        self.choose, self.memory = choose, memory
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        mod = _Rewriter(mod, self.isa, self.threads, self.max_error, self.memory).rewrite()
+        mod = _Rewriter(mod, self).rewrite()
         if self.memory is not None and self.memory.size:
             mod[FUNCTION] = self.memory.function()
         return mod
@@ -59,16 +62,9 @@ def _results(function: relax.Function) -> set[relax.Var]:
 
 
 class _Rewriter(MainRewriter):
-    def __init__(
-        self,
-        mod: tvm.IRModule,
-        isa: InstructionSet,
-        threads: int,
-        max_error: float,
-        memory: StaticMemory | None,
-    ) -> None:
+    def __init__(self, mod: tvm.IRModule, options: LowerGroups) -> None:
         super().__init__(mod)
-        self.isa, self.threads, self.max_error, self.memory = isa, threads, max_error, memory
+        self.options = options
         self._written: dict[str, relax.GlobalVar] = {}
 
     def parameter(self, old: relax.Var) -> relax.Var:
@@ -84,7 +80,10 @@ class _Rewriter(MainRewriter):
         if isinstance(step, Single):
             self.keep(step.var, step.value)
             return
-        kernel = write_kernel(step, self.isa, self.threads, self.max_error, self.memory)
+        options = self.options
+        kernel = write_kernel(
+            step, options.isa, options.threads, options.max_error, options.choose, options.memory
+        )
         if kernel.key not in self._written:
             # Private: the builder makes the name unique.
             function = kernel.function().without_attr("global_symbol")
