@@ -89,7 +89,7 @@ def _call(result, name: str, offset):
 
 
 def filled_once(offset, count: int, fill: Callable):
-    """The part at ``offset`` (int64 expression) as a buffer of ``count`` int16; ``fill(buffer)`` emits what fills it."""
+    """The part at ``offset``, an int64 expression, as ``count`` int16; ``fill(buffer)`` emits what fills it."""
     pointer = T.bind(_call(tvm.ir.PointerType(tvm.ir.PrimType("int16")), "values", offset))
     values = T.decl_buffer((count,), "int16", data=pointer)
     with T.If(_call("int32", "begin", offset) != 0):

@@ -1,8 +1,8 @@
 """Convolution 3x3 with stride 1 by Winograd's algorithm, bit-equal with the direct form (``winograd_plan.py``).
 
 Filters are transformed to int16 at the first call and kept in memory that the module owns. A block of tiles is
-decoded and transformed into ``(16 positions, tiles, channels)`` int16, which stays in the second-level cache. Then a few tiles
-at a time: 16 small matrix products into int32 scratch, the inverse transform of those, the epilogue.
+decoded and transformed into ``(16 positions, tiles, channels)`` int16, which stays in the second-level cache.
+Then a few tiles at a time: 16 small matrix products into int32 scratch, their inverse transform, the epilogue.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.float_contract import bind, with_lanes
-from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, SCRATCH_BYTES
+from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.panels import balanced_blocks, decode_run, overlapped_start, zero_run
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
+from tvm_qfp8.topi.schedules import SCRATCH_BYTES
 from tvm_qfp8.topi.static_memory import filled_once
 from tvm_qfp8.topi.winograd_plan import POSITIONS, TAPS, WinogradPlan
 
