@@ -11,7 +11,7 @@ For E2M5 filters |U| <= 9 * 252, and |V| <= 4 * max |G_x| <= 16128: both fit int
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,8 @@ G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
 A_T = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
 POSITIONS = 16
 TAPS = 9
+PRODUCT_BYTES = 16 * 1024
+"""Products of one register tile at all positions: half a first-level cache."""
 MOST_PARTS = 8
 """Beyond so many parts of the channels their separate inverse transforms cost more than is saved."""
 
@@ -52,7 +54,9 @@ class WinogradPlan:
 
     def tile(self, isa: InstructionSet) -> tuple[int, int]:
         """(tiles, vectors) of the register tile."""
-        return isa.tile(self.shape.batch * self.tiles_high * self.tiles_wide, self.shape.out_channels)
+        accumulators = PRODUCT_BYTES // (POSITIONS * 4 * isa.lanes)
+        smaller = replace(isa, registers=min(isa.registers, accumulators + 3 + isa.temporaries))
+        return smaller.tile(self.shape.batch * self.tiles_high * self.tiles_wide, self.shape.out_channels)
 
     def filter_values(self, isa: InstructionSet) -> int:
         """Number of transformed filter values, int16."""
