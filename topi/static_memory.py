@@ -63,10 +63,12 @@ class StaticMemory:
 
     size: int = 0
     """Bytes handed out, headers included."""
+    parts: int = 0
 
     def reserve(self, count: int) -> int:
         """Offset of a new part for ``count`` int16 values."""
         offset = self.size
+        self.parts += 1
         self.size += HEADER_BYTES + -(-2 * count // 64) * 64
         return offset
 

@@ -28,6 +28,8 @@ POSITIONS = 16
 TAPS = 9
 PRODUCT_BYTES = 16 * 1024
 """Products of one register tile at all positions: half a first-level cache."""
+LEAST_CHANNELS = 8
+"""With fewer channels in a part the transforms cost more than the products they save."""
 MOST_PARTS = 8
 """Beyond so many parts of the channels their separate inverse transforms cost more than is saved."""
 
@@ -79,8 +81,8 @@ def plan_winograd(shape: ConvShape, codes: np.ndarray) -> WinogradPlan | None:
 
 
 def winograd_is_faster(plan: WinogradPlan) -> bool:
-    """Whether to take it."""
-    return True
+    """Whether it beats the direct form, which ``scripts/bench_winograd.py`` measures on both sides of this line."""
+    return plan.shape.channels >= LEAST_CHANNELS * plan.parts
 
 
 def transform_filters(grid: np.ndarray) -> np.ndarray:

@@ -28,11 +28,14 @@ from tvm_qfp8.runtime import METADATA_FUNCTION, CompiledModule, TensorInfo, enco
 from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_name
 from tvm_qfp8.topi.isa import InstructionSet, instruction_set
+from tvm_qfp8.topi.static_memory import StaticMemory
 
 Calibration = Iterable[Mapping[str, np.ndarray]] | str | os.PathLike | None
 
 
-def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> list:
+def lowering_passes(
+    plan, config: Config, isa: InstructionSet, threads: int, memory: StaticMemory | None
+) -> list:
     """The passes from the canonical float program to scheduled kernels, in order."""
     return [
         # -- quantize: linear layers on QFP8 tensors, with the calibration's layouts, scales and biases
@@ -40,7 +43,7 @@ def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> 
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
-        LowerGroups(isa, threads, config.max_error),
+        LowerGroups(isa, threads, config.max_error, memory=memory),
         # -- the rest: remaining QFP8 tensors become bytes, remaining operators get a generic schedule
         LowerDtype(),
         relax.transform.LegalizeOps(),
@@ -118,8 +121,14 @@ def compile(  # noqa: A001 - the public name
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
     stage("build kernels", 0, 2)
     with parsed:
-        lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads))(canonical)
+        memory = StaticMemory() if config.winograd else None
+        passes = lowering_passes(plan, config, isa, threads, memory)
+        lowered = tvm.transform.Sequential(passes)(canonical)
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
+        if memory is not None and memory.parts:
+            report.totals["bytes of transformed 3x3 filters, in memory only"] = (
+                f"{memory.size} ({memory.parts} layers, made by the first call)"
+            )
         metadata = encode_metadata(inputs, imported.output_names, report, versions, config.check_finite)
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
