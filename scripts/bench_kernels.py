@@ -76,12 +76,12 @@ def parse_arguments() -> argparse.Namespace:
 def measure(case, family: str, overhead: dict[str, float], turns: int) -> dict[str, Any]:
     """Microseconds and ratios of one case, for one of its layers."""
     from kernel_bench import ours, peers
-    from kernel_bench.clock import medians
+    from kernel_bench.clock import medians, reading_runner
 
     runners = {"qfp8": ours.runner(case), **peers.runners(case)}
     size = case.macs * case.layers
     if family == "gemv":
-        runners["plain read"] = ours.reading_runner(size)
+        runners["plain read"] = reading_runner(size)
     found = {}
     for name, value in medians(runners, turns).items():
         spent = 0.0 if name == "plain read" else overhead["qfp8" if name == "qfp8" else "onnxruntime"]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import tvm
 from tvm import relax
-from tvm.tirx.script.builder import ir as T
 
 import tvm_qfp8
 from kernel_bench.cases import Case, Convolution, Dense
@@ -17,19 +16,16 @@ from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.targets import cpu_features, isa, parse_target
-from tvm_qfp8.topi.float_contract import bind
 from tvm_qfp8.topi.isa import instruction_set
-from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
 from tvm_qfp8.topi.static_memory import StaticMemory
 
 ACTIVATIONS = {Dense: "E3M4", Convolution: "UE2M6"}
 """What calibration mostly picks: transformers have outliers, convolutions follow a ReLU."""
-VECTORS_READ = 16
 
 Run = Callable[[], object]
 
 
-def runner(case: Case, winograd: bool = True) -> Run:
+def runner(case: Case, winograd: bool = True, target: str = "native") -> Run:
     """The compiled case on random codes; a call leaves its result inside the virtual machine."""
     rng = np.random.default_rng(0)
     layout = get_layout(ACTIVATIONS[type(case)])
@@ -50,7 +46,7 @@ def runner(case: Case, winograd: bool = True) -> Run:
             output = builder.emit_output(value)
         builder.emit_func_output(output)
     codes = rng.integers(0, 127, shape, dtype=np.uint8)
-    return _on_machine(builder.get(), codes, StaticMemory() if winograd else None)
+    return _on_machine(builder.get(), codes, StaticMemory() if winograd else None, target)
 
 
 def _layer(case: Case, index: int, x: relax.Expr, rng: np.random.Generator) -> relax.Expr:
@@ -77,8 +73,8 @@ def _layer(case: Case, index: int, x: relax.Expr, rng: np.random.Generator) -> r
     )
 
 
-def _on_machine(mod: tvm.IRModule, x: np.ndarray, memory: StaticMemory | None) -> Run:
-    target = parse_target("native")
+def _on_machine(mod: tvm.IRModule, x: np.ndarray, memory: StaticMemory | None, name: str = "native") -> Run:
+    target = parse_target(name)
     with target:
         mod = LowerGroups(instruction_set(isa(target), cpu_features(target)), 1, memory=memory)(mod)
         pipeline = tvm.transform.Sequential(build_passes())
@@ -98,30 +94,3 @@ def empty_runner() -> Run:
             output = builder.emit_output(qfp8_ops.encode(x, layout, 1.0))
         builder.emit_func_output(output)
     return _on_machine(builder.get(), np.ones(16, np.float32), None)
-
-
-def reading_runner(size: int) -> Run:
-    """Reads ``size`` bytes once, from first to last, and adds them up as int32."""
-    target = parse_target("native")
-    lanes = instruction_set(isa(target)).lanes
-    step = lanes * VECTORS_READ
-
-    def body(source, result) -> None:
-        sums = T.alloc_buffer((step,), "int32", scope="local")
-        for i in range(VECTORS_READ):
-            store(sums, i * lanes, tvm.tirx.const(0, f"int32x{lanes}"), lanes)
-        with T.serial(0, size // 4 // step) as block:
-            for i in range(VECTORS_READ):
-                value = load(sums, i * lanes, lanes) ^ load(source, block * step + i * lanes, lanes)
-                store(sums, i * lanes, value, lanes)
-        total = load(sums, 0, lanes)
-        for i in range(1, VECTORS_READ):
-            total = bind(total ^ load(sums, i * lanes, lanes))
-        store(result, 0, total, lanes)
-
-    specs = [TensorSpec((size // 4,), "int32"), TensorSpec((lanes,), "int32")]
-    function = build_prim_func("read", specs, body).with_attr("global_symbol", "read")
-    read = tvm.compile(tvm.IRModule({"read": function}), target=target)["read"]
-    source = tvm.runtime.tensor(np.ones(size // 4, np.int32))
-    result = tvm.runtime.tensor(np.zeros(lanes, np.int32))
-    return lambda: read(source, result)
