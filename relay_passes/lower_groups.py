@@ -22,11 +22,13 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_qfp8.relay_passes.fuse import Group, Single, partition
+from tvm_qfp8.relay_passes.fuse import Group, Single, op_name, partition, shape_of, static_shape
 from tvm_qfp8.relay_passes.kernels import write_kernel
 from tvm_qfp8.relay_passes.operands import storage_dtype
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
+from tvm_qfp8.topi.concat import concat_prim_func
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.prim_func import TensorSpec
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import FUNCTION, StaticMemory
 
@@ -61,6 +63,12 @@ def _results(function: relax.Function) -> set[relax.Var]:
     return found
 
 
+def _is_plain_concat(step: Single) -> bool:
+    """A concatenation of static tensors whose elements have whole bytes."""
+    whole_bytes = str(getattr(step.var.ty, "dtype", "bool")) != "bool"
+    return op_name(step.value) == "relax.concat" and static_shape(step.var) is not None and whole_bytes
+
+
 class _Rewriter(MainRewriter):
     def __init__(self, mod: tvm.IRModule, options: LowerGroups) -> None:
         super().__init__(mod)
@@ -76,9 +84,24 @@ class _Rewriter(MainRewriter):
             for step in partition(block, results):
                 self.step(step)
 
+    def concat(self, var: relax.Var, value: relax.Call) -> None:
+        parts = [self.expression(part) for part in value.args[0].fields]
+        specs = [TensorSpec(shape_of(part), storage_dtype(str(part.ty.dtype))) for part in parts]
+        axis = int(value.attrs.axis) % len(specs[0].shape)
+        key = repr(("concat", specs, axis))
+        if key not in self._written:
+            function = concat_prim_func(self.options.isa, specs, axis).without_attr("global_symbol")
+            self._written[key] = self.builder.add_func(function, "concat")
+        result = relax.TensorType(shape_of(var), specs[0].dtype)
+        call = relax.call_tir(self._written[key], parts, result)
+        self.variables[var] = self.builder.emit(call, var.name)
+
     def step(self, step: Group | Single) -> None:
         if isinstance(step, Single):
-            self.keep(step.var, step.value)
+            if _is_plain_concat(step):
+                self.concat(step.var, step.value)
+            else:
+                self.keep(step.var, step.value)
             return
         options = self.options
         kernel = write_kernel(

@@ -239,3 +239,18 @@ def test_a_clip_before_an_encode_gives_the_same_codes(target, layout, bounds):
         clipped = np.minimum(np.float32(bounds[1]), np.where(x > bounds[0], x, np.float32(bounds[0])))
         expected = encode(clipped, np.float32(scale), layout)
         assert np.array_equal(run(build(quantized, target), x.reshape(1, -1))[0].reshape(-1), expected)
+
+
+@pytest.mark.parametrize(
+    "axis, shapes", [(-1, [(2, 3, 5), (2, 3, 70)]), (1, [(2, 1, 9), (2, 4, 9), (2, 2, 9)])]
+)
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int64"])
+def test_concat_copies_every_element(target, axis, shapes, dtype):
+    parts = [np.random.default_rng(i).integers(0, 200, shape).astype(dtype) for i, shape in enumerate(shapes)]
+    builder = relax.BlockBuilder()
+    inputs = [relax.Var(f"x{i}", relax.TensorType(shape, dtype)) for i, shape in enumerate(shapes)]
+    with builder.function("main", inputs):
+        with builder.dataflow():
+            output = builder.emit_output(relax.op.concat(inputs, axis))
+        builder.emit_func_output(output)
+    assert np.array_equal(run(build(builder.get(), target), *parts)[0], np.concatenate(parts, axis))

@@ -84,7 +84,9 @@ class GemmSchedule:
         else:
             tile = isa.tile(shape.rows, shape.columns)
         prefetch = not few and shape.rows <= PREFETCH_TILES * tile[0]
-        return cls(*tile, SCRATCH_BYTES, few, False, 1, shape.rows >= 2 * threads * 48, prefetch)
+        # Where a step is two instructions a product, the loop's own instructions weigh more.
+        unroll = 1 + isa.temporaries
+        return cls(*tile, SCRATCH_BYTES, few, False, unroll, shape.rows >= 2 * threads * 48, prefetch)
 
     @classmethod
     def space(cls, isa: InstructionSet, shape: GemmShape, threads: int) -> Space:
