@@ -26,7 +26,8 @@ from tvm_qfp8.topi.schedules import (
     GemmSchedule,
     ScheduleChooser,
 )
-from tvm_qfp8.topi.winograd import emit_winograd
+from tvm_qfp8.topi.static_memory import Filler
+from tvm_qfp8.topi.winograd import emit_winograd, filter_function
 from tvm_qfp8.topi.winograd_plan import WinogradPlan, pack_winograd_weights, plan_winograd, winograd_is_faster
 
 
@@ -153,16 +154,22 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
 
 def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, operands: Operands) -> Emitter:
     """A 3x3 convolution whose transformed filters stay in memory."""
-    assert operands.memory is not None
+    memory = operands.memory
+    assert memory is not None
     _, weight, a, bias = call.args
-    operands.constant(pack_winograd_weights(isa, plan, array_of(weight)))
+    codes = pack_winograd_weights(isa, plan, array_of(weight))
+    offset = np.array([memory.reserve(plan.filter_values(isa))], np.int64)
+    memory.fillers.append(Filler(repr(plan), lambda: filter_function(isa, plan, codes), (codes, offset)))
+    operands.constant(codes)
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
-    offset = operands.constant(np.array([operands.memory.reserve(plan.filter_values(isa))], np.int64))
+    offset_at = operands.constant(offset)
 
     def body(inputs, finish) -> None:
-        x, codes, scale, shift = inputs[:4]
-        emit_winograd(isa, plan, x, codes, load(inputs[offset], 0, 1), _scaled(scale, shift, finish), threads)
+        x, packed, scale, shift = inputs[:4]
+        emit_winograd(
+            isa, plan, x, packed, load(inputs[offset_at], 0, 1), _scaled(scale, shift, finish), threads
+        )
 
     return body, plan
 

@@ -50,7 +50,7 @@ class LowerGroups:
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         mod = _Rewriter(mod, self).rewrite()
-        if self.memory is not None and self.memory.size:
+        if self.memory is not None and self.memory.fillers:
             mod[FUNCTION] = self.memory.function()
         return mod
 

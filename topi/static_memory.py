@@ -9,8 +9,9 @@ others wait. A part is a state word, padded to 64 bytes, and the values.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -57,18 +58,28 @@ define hidden i32 @{name}_end(i64 %offset) {{
 """
 
 
+@dataclass(frozen=True)
+class Filler:
+    """A function that fills one part from constants, and leaves 1 in its last argument, int32 ``(1,)``."""
+
+    key: str
+    """Equal for equal functions."""
+    function: Callable[[], tirx.PrimFunc]
+    arguments: tuple[np.ndarray, ...]
+
+
 @dataclass
 class StaticMemory:
     """Hands out the parts of a module's array."""
 
     size: int = 0
     """Bytes handed out, headers included."""
-    parts: int = 0
+    fillers: list[Filler] = field(default_factory=list)
+    """What fills the parts before the kernels that read them would."""
 
     def reserve(self, count: int) -> int:
         """Offset of a new part for ``count`` int16 values."""
         offset = self.size
-        self.parts += 1
         self.size += HEADER_BYTES + -(-2 * count // 64) * 64
         return offset
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -18,7 +19,7 @@ from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.panels import balanced_blocks, decode_run, overlapped_start, zero_run
-from tvm_qfp8.topi.prim_func import load, store, vector_runs
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store, vector_runs
 from tvm_qfp8.topi.schedules import SCRATCH_BYTES
 from tvm_qfp8.topi.static_memory import filled_once
 from tvm_qfp8.topi.winograd_plan import POSITIONS, TAPS, WinogradPlan
@@ -40,8 +41,24 @@ def emit_winograd(
     kernel.blocks(panels, threads if macs >= MIN_PARALLEL_MACS else 1)
 
 
+def filter_function(isa: InstructionSet, plan: WinogradPlan, codes: np.ndarray) -> tirx.PrimFunc:
+    """The function of a ``static_memory.Filler``: arguments are the packed ``codes`` and the offset."""
+
+    def body(packed, offset, done) -> None:
+        kernel = _Kernel(isa, plan, None, None)
+        filled_once(
+            load(offset, 0, 1),
+            plan.filter_values(isa),
+            lambda target: kernel.transform_filters(packed, target),
+        )
+        store(done, 0, tirx.const(1, "int32"), 1)
+
+    specs = [TensorSpec(codes.shape, "uint8"), TensorSpec((1,), "int64"), TensorSpec((1,), "int32")]
+    return build_prim_func("transform_filters", specs, body)
+
+
 class _Kernel:
-    def __init__(self, isa: InstructionSet, plan: WinogradPlan, x, epilogue: Callable) -> None:
+    def __init__(self, isa: InstructionSet, plan: WinogradPlan, x, epilogue: Callable | None) -> None:
         self.isa, self.plan, self.shape, self.x, self.epilogue = isa, plan, plan.shape, x, epilogue
         self.depth = plan.depth(isa)
         self.most_tiles, self.vectors = plan.tile(isa)
@@ -217,7 +234,8 @@ class _Kernel:
 
     def finish(self, scratch, sums, first_row, tile, i, panel) -> None:
         """The epilogue of one tile."""
-        isa, shape = self.isa, self.shape
+        isa, shape, epilogue = self.isa, self.shape, self.epilogue
+        assert epilogue is not None
         tile_row = T.bind(tirx.floordiv(tile, self.plan.tiles_wide))
         image, top = self.position_of(first_row + tile_row)
         left = tirx.min((tile - tile_row * self.plan.tiles_wide) * 2, shape.out_width - 2)
@@ -234,7 +252,7 @@ class _Kernel:
                 values = [bind(load(sums, (i * 4 + p) * self.width + at, isa.lanes)) for p in range(4)]
             for pixel, value in enumerate(values):
                 row = corner + pixel // 2 * shape.out_width + pixel % 2
-                self.epilogue(value, row, first_column + at, valid)
+                epilogue(value, row, first_column + at, valid)
 
 
 def _input_transform(d: list) -> list:
