@@ -30,10 +30,10 @@ def main() -> None:
     # Before NumPy, TVM and onnxruntime start their threads.
     os.environ.update({"TVM_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
     from bench_models import NOISY, reference_work
+
     from kernel_bench import ours, peers
     from kernel_bench.cases import FAMILIES
     from kernel_bench.clock import medians
-
     from zoo.machine import describe_machine
 
     machine = describe_machine()

@@ -40,14 +40,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "bench_winograd.json")
     arguments = parser.parse_args()
     os.environ.update({"TVM_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
+    from bench_models import NOISY, reference_work
+
     from zoo.machine import describe_machine
 
     record: dict[str, Any] = {"machine": describe_machine(), "turns": arguments.turns, "cases": []}
+    before = reference_work()
     for target in TARGETS:
         for shape in SHAPES:
             row = measure(target, *shape, arguments.turns)
             record["cases"].append(row)
             print(f"{target:10} {row['case']:16} x{row['winograd_is_faster_by']:.2f}", file=sys.stderr)
+    after = reference_work()
+    record["noisy"] = max(before, after) / min(before, after) > NOISY
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {arguments.output}")
 
@@ -57,7 +62,6 @@ def measure(target: str, size: int, channels: int, out_channels: int, turns: int
     from kernel_bench import ours
     from kernel_bench.cases import Convolution
     from kernel_bench.clock import medians
-
     from tvm_qfp8.relay_passes import linear_kernels
     from tvm_qfp8.topi.winograd_plan import winograd_is_faster
 

@@ -220,3 +220,11 @@ def test_a_saved_module_holds_codes_only(tmp_path):
         assert np.array_equal(result, results[0])
     # Two layers of 64 * 64 * 16 int16 would be 256 KiB.
     assert sizes[0] - sizes[1] < 64 * 1024
+
+
+@pytest.mark.aarch64
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_winograd_on_aarch64(run_aarch64, shape):
+    module, x, expected = case(shape)
+    executable = build(module, "aarch64", memory=StaticMemory())
+    assert np.array_equal(run_aarch64(executable, [x])[0], expected)
