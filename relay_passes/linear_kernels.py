@@ -26,6 +26,9 @@ from tvm_qfp8.topi.schedules import (
     GemmSchedule,
     ScheduleChooser,
 )
+from tvm_qfp8.topi.static_memory import Filler
+from tvm_qfp8.topi.winograd import emit_winograd, filter_function
+from tvm_qfp8.topi.winograd_plan import WinogradPlan, pack_winograd_weights, plan_winograd, winograd_is_faster
 
 
 def _scaled(a, bias, finish: Callable) -> Callable:
@@ -120,6 +123,10 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     if shape.activation is None:
         return _float_linear(call, shape, codes, isa, threads, operands)
     operands.tensor(x)
+    if operands.memory is not None:
+        plan = plan_winograd(shape, codes)
+        if plan is not None and winograd_is_faster(plan):
+            return _winograd(call, plan, isa, threads, operands)
     if shape.is_pointwise:
         rows = shape.batch * shape.height * shape.width
         dense = GemmShape(rows, shape.out_channels, shape.channels, *shape.layouts())
@@ -143,6 +150,28 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         emit(isa, described, inputs[0], inputs[1], epilogue, threads, schedule)
 
     return body, described
+
+
+def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, operands: Operands) -> Emitter:
+    """A 3x3 convolution whose transformed filters stay in memory."""
+    memory = operands.memory
+    assert memory is not None
+    _, weight, a, bias = call.args
+    codes = pack_winograd_weights(isa, plan, array_of(weight))
+    offset = np.array([memory.reserve(plan.filter_values(isa))], np.int64)
+    memory.fillers.append(Filler(repr(plan), lambda: filter_function(isa, plan, codes), (codes, offset)))
+    operands.constant(codes)
+    operands.constant(pad_channels(array_of(a)))
+    operands.constant(pad_channels(array_of(bias)))
+    offset_at = operands.constant(offset)
+
+    def body(inputs, finish) -> None:
+        x, packed, scale, shift = inputs[:4]
+        emit_winograd(
+            isa, plan, x, packed, load(inputs[offset_at], 0, 1), _scaled(scale, shift, finish), threads
+        )
+
+    return body, plan
 
 
 def _batch_matmul(

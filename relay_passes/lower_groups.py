@@ -30,6 +30,7 @@ from tvm_qfp8.topi.concat import concat_prim_func
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
+from tvm_qfp8.topi.static_memory import FUNCTION, StaticMemory
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerGroups")
@@ -42,11 +43,16 @@ class LowerGroups:
         threads: int,
         max_error: float = 1e-3,
         choose: ScheduleChooser = default_schedule,
+        memory: StaticMemory | None = None,
     ) -> None:
-        self.isa, self.threads, self.max_error, self.choose = isa, threads, max_error, choose
+        self.isa, self.threads, self.max_error = isa, threads, max_error
+        self.choose, self.memory = choose, memory
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return _Rewriter(mod, self).rewrite()
+        mod = _Rewriter(mod, self).rewrite()
+        if self.memory is not None and self.memory.fillers:
+            mod[FUNCTION] = self.memory.function()
+        return mod
 
 
 def _results(function: relax.Function) -> set[relax.Var]:
@@ -98,13 +104,16 @@ class _Rewriter(MainRewriter):
                 self.keep(step.var, step.value)
             return
         options = self.options
-        kernel = write_kernel(step, options.isa, options.threads, options.max_error, options.choose)
+        kernel = write_kernel(
+            step, options.isa, options.threads, options.max_error, options.choose, options.memory
+        )
         if kernel.key not in self._written:
             # Private: the builder makes the name unique.
             function = kernel.function().without_attr("global_symbol")
             self._written[kernel.key] = self.builder.add_func(function, kernel.name)
         arguments = [
-            relax.const(a) if isinstance(a, np.ndarray) else self.expression(a) for a in kernel.arguments
+            relax.const(a, str(a.dtype)) if isinstance(a, np.ndarray) else self.expression(a)
+            for a in kernel.arguments
         ]
         types = [relax.TensorType(spec.shape, spec.dtype) for spec in kernel.outputs]
         result = self.builder.emit(

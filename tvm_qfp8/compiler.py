@@ -24,15 +24,26 @@ from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
 from tvm_qfp8.reporting import describe
-from tvm_qfp8.runtime import METADATA_FUNCTION, CompiledModule, TensorInfo, encode_metadata
+from tvm_qfp8.runtime import (
+    AT_LOAD,
+    LOAD_FUNCTION,
+    LOADED,
+    METADATA_FUNCTION,
+    CompiledModule,
+    TensorInfo,
+    encode_metadata,
+)
 from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_name
 from tvm_qfp8.topi.isa import InstructionSet, instruction_set
+from tvm_qfp8.topi.static_memory import StaticMemory
 
 Calibration = Iterable[Mapping[str, np.ndarray]] | str | os.PathLike | None
 
 
-def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> list:
+def lowering_passes(
+    plan, config: Config, isa: InstructionSet, threads: int, memory: StaticMemory | None
+) -> list:
     """The passes from the canonical float program to scheduled kernels, in order."""
     return [
         # -- quantize: linear layers on QFP8 tensors, with the calibration's layouts, scales and biases
@@ -40,7 +51,7 @@ def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> 
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
-        LowerGroups(isa, threads, config.max_error),
+        LowerGroups(isa, threads, config.max_error, memory=memory),
         # -- the rest: remaining QFP8 tensors become bytes, remaining operators get a generic schedule
         LowerDtype(),
         relax.transform.LegalizeOps(),
@@ -119,8 +130,13 @@ def compile(  # noqa: A001 - the public name
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
     stage("build kernels", 0, 2)
     with parsed:
-        lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads))(canonical)
+        memory = StaticMemory() if config.winograd else None
+        passes = lowering_passes(plan, config, isa, threads, memory)
+        lowered = tvm.transform.Sequential(passes)(canonical)
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
+        if memory is not None and memory.fillers:
+            report.totals[LOADED] = f"{memory.size} ({len(memory.fillers)} layers, {AT_LOAD})"
+            lowered = _add_load(lowered, memory)
         metadata = encode_metadata(inputs, outputs, report, versions, config.check_finite)
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
@@ -150,6 +166,22 @@ def _constant_bytes(mod: tvm.IRModule) -> int:
 
     relax.analysis.post_order_visit(mod["main"], visit)
     return sum(sizes)
+
+
+def _add_load(mod: tvm.IRModule, memory: StaticMemory) -> tvm.IRModule:
+    """A function without parameters that fills the module's memory; kernels find it filled."""
+    builder = relax.BlockBuilder(mod)
+    functions: dict[str, relax.GlobalVar] = {}
+    with builder.function(LOAD_FUNCTION, []):
+        for filler in memory.fillers:
+            if filler.key not in functions:
+                function = filler.function().without_attr("global_symbol")
+                functions[filler.key] = builder.add_func(function, "transform_filters")
+            constants = [relax.const(array, str(array.dtype)) for array in filler.arguments]
+            done = relax.TensorType((1,), "int32")
+            result = builder.emit(relax.call_tir(functions[filler.key], constants, done))
+        builder.emit_func_output(result)
+    return builder.get()
 
 
 def _add_metadata(mod: tvm.IRModule, metadata: np.ndarray) -> tvm.IRModule:

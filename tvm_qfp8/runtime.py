@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ from tvm_qfp8.report import Report
 from tvm_qfp8.shared_object import check_shared_object
 
 METADATA_FUNCTION = "qfp8_metadata"
+LOAD_FUNCTION = "qfp8_load"
+"""Fills what kernels keep in memory; without it the first call does."""
+LOADED = "bytes of transformed 3x3 filters, in memory only"
+AT_LOAD = "made at load"
+"""In the report's line ``LOADED`` until they are."""
 
 
 @contextlib.contextmanager
@@ -123,7 +129,13 @@ class CompiledModule:
         from tvm.runtime.vm import VirtualMachine
 
         try:
-            return VirtualMachine(self._module, tvm.cpu())
+            machine = VirtualMachine(self._module, tvm.cpu())
+            if LOADED in self.report.totals:
+                started = time.perf_counter()
+                machine[LOAD_FUNCTION]()
+                taken = f"made in {1e3 * (time.perf_counter() - started):.1f} ms"
+                self.report.totals[LOADED] = self.report.totals[LOADED].replace(AT_LOAD, taken)
+            return machine
         except RuntimeError as error:
             raise ModelError(
                 f"this machine cannot run a module for {self.report.target}; export it and run it there"
