@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,15 @@ from tvm_qfp8.runtime import METADATA_FUNCTION, CompiledModule, TensorInfo, enco
 from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_name
 from tvm_qfp8.topi.isa import InstructionSet, instruction_set
+from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
+from tvm_qfp8.tuning.logs import LoggedSchedules, default_roots
 
 Calibration = Iterable[Mapping[str, np.ndarray]] | str | os.PathLike | None
 
 
-def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> list:
+def lowering_passes(
+    plan, config: Config, isa: InstructionSet, threads: int, choose: ScheduleChooser = default_schedule
+) -> list:
     """The passes from the canonical float program to scheduled kernels, in order."""
     return [
         # -- quantize: linear layers on QFP8 tensors, with the calibration's layouts, scales and biases
@@ -40,7 +45,7 @@ def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> 
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
-        LowerGroups(isa, threads, config.max_error),
+        LowerGroups(isa, threads, config.max_error, choose),
         # -- the rest: remaining QFP8 tensors become bytes, remaining operators get a generic schedule
         LowerDtype(),
         relax.transform.LegalizeOps(),
@@ -75,6 +80,7 @@ def compile(  # noqa: A001 - the public name
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     calibration: Calibration = None,
     config: Config | None = None,
+    tuning_logs: str | os.PathLike | ScheduleChooser | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CompiledModule:
     """Compile a trained float network.
@@ -91,6 +97,9 @@ def compile(  # noqa: A001 - the public name
     calibration : iterable of ``{input name: array}``, path of an .npz, or None
         Samples with the inputs' full shapes; None quantizes weights only.
     config : Config
+    tuning_logs : path or ScheduleChooser
+        A folder of tuning logs to take schedules from, or a function that chooses them; None: those of this package and of ``tvm-qfp8 tune`` on this
+        machine. Layers without a record for exactly this target get the default schedule.
     progress : callable ``(stage, done, total)``
         Called as the work goes on.
 
@@ -117,8 +126,14 @@ def compile(  # noqa: A001 - the public name
     ]
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
     stage("build kernels", 0, 2)
+    if callable(tuning_logs):
+        choose = tuning_logs
+    else:
+        choose = LoggedSchedules(parsed, default_roots() if tuning_logs is None else [Path(tuning_logs)])
     with parsed:
-        lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads))(canonical)
+        lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads, choose))(canonical)
+        if isinstance(choose, LoggedSchedules):
+            report.totals["tuned kernels"] = f"{len(choose.used)} of {len(choose.asked)}"
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
         metadata = encode_metadata(inputs, imported.output_names, report, versions, config.check_finite)
         lowered = _add_metadata(lowered, metadata)
