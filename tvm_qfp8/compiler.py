@@ -98,8 +98,9 @@ def compile(  # noqa: A001 - the public name
         Samples with the inputs' full shapes; None quantizes weights only.
     config : Config
     tuning_logs : path or ScheduleChooser
-        A folder of tuning logs to take schedules from, or a function that chooses them; None: those of this package and of ``tvm-qfp8 tune`` on this
-        machine. Layers without a record for exactly this target get the default schedule.
+        A folder of tuning logs to take schedules from, or a function that chooses them; None: the logs of this
+        package and of ``tvm-qfp8 tune`` on this machine. Layers without a record for exactly this target get the
+        default schedule.
     progress : callable ``(stage, done, total)``
         Called as the work goes on.
 

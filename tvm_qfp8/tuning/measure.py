@@ -28,8 +28,12 @@ KEPT_REPEATS = 3
 """The fastest repeats count: what else runs on the machine can only slow a repeat down."""
 
 
+LOST: list[float] = []
+"""No verdict on a kernel: what should have timed it is gone."""
+
+
 class Measurer(Protocol):
-    """Times kernels: one list of seconds per kernel, None for one that failed."""
+    """Times kernels: one list of seconds per kernel, None for one that failed, ``LOST`` for one without verdict."""
 
     batch: int
     """Kernels worth handing over at once."""
@@ -90,7 +94,7 @@ def remove_artifact(built: ms.runner.RunnerInput | None) -> None:
 class LocalMeasurer:
     """Builds and times on this machine, one kernel at a time."""
 
-    batch = 16
+    batch = 32
 
     def __init__(self, target: Target, workers: int) -> None:
         self.target = target

@@ -16,7 +16,7 @@ from tvm.target import Target
 
 from tvm_qfp8.errors import TuningError
 from tvm_qfp8.host_cpu import host_cpu, usable_cores
-from tvm_qfp8.tuning.logs import LogWriter
+from tvm_qfp8.tuning.logs import LogWriter, machine_key
 from tvm_qfp8.tuning.measure import LocalMeasurer, Measurer
 from tvm_qfp8.tuning.tuner import Progress, Tuner, TuningResult
 from tvm_qfp8.tuning.workload import Workload
@@ -88,11 +88,12 @@ def _measurer(target: Target, tracker: str | None, key: str | None) -> tuple[Mea
 
         remote = RemoteMeasurer(target, tracker, key)
         return remote, {"boards": key, "tracker": tracker}, remote.emulated
-    own = str(host_cpu()["mtriple"]).partition("-")[0]
-    asked = str(target.attrs.get("mtriple", own)).partition("-")[0]
-    if asked != own:
+    own, asked = machine_key(Target(host_cpu())), machine_key(target)
+    missing = sorted(set(asked["features"]) - set(own["features"]))
+    if asked["architecture"] != own["architecture"] or missing:
         raise TuningError(
-            f"this machine ({own}) cannot time kernels for {asked}; measure on a board with --tracker HOST:PORT --key NAME"
+            f"this machine ({own['architecture']} {own['cpu']}) cannot time kernels for {asked['architecture']} "
+            f"{asked['cpu'] or missing[0]}; measure on a board with --tracker HOST:PORT --key NAME"
         )
     machine = {"cpu": host_cpu()["mcpu"], "system": platform.platform(), "cores": usable_cores()}
     return LocalMeasurer(target, usable_cores()), machine, False

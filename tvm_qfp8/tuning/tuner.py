@@ -16,7 +16,7 @@ from tvm.target import Target
 
 from tvm_qfp8.topi.schedules import Decisions
 from tvm_qfp8.tuning.logs import LogWriter, best_schedule
-from tvm_qfp8.tuning.measure import Measurer
+from tvm_qfp8.tuning.measure import LOST, Measurer
 from tvm_qfp8.tuning.search import DecisionFeatures, candidate, read_decisions, tune_context
 from tvm_qfp8.tuning.workload import Workload, kernel, quantized_layer
 
@@ -204,12 +204,10 @@ class Tuner:
             for c, d in zip(proposed, decisions, strict=True)
             if tuple(d.items()) in task.log
         ]
-        if fresh:
-            self._model.update(
-                task.context,
-                [proposed[i] for i in fresh],
-                [_runner_result(task.log[tuple(decisions[i].items())]) for i in fresh],
-            )
+        new = [i for i in fresh if tuple(decisions[i].items()) in task.log]
+        if new:
+            results = [_runner_result(task.log[tuple(decisions[i].items())]) for i in new]
+            self._model.update(task.context, [proposed[i] for i in new], results)
         task.context.notify_runner_results([c for c, _ in measured], [r for _, r in measured])
 
     def _start(self, task: _Task) -> None:
@@ -244,6 +242,8 @@ class Tuner:
         return kernel(task.workload, task.layer, decisions)
 
     def _note(self, task: _Task, found: ms.MeasureCandidate, seconds: list[float] | None) -> None:
+        if seconds == LOST:
+            return
         self.writer.commit(task.workload, found, seconds)
         self._done += 1
         task.fresh = True

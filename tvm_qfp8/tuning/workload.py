@@ -152,7 +152,7 @@ def quantized_layer(workload: Workload) -> tvm.IRModule:
     shape = workload.shape
     builder = relax.BlockBuilder()
     if workload.family == "gemm":
-        inputs = [((shape.rows, shape.depth), shape.activation)]
+        inputs: list = [((shape.rows, shape.depth), shape.activation)]
     elif workload.family == "batch_matmul":
         y = (shape.columns, shape.depth) if shape.transpose_y else (shape.depth, shape.columns)
         inputs = [((shape.batch, shape.rows, shape.depth), shape.x), ((shape.batch, *y), shape.y)]
