@@ -78,7 +78,7 @@ def tune_workloads(
     tuner = Tuner(target, writer, measurer, trials=trials, minutes=minutes)
     with _Bar(console, quiet) as bar:
         results = tuner.run(workloads, bar.show)
-    writer.write_manifest(machine, [_entry(result) for result in results if result.trials])
+    writer.write_manifest(machine, [entry(result) for result in results if result.trials])
     return Session(results, writer.folder, tuner.interrupted, emulated)
 
 
@@ -99,7 +99,8 @@ def _measurer(target: Target, tracker: str | None, key: str | None) -> tuple[Mea
     return LocalMeasurer(target, usable_cores()), machine, False
 
 
-def _entry(result: TuningResult) -> dict[str, Any]:
+def entry(result: TuningResult) -> dict[str, Any]:
+    """A result as it stands in manifests and result files."""
     return {
         "workload": str(result.workload),
         "trials": result.trials,
