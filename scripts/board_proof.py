@@ -94,3 +94,7 @@ def _compile(model: Any, target: str) -> tvm_qfp8.CompiledModule:
 def _bits(array: np.ndarray) -> np.ndarray:
     """Values as unsigned integers, so that -0 differs from 0 and NaN equals itself."""
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """Bundles: what is in them, that both runners give the module's bits, and what they refuse."""
 
+import hashlib
 import platform
 import shutil
 import subprocess
@@ -115,8 +116,43 @@ def test_a_changed_module_is_refused(native_bundle, tmp_path):
             finished = run([*runner, "x.npy"], tmp_path)
             assert finished.returncode == 1
             assert "model.so does not fit manifest.txt" in finished.stderr
+    shutil.copyfile(native_bundle / "model.so", copy / "model.so")
+    (copy / "lib" / "libtvm_ffi.so").unlink()
+    assert "libtvm_ffi.so is missing" in run([sys.executable, copy / "run.py", "x.npy"], tmp_path).stderr
     (copy / "manifest.txt").write_text("format 2\n")
     assert "format 2" in run([sys.executable, copy / "run.py", "x.npy"], tmp_path).stderr
+
+
+@LINUX_X86
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text.replace("9 7 x", "9 8 x"), "manifest.txt was changed or cut off"),
+        (lambda text: text[: text.index("output")], "manifest.txt was changed or cut off"),
+        (lambda text: text.replace("end ", "end 0"), "manifest.txt was changed or cut off"),
+        (lambda text: text + "input", "manifest.txt was changed or cut off"),
+    ],
+)
+def test_a_changed_manifest_is_refused(native_bundle, tmp_path, change, message):
+    copy = shutil.copytree(native_bundle, tmp_path / "copy")
+    (copy / "manifest.txt").write_text(change((copy / "manifest.txt").read_text()))
+    np.save(tmp_path / "x.npy", samples()[0]["x"])
+    for runner in ([sys.executable, copy / "run.py"], [copy / "run"]):
+        if runner[-1].exists():
+            finished = run([*runner, "x.npy"], tmp_path)
+            assert finished.returncode == 1 and message in finished.stderr
+
+
+@LINUX_X86
+def test_a_bundle_says_which_machine_it_is_for(native_bundle, tmp_path):
+    copy = shutil.copytree(native_bundle, tmp_path / "copy")
+    manifest = copy / "manifest.txt"
+    text = manifest.read_text().rpartition("end ")[0].replace("target x86_64", "target aarch64")
+    manifest.write_text(text + f"end {hashlib.sha256(text.encode()).hexdigest()}\n")
+    for runner in ([sys.executable, copy / "run.py"], [copy / "run"]):
+        if runner[-1].exists():
+            finished = run([*runner, "x.npy"], tmp_path)
+            assert finished.returncode == 1 and "made for aarch64, this " in finished.stderr
 
 
 @LINUX_X86
@@ -151,6 +187,18 @@ def test_a_linker_for_another_machine_is_found_out(compiled, tmp_path):
     assert not (tmp_path / "m.so").exists()
     with pytest.raises(TargetError, match="for x86_64, not for aarch64"):
         check_library_for(compiled[0] / "native.so", "aarch64")
+
+
+@LINUX_X86
+@HAS_ZIG
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_links_by_zig(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
+    compiled[1].export_library(tmp_path / "m.so")
+    x = samples()[0]["x"]
+    found = tvm_qfp8.load(tmp_path / "m.so").run({"x": x})
+    for ours, theirs in zip(compiled[1].run({"x": x}), found, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.slow
