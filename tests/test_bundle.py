@@ -190,6 +190,24 @@ def test_a_linker_for_another_machine_is_found_out(compiled, tmp_path):
 
 
 @LINUX_X86
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="needs cmake and g++")
+def test_the_cmake_file_builds_the_runner(compiled, native_bundle, tmp_path):
+    copy = shutil.copytree(native_bundle, tmp_path / "copy")
+    (copy / "run").unlink(missing_ok=True)
+    for command in ("cmake -S cpp -B build", "cmake --build build", "cp build/run ."):
+        finished = run(command.split(), copy)
+        assert finished.returncode == 0, finished.stderr
+    x = samples()[3]["x"]
+    np.save(tmp_path / "x.npy", x)
+    moved = copy.rename(tmp_path / "moved")
+    finished = run([moved / "run", "x.npy"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    for index, expected in enumerate(compiled[1].run({"x": x})):
+        np.testing.assert_array_equal(np.load(tmp_path / f"output_{index}.npy"), expected)
+
+
+@LINUX_X86
 @HAS_ZIG
 @pytest.mark.slow
 def test_a_machine_without_a_compiler_links_by_zig(compiled, tmp_path, monkeypatch):
