@@ -189,6 +189,14 @@ def test_a_linker_for_another_machine_is_found_out(compiled, tmp_path):
         check_library_for(compiled[0] / "native.so", "aarch64")
 
 
+def test_a_linkers_options_are_passed_on(tmp_path):
+    """A failing one is shown with its whole command line."""
+    with pytest.raises(TargetError, match=r"linking failed: false --for-arm -shared .*m\.o\nexit status 1"):
+        linker(parse_target("rpi4"), "false --for-arm")(str(tmp_path / "m.so"), ["m.o"])
+    with pytest.raises(TargetError, match="no linker 'nosuch -m64' on PATH"):
+        linker(parse_target("rpi4"), "nosuch -m64")
+
+
 @LINUX_X86
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="needs cmake and g++")

@@ -45,7 +45,7 @@ def linker(target: Target, command: str | None = None) -> Callable | None:
     target : tvm.target.Target
         A CPU.
     command : str
-        A C++ compiler that links for the target.
+        A C++ compiler that links for the target, with options if it needs any.
 
     Raises
     ------
@@ -54,11 +54,12 @@ def linker(target: Target, command: str | None = None) -> Callable | None:
     """
     machine = architecture(target)
     if command is not None:
-        if shutil.which(command) is None:
+        words = shlex.split(command)
+        if not words or shutil.which(words[0]) is None:
             raise TargetError(
                 f"no linker {command!r} on PATH; --cc takes a C++ compiler that links for {machine}"
             )
-        return _link_by([command], machine)
+        return _link_by(words, machine)
     here = machine == str(codegen.llvm_get_system_triple()).partition("-")[0]
     if here and platform.system() != "Linux":
         return None
