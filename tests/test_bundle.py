@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import tvm_qfp8
+from tvm_qfp8.bundling.runtime_libraries import _extract
 from tvm_qfp8.errors import ModelError, TargetError
 from tvm_qfp8.linker import linker
 from tvm_qfp8.runtime import read_metadata
@@ -160,6 +162,14 @@ def test_a_bundle_for_another_machine_is_refused(compiled, tmp_path):
     with pytest.raises(TargetError, match="made for x86_64, rpi4 is aarch64"):
         tvm_qfp8.bundle(compiled[0] / "native.so", tmp_path / "b", "rpi4")
     assert not (tmp_path / "b").exists()
+
+
+def test_wheels_without_the_runtime_are_refused(tmp_path):
+    wheel = tmp_path / "apache_tvm.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tvm/lib/libtvm_runtime.so", "")
+    with pytest.raises(TargetError, match="hold no libtvm_ffi.so"):
+        _extract([wheel], tmp_path / "lib")
 
 
 def test_what_is_no_module_is_refused(tmp_path):
