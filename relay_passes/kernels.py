@@ -17,6 +17,7 @@ from tvm_qfp8.relay_passes.row_kernels import ROW_ANCHORS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, vector_runs
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
+from tvm_qfp8.topi.static_memory import StaticMemory
 
 MIN_PARALLEL_ELEMENTS = 65_536
 
@@ -38,15 +39,16 @@ def write_kernel(
     threads: int,
     max_error: float,
     choose: ScheduleChooser = default_schedule,
+    memory: StaticMemory | None = None,
 ) -> Kernel:
     """The kernel of ``group`` for one instruction set and number of threads.
 
     ``max_error`` bounds the error of a softmax; interpolated functions carry their own. ``choose`` picks the
-    schedules of linear layers.
+    schedules of linear layers; ``memory`` is what kernels may keep between calls.
     """
     anchor_var, anchor = group.members[0]
     name = op_name(anchor)
-    operands = Operands()
+    operands = Operands(memory)
     if name in LINEAR_ANCHORS or name in ROW_ANCHORS:
         if name in LINEAR_ANCHORS:
             body, shape_key = LINEAR_ANCHORS[name](anchor, isa, threads, operands, choose)

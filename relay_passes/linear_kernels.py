@@ -26,6 +26,9 @@ from tvm_qfp8.topi.schedules import (
     GemmSchedule,
     ScheduleChooser,
 )
+from tvm_qfp8.topi.static_memory import Filler
+from tvm_qfp8.topi.winograd import emit_winograd, filter_function
+from tvm_qfp8.topi.winograd_plan import WinogradPlan, pack_winograd_weights, plan_winograd, winograd_is_faster
 
 
 def _scaled(a, bias, finish: Callable) -> Callable:
@@ -68,9 +71,12 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose:
 def conv_shape(call) -> ConvShape:
     """The static description of a ``qfp8.conv2d`` call."""
     x, weight = call.args[:2]
-    batch, height, width, channels = shape_of(x)
     out_channels, kernel_h, kernel_w, _ = shape_of(weight)
     attrs = call.attrs
+    channels_first = bool(attrs["channels_first"])
+    batch, height, width, channels = shape_of(x)
+    if channels_first:
+        batch, channels, height, width = shape_of(x)
 
     def pair(name: str) -> tuple[int, int]:
         return int(attrs[name][0]), int(attrs[name][1])
@@ -90,6 +96,7 @@ def conv_shape(call) -> ConvShape:
         activation=layout_of(x),
         weight=layout_of(weight),
         input_dilation=pair("input_dilation"),
+        channels_first=channels_first,
     )
 
 
@@ -116,6 +123,10 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     if shape.activation is None:
         return _float_linear(call, shape, codes, isa, threads, operands)
     operands.tensor(x)
+    if operands.memory is not None:
+        plan = plan_winograd(shape, codes)
+        if plan is not None and winograd_is_faster(plan):
+            return _winograd(call, plan, isa, threads, operands)
     if shape.is_pointwise:
         rows = shape.batch * shape.height * shape.width
         dense = GemmShape(rows, shape.out_channels, shape.channels, *shape.layouts())
@@ -125,7 +136,8 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         described: GemmShape | ConvShape = dense
     elif is_depthwise(isa, shape):
         schedule = choose(DepthwiseSchedule, isa, shape, threads)
-        packed, emit, described = pack_depthwise_weights(isa, shape, codes), emit_depthwise, shape
+        packed = pack_depthwise_weights(isa, shape, codes, schedule)
+        emit, described = emit_depthwise, shape
     else:
         schedule = choose(ConvSchedule, isa, shape, threads)
         packed, emit, described = pack_conv_weights(isa, shape, codes, schedule), emit_conv2d, shape
@@ -138,6 +150,28 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         emit(isa, described, inputs[0], inputs[1], epilogue, threads, schedule)
 
     return body, described
+
+
+def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, operands: Operands) -> Emitter:
+    """A 3x3 convolution whose transformed filters stay in memory."""
+    memory = operands.memory
+    assert memory is not None
+    _, weight, a, bias = call.args
+    codes = pack_winograd_weights(isa, plan, array_of(weight))
+    offset = np.array([memory.reserve(plan.filter_values(isa))], np.int64)
+    memory.fillers.append(Filler(repr(plan), lambda: filter_function(isa, plan, codes), (codes, offset)))
+    operands.constant(codes)
+    operands.constant(pad_channels(array_of(a)))
+    operands.constant(pad_channels(array_of(bias)))
+    offset_at = operands.constant(offset)
+
+    def body(inputs, finish) -> None:
+        x, packed, scale, shift = inputs[:4]
+        emit_winograd(
+            isa, plan, x, packed, load(inputs[offset_at], 0, 1), _scaled(scale, shift, finish), threads
+        )
+
+    return body, plan
 
 
 def _batch_matmul(

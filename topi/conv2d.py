@@ -29,7 +29,7 @@ from tvm_qfp8.topi.panels import (
     round_up,
     zero_run,
 )
-from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.prim_func import load, store, vector_runs
 from tvm_qfp8.topi.schedules import ConvSchedule
 
 
@@ -53,6 +53,8 @@ class ConvShape:
     weight: Layout | None
     input_dilation: tuple[int, int] = (1, 1)
     """Pixels are this far apart, zeros between them: a transposed convolution with these strides."""
+    channels_first: bool = False
+    """The input is ``(batch, channels, height, width)``; for few channels in one group."""
 
     def layouts(self) -> tuple[Layout, Layout]:
         """Layouts of activation and weight, where both are quantized."""
@@ -80,7 +82,7 @@ class ConvShape:
     @property
     def is_pointwise(self) -> bool:
         """A 1x1 convolution that is just a dense layer over pixels."""
-        ones = self.kernel == self.stride == self.input_dilation == (1, 1)
+        ones = self.kernel == self.stride == self.input_dilation == (1, 1) and not self.channels_first
         return ones and self.padding == (0, 0, 0, 0) and self.groups == 1
 
 
@@ -128,11 +130,29 @@ def emit_conv2d(
     block_h, blocks = balanced_blocks(out_h, block_h)
     slab_h = (block_h - 1) * stride_h + reach
 
+    def interleave_planes(image, source_row, slab, start) -> None:
+        """One row of an NCHW image: the planes' pixels next to each other, zeros as the channels missing."""
+        planes = T.alloc_buffer((slab_channels * shape.width,), "int16", align=64)
+        for channel in range(channels):
+            source = ((image * channels + channel) * shape.height + source_row) * shape.width
+            decode_run(isa, activation, x, source, planes, channel * shape.width, shape.width)
+        zero_run(isa, planes, channels * shape.width, (slab_channels - channels) * shape.width)
+
+        def emit(offset, lanes) -> None:
+            parts = [load(planes, channel * shape.width + offset, lanes) for channel in range(slab_channels)]
+            order = [channel * lanes + lane for lane in range(lanes) for channel in range(slab_channels)]
+            pixels = tirx.Shuffle(parts, [tirx.const(place, "int32") for place in order])
+            store(slab, start + offset * slab_channels, pixels, lanes * slab_channels)
+
+        vector_runs(shape.width, isa.lanes, emit)
+
     def decode_row(image, source_row, group, slab, slab_at) -> None:
         source = ((image * shape.height + source_row) * shape.width) * shape.channels + group * channels
         left = shape.padding[1] * slab_channels
         zero_run(isa, slab, slab_at, left)
-        if shape.input_dilation[1] == 1 and shape.groups == 1 and slab_channels == channels:
+        if shape.channels_first:
+            interleave_planes(image, source_row, slab, slab_at + left)
+        elif shape.input_dilation[1] == 1 and shape.groups == 1 and slab_channels == channels:
             decode_run(isa, activation, x, source, slab, slab_at + left, shape.width * channels)
         elif shape.input_dilation[1] == 1 and shape.groups == 1:
             # Decode the row in one run, then spread the pixels to their padded length.

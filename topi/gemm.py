@@ -88,8 +88,11 @@ def emit_gemm(
             for j, valid in enumerate(weights.valid):
                 epilogue(registers.value(i, j), first_row + row_in_block + i, weights.column(j), valid)
 
-    def tiles_of_block(body: Callable) -> None:
-        with T.serial(0, -(-block_rows // tile_rows)) as t:
+    def tiles_of_block(body: Callable, prefetch: Callable = lambda part, parts: None) -> None:
+        tiles = -(-block_rows // tile_rows)
+        with T.serial(0, tiles) as t:
+            if schedule.prefetch:
+                prefetch(t, tiles)
             body(overlapped_start(t, tile_rows, block_rows))
 
     def block(index) -> None:
@@ -104,9 +107,11 @@ def emit_gemm(
         if schedule.rows_outer and loop is T.serial:
             tiles_of_block(lambda row: walk_panels(lambda weights: tile(scratch, first_row, row, weights)))
         else:
-            walk_panels(
-                lambda weights: tiles_of_block(lambda row: tile(scratch, first_row, row, weights)), loop
-            )
+
+            def panel(weights: PanelWeights) -> None:
+                tiles_of_block(lambda row: tile(scratch, first_row, row, weights), weights.prefetch_next)
+
+            walk_panels(panel, loop)
 
     if blocks == 1:
         block(0)

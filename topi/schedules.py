@@ -27,6 +27,9 @@ SLAB_BYTES = 128 * 1024
 REGISTER_DECODE_ROWS = 6
 """Up to so many rows weights are decoded in registers instead of through a scratch panel."""
 
+PREFETCH_TILES = 16
+"""With more tiles a panel is computed so long that fetching the next one hardly counts."""
+
 _TILE = 8
 """A register tile is one decision: ``rows * 8 + vectors``, since only some pairs fit the registers."""
 
@@ -44,7 +47,7 @@ def _tiles(isa: InstructionSet, rows: int, columns: int, limit: int = 14) -> set
         tile_rows * _TILE + vectors
         for vectors in range(1, widest + 1)
         for tile_rows in range(1, min(rows, limit) + 1)
-        if tile_rows * vectors + vectors + 1 <= isa.registers
+        if tile_rows * vectors + vectors + 1 + isa.temporaries <= isa.registers
         # Tiles of few accumulators cannot hide the latency of a multiply-add.
         if tile_rows * vectors >= min(4, rows * widest)
     }
@@ -72,6 +75,8 @@ class GemmSchedule:
     """Reduction steps written out in the loop."""
     parallel_rows: bool
     """Threads share blocks of rows, else panels."""
+    prefetch: bool
+    """The next panel's codes are asked for while a panel is computed."""
 
     @classmethod
     def default(cls, isa: InstructionSet, shape: GemmShape, threads: int) -> GemmSchedule:
@@ -81,7 +86,10 @@ class GemmSchedule:
             tile = shape.rows, max(1, widest)
         else:
             tile = isa.tile(shape.rows, shape.columns)
-        return cls(*tile, SCRATCH_BYTES, few, False, 1, shape.rows >= 2 * threads * 48)
+        prefetch = not few and shape.rows <= PREFETCH_TILES * tile[0]
+        # Where a step is two instructions a product, the loop's own instructions weigh more.
+        unroll = 1 + isa.temporaries
+        return cls(*tile, SCRATCH_BYTES, few, False, unroll, shape.rows >= 2 * threads * 48, prefetch)
 
     @classmethod
     def space(cls, isa: InstructionSet, shape: GemmShape, threads: int) -> Space:
@@ -96,6 +104,7 @@ class GemmSchedule:
                 "rows_outer": {0, 1} if few and not one_tile else set(),
                 "unroll": {1, 2, 4},
                 "parallel_rows": {0, 1} if threads > 1 else set(),
+                "prefetch": {0, 1},
             },
         )
 
@@ -107,6 +116,7 @@ class GemmSchedule:
             "rows_outer": int(self.rows_outer),
             "unroll": self.unroll,
             "parallel_rows": int(self.parallel_rows),
+            "prefetch": int(self.prefetch),
         }
 
     @classmethod
@@ -119,6 +129,7 @@ class GemmSchedule:
             register_decode and bool(decisions["rows_outer"]),
             decisions["unroll"],
             bool(decisions["parallel_rows"]),
+            bool(decisions["prefetch"]),
         )
 
 
@@ -173,9 +184,11 @@ class ConvSchedule:
 
 @dataclass(frozen=True)
 class DepthwiseSchedule:
-    """Depthwise convolutions, a vector of channels at a time."""
+    """Depthwise convolutions, a block of channels at a time."""
 
     tile_pixels: int
+    vectors: int
+    """int32 vectors of a block of channels, 1 or 2; the codes of two fill one int16 vector when they are decoded."""
     slab_bytes: int
     """Decoded rows of one vector of channels, at most about so many."""
     channels_outer: bool
@@ -183,7 +196,13 @@ class DepthwiseSchedule:
 
     @classmethod
     def default(cls, isa: InstructionSet, shape: ConvShape, threads: int) -> DepthwiseSchedule:
-        return cls(min(shape.out_width, 8 if isa.registers >= 32 else 6), SLAB_BYTES, False)
+        pair = 2 * isa.lanes
+        little_waste = (
+            -(-shape.channels // pair) * pair * 16 <= -(-shape.channels // isa.lanes) * isa.lanes * 17
+        )
+        vectors = 2 if shape.channels >= pair and little_waste else 1
+        tile_pixels = min(shape.out_width, 8 if isa.registers >= 32 else 6 // vectors)
+        return cls(tile_pixels, vectors, SLAB_BYTES, False)
 
     @classmethod
     def space(cls, isa: InstructionSet, shape: ConvShape, threads: int) -> Space:
@@ -192,6 +211,7 @@ class DepthwiseSchedule:
             cls.default(isa, shape, threads).decisions(),
             {
                 "tile_pixels": set(range(min(3, widest), widest + 1)),
+                "vectors": {1, 2} if shape.channels >= 2 * isa.lanes else {1},
                 "slab_bytes": {size * 1024 for size in (8, 16, 32, 64, 128, 384)},
                 "channels_outer": {0, 1},
             },
@@ -200,13 +220,15 @@ class DepthwiseSchedule:
     def decisions(self) -> Decisions:
         return {
             "tile_pixels": self.tile_pixels,
+            "vectors": self.vectors,
             "slab_bytes": self.slab_bytes,
             "channels_outer": int(self.channels_outer),
         }
 
     @classmethod
     def from_decisions(cls, decisions: Decisions) -> DepthwiseSchedule:
-        return cls(decisions["tile_pixels"], decisions["slab_bytes"], bool(decisions["channels_outer"]))
+        channels_outer = bool(decisions["channels_outer"])
+        return cls(decisions["tile_pixels"], decisions["vectors"], decisions["slab_bytes"], channels_outer)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from tvm_qfp8.cli.bench import bench
+from tvm_qfp8.cli.bundle import bundle
 from tvm_qfp8.cli.compile import compile_model
 from tvm_qfp8.cli.report import report
 from tvm_qfp8.cli.run import run
@@ -30,6 +31,7 @@ app.command("run")(run)
 app.command("bench")(bench)
 app.command("tune")(tune)
 app.command("report")(report)
+app.command("bundle")(bundle)
 app.command("targets")(targets)
 
 
