@@ -121,6 +121,8 @@ class Tuner:
         Stop after that time.
     seed : int
         Of the search; times are measured, so runs differ all the same.
+    stop : callable
+        Asked between batches; true ends the run.
     """
 
     def __init__(
@@ -132,7 +134,9 @@ class Tuner:
         trials: int,
         minutes: float | None = None,
         seed: int = 1,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.stop = stop
         self.target, self.writer, self.measurer = target, writer, measurer
         self.trials, self.minutes, self.seed = trials, minutes, seed
         self._features = DecisionFeatures()
@@ -179,6 +183,8 @@ class Tuner:
         return 0 if task.exhausted else max(0, min(self.trials, task.size) - len(task.log))
 
     def _in_time(self, share: float = 1.0) -> bool:
+        if self.stop():
+            raise KeyboardInterrupt
         return self.minutes is None or time.monotonic() - self._started < 60 * self.minutes * share
 
     def _measure_defaults(self, tasks: list[_Task]) -> None:
