@@ -11,6 +11,7 @@ from tvm import relax
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.tables import build_table
+from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
 from tvm_qfp8.topi.embedding import emit_embedding
 from tvm_qfp8.topi.float_contract import add, bind, mul
 from tvm_qfp8.topi.interpolate import emit_table
@@ -18,7 +19,7 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
 from tvm_qfp8.topi.prim_func import load
-from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_softmax, for_each_row
+from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_log_softmax, emit_softmax, for_each_row
 
 
 def _take(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
@@ -53,20 +54,31 @@ def _softmax(call, isa: InstructionSet, threads: int, operands: Operands, max_er
     rows, length = _row_shape(call.args[0])
     at = operands.tensor(call.args[0])
     logarithmic = op_name(call) == "relax.nn.log_softmax"
-    # A row holds x - max <= 0: without the positive half and the denormals the table is cheaper.
-    exp_table = build_table("exp", max_error=max_error / 4, domain=(-87.0, 0.0))
+    if logarithmic:
+        exp_table = build_table("exp", max_error=max_error / 4, domain=(-87.0, 0.0))
+    else:
+        exp_table = build_softmax_exp(softmax_exp_error(max_error, length))
     log_table = build_table("log", max_error=max_error / 4)
 
     def body(inputs, finish) -> None:
         def one(index) -> None:
-            row = Row(isa, length)
-            emit_softmax(
-                row,
+            row = Row(
+                isa,
+                length,
                 lambda offset, lanes: load(inputs[at], index * length + offset, lanes),
-                lambda v: bind(emit_table(exp_table, v, isa)),
-                (lambda v: bind(emit_table(log_table, v, isa))) if logarithmic else None,
-                lambda value, offset, lanes: finish(value, index, offset, lanes, lanes),
+                pad=float("-inf"),
             )
+
+            def exp(v):
+                return bind(emit_table(exp_table, v, isa))
+
+            def write(value, offset, lanes) -> None:
+                finish(value, index, offset, lanes, lanes)
+
+            if logarithmic:
+                emit_log_softmax(row, exp, lambda v: bind(emit_table(log_table, v, isa)), write)
+            else:
+                emit_softmax(row, exp, write)
 
         for_each_row(rows, length, threads, one)
 
@@ -87,12 +99,10 @@ def _layer_norm(call, isa: InstructionSet, threads: int, operands: Operands, _ma
                 value = bind(add(value, load(inputs[shift], offset, lanes)))
                 finish(value, index, offset, lanes, lanes)
 
-            emit_layer_norm(
-                Row(isa, length),
-                lambda offset, lanes: load(inputs[at], index * length + offset, lanes),
-                float(call.attrs.epsilon),
-                scaled,
+            row = Row(
+                isa, length, lambda offset, lanes: load(inputs[at], index * length + offset, lanes), pad=0.0
             )
+            emit_layer_norm(row, float(call.attrs.epsilon), scaled)
 
         for_each_row(rows, length, threads, one)
 

@@ -13,14 +13,16 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.errors import TableError
 from tvm_qfp8.tables import FUNCTIONS, build_table
+from tvm_qfp8.tables.families import find_function
 from tvm_qfp8.tables.observe import errors, sample_inputs
+from tvm_qfp8.tables.softmax import build_softmax_exp
 from tvm_qfp8.targets import isa as isa_of
 from tvm_qfp8.targets import parse_target
 from tvm_qfp8.topi.interpolate import emit_table
 from tvm_qfp8.topi.isa import instruction_set
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
 
-NAMES = list(FUNCTIONS)
+NAMES = [*FUNCTIONS, "elu(0.5)", "celu(1.3)", "pow(1.7)", "pow(-0.3)", "pow(3)", "pow(-2)", "pow(2.5)"]
 MAX_ERRORS = (1e-2, 1e-3, 1e-4)
 NAN_PATTERNS = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF, 0xFF812345], np.uint32).view(
     np.float32
@@ -41,7 +43,7 @@ def _equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_error_is_within_the_proved_bound(name, inputs):
     with np.errstate(all="ignore"):
-        expected = FUNCTIONS[name].reference(inputs.astype(np.float64))
+        expected = find_function(name).reference(inputs.astype(np.float64))
     for max_error in MAX_ERRORS:
         table = build_table(name, max_error=max_error)
         assert table.max_error <= max_error
@@ -60,6 +62,17 @@ TEXTBOOK = {
     "sigmoid": lambda x: 1 / (1 + math.exp(-x)),
     "mish": lambda x: x * math.tanh(math.log1p(math.exp(x))),
     "elu": lambda x: x if x > 0 else math.expm1(x),
+    "elu(0.5)": lambda x: x if x > 0 else 0.5 * math.expm1(x),
+    "celu": lambda x: x if x > 0 else math.expm1(x),
+    "celu(1.3)": lambda x: x if x > 0 else 1.3 * math.expm1(x / 1.3),
+    "selu": lambda x: 1.0507009873554805 * (x if x > 0 else 1.6732632423543772 * math.expm1(x)),
+    "sin": math.sin,
+    "cos": math.cos,
+    "pow(1.7)": lambda x: abs(x) ** 1.7,
+    "pow(-0.3)": lambda x: abs(x) ** -0.3,
+    "pow(3)": lambda x: x**3,
+    "pow(-2)": lambda x: x**-2.0,
+    "pow(2.5)": lambda x: abs(x) ** 2.5,
     "exp": math.exp,
     "exp2": lambda x: 2.0**x,
     "log": lambda x: math.log(abs(x) + 1e-3),
@@ -75,13 +88,15 @@ TEXTBOOK = {
 def test_references_are_the_textbook_functions(name):
     x = np.linspace(-20, 20, 400)
     argument = {"log": np.abs(x) + 1e-3, "rsqrt": np.abs(x), "sqrt": np.abs(x)}.get(name, x)
+    if name in ("pow(1.7)", "pow(-0.3)", "pow(2.5)"):
+        argument = np.abs(x)
     expected = [TEXTBOOK[name](value) for value in x.tolist()]
-    np.testing.assert_allclose(FUNCTIONS[name].reference(argument), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(find_function(name).reference(argument), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if FUNCTIONS[name].core])
+@pytest.mark.parametrize("name", [name for name in NAMES if find_function(name).core])
 def test_curvature_is_a_bound(name):
-    function = FUNCTIONS[name]
+    function = find_function(name)
     low = -40.0 if function.low is None else function.low
     high = 40.0 if function.high is None else function.high
     x, gap = np.linspace(low, high, 400_001, retstep=True)
@@ -97,6 +112,17 @@ LIMITS = {
     "softplus": (0.0, np.inf),
     "hardswish": (0.0, np.inf),
     "elu": (-1.0, np.inf),
+    "elu(0.5)": (-0.5, np.inf),
+    "celu": (-1.0, np.inf),
+    "celu(1.3)": (np.float32(-1.3), np.inf),
+    "selu": (np.float32(-1.0507009873554805 * 1.6732632423543772), np.inf),
+    "sin": (np.nan, np.nan),
+    "cos": (np.nan, np.nan),
+    "pow(1.7)": (np.nan, np.inf),
+    "pow(-0.3)": (np.nan, 0.0),
+    "pow(3)": (-np.inf, np.inf),
+    "pow(-2)": (0.0, 0.0),
+    "pow(2.5)": (np.nan, np.inf),
     "tanh": (-1.0, 1.0),
     "erf": (-1.0, 1.0),
     "sigmoid": (0.0, 1.0),
@@ -108,18 +134,36 @@ LIMITS = {
     "rsqrt": (np.nan, 0.0),
     "sqrt": (np.nan, np.inf),
 }
-ZEROS = ["gelu", "gelu_tanh", "silu", "mish", "elu", "tanh", "erf", "hardswish", "sqrt"]
+ZEROS = [
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "mish",
+    "elu",
+    "tanh",
+    "erf",
+    "hardswish",
+    "sqrt",
+    "selu",
+    "celu(1.3)",
+    "elu(0.5)",
+    "sin",
+    "pow(3)",
+    "pow(1.7)",
+]
 
 
 @pytest.mark.parametrize("max_error", [1e-2, 1e-3, 1e-5])
 @pytest.mark.parametrize("name", NAMES)
 def test_special_values(name, max_error):
+    if name in ("pow(1.7)", "pow(-0.3)"):
+        max_error = max(max_error, 1e-4)
     table = build_table(name, max_error=max_error)
     np.testing.assert_array_equal(table([-np.inf, np.inf]), LIMITS[name])
     assert np.isnan(table(NAN_PATTERNS)).all()
     if name in ZEROS:
         np.testing.assert_array_equal(table([0.0, -0.0]), [0.0, 0.0])
-    if name in ("exp", "exp2"):
+    if name in ("exp", "exp2", "cos"):
         assert table(0.0) == 1.0
     if name == "log":
         np.testing.assert_array_equal(table([1.0, 0.0, -0.0, -1e-45]), [0.0, -np.inf, -np.inf, np.nan])
@@ -192,9 +236,15 @@ def _kernel_inputs(count: int) -> np.ndarray:
 
 
 def _all_tables() -> dict:
-    tables = {f"{name}_{i}": build_table(name, e) for name in NAMES for i, e in enumerate((1e-3, 1e-4))}
+    tables = {
+        f"{re.sub(r'[^a-z]', '_', name)}_{len(name)}_{i}": build_table(name, e)
+        for name in NAMES
+        for i, e in enumerate((1e-3, 1e-4))
+    }
     tables["exp_normal"] = build_table("exp", 1e-3, domain=(-87.0, 0.0))
     tables["exp_split"] = build_table("exp", 1e-6)
+    tables["softmax_square"] = build_softmax_exp(1.99e-3)
+    tables["softmax"] = build_softmax_exp(1e-4)
     tables["power"] = build_table(lambda x: x**1.7, 1e-4, domain=(1.0, 9.0))
     return tables
 

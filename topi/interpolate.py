@@ -23,14 +23,13 @@ def emit_table(table: Table, x, isa: InstructionSet):
 
     Bit-equal with ``table(x)`` in NumPy on every instruction set.
     """
-    native, look_up = LOOK_UPS[isa.name]
+    native, _ = LOOK_UPS[isa.name]
     lanes = lanes_of(x)
     if table.cells <= 1 or native == 1 or lanes == native:
-        return evaluate(table, bind(x), TirOps(lanes, look_up))
+        return evaluate(table, bind(x), TirOps(lanes, isa))
     if lanes > native:
         parts = [
-            evaluate(table, _part(x, start, native), TirOps(native, look_up))
-            for start in range(0, lanes, native)
+            evaluate(table, _part(x, start, native), TirOps(native, isa)) for start in range(0, lanes, native)
         ]
         return bind(tirx.Shuffle(parts, _indices(0, lanes)))
     # Fewer lanes than a register: the others compute the same values again.
@@ -39,7 +38,7 @@ def emit_table(table: Table, x, isa: InstructionSet):
         if lanes == 1
         else tirx.Shuffle([x] * (native // lanes), _indices(0, native))
     )
-    return _part(evaluate(table, bind(repeated), TirOps(native, look_up)), 0, lanes)
+    return _part(evaluate(table, bind(repeated), TirOps(native, isa)), 0, lanes)
 
 
 def _indices(start: int, count: int) -> list:
@@ -60,11 +59,12 @@ def constant_vector(values, dtype: str = "float32"):
 class TirOps:
     """The operations of ``tables.evaluate`` as TIR on vectors of ``lanes``; each result is bound to a name."""
 
-    def __init__(self, lanes: int, look_up: Callable) -> None:
+    def __init__(self, lanes: int, isa: InstructionSet) -> None:
         self.lanes = lanes
+        self.scales_by_powers = isa.name == "avx512" and lanes == 16
         self._float = with_lanes("float32", lanes)
         self._int = with_lanes("int32", lanes)
-        self._look_up = look_up
+        self._look_up = LOOK_UPS[isa.name][1]
 
     def _fence(self, x):
         # TVM's simplifier makes x of (x + magic) - magic, as if floats were exact; it does not look into calls.
@@ -97,6 +97,18 @@ class TirOps:
     def maximum(self, a, b):
         return bind(tirx.Select(a > b, a, b))
 
+    def rint(self, x):
+        """The nearest integer, ties to even: vrndscaleps."""
+        return bind(_masked_avx512("rndscale", x, tirx.const(8, "int32")))
+
+    def fraction(self, x):
+        """x - rint(x), 0 for an infinity: vreduceps."""
+        return bind(_masked_avx512("reduce", x, tirx.const(0, "int32")))
+
+    def scale(self, x, power):
+        """x * 2**power, rounded once; right for infinities and denormals: vscalefps."""
+        return bind(_masked_avx512("scalef", x, power))
+
     def absolute(self, x):
         return bind(tirx.abs(x))
 
@@ -115,8 +127,27 @@ class TirOps:
     def to_float(self, integer):
         return bind(integer.astype(self._float))
 
+    def wide(self, integer):
+        wide = bind(integer).astype(with_lanes("int64", self.lanes))
+        return bind(wide & self.wide_const(0xFFFFFFFF))
+
+    def wide_const(self, value: int):
+        return tirx.const(value, with_lanes("int64", self.lanes))
+
+    def narrow(self, wide):
+        return bind(bind(wide).astype(self._int))
+
     def lookup(self, coefficients, index):
         return [bind(value) for value in self._look_up(coefficients, bind(index), self.lanes)]
+
+
+def _masked_avx512(name: str, *arguments):
+    """An AVX-512 instruction on all 16 lanes, rounding as the machine is set."""
+    mask, rounding = tirx.const(-1, "int16"), tirx.const(4, "int32")
+    unused = tirx.const(0.0, "float32x16")
+    return tirx.call_llvm_pure_intrin(
+        "float32x16", f"llvm.x86.avx512.mask.{name}.ps.512", *arguments, unused, mask, rounding
+    )
 
 
 def _permute_avx2(coefficients, index, lanes: int):

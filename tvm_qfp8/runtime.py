@@ -58,13 +58,17 @@ class TensorInfo:
 
 
 def encode_metadata(
-    inputs: list[TensorInfo], outputs: list[str], report: Report, versions: dict[str, str], check_finite: bool
+    inputs: list[TensorInfo],
+    outputs: list[TensorInfo],
+    report: Report,
+    versions: dict[str, str],
+    check_finite: bool,
 ) -> np.ndarray:
     """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant."""
     data = {
         "format": 1,
         "inputs": [[i.name, list(i.shape), i.dtype] for i in inputs],
-        "outputs": outputs,
+        "outputs": [[o.name, list(o.shape), o.dtype] for o in outputs],
         "report": report.to_json(),
         "versions": versions,
         "check_finite": check_finite,
@@ -72,13 +76,36 @@ def encode_metadata(
     return np.frombuffer(json.dumps(data).encode(), np.uint8).copy()
 
 
+def tensor_infos(entries: list) -> list[TensorInfo]:
+    """Inputs or outputs as the metadata hold them."""
+    return [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in entries]
+
+
+METADATA_START = b'{"format": 1, "inputs": '
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of a module's file, which may be made for another machine: nothing of it is run.
+
+    Raises
+    ------
+    ModelError
+        The file holds none.
+    """
+    data = Path(path).read_bytes()
+    start = data.find(METADATA_START)
+    if start < 0:
+        raise ModelError(f"{path} was not written by tvm_qfp8: it holds no metadata")
+    text = data[start:].decode("utf-8", errors="replace")
+    return json.JSONDecoder().raw_decode(text)[0]
+
+
 class CompiledModule:
     """A model compiled by ``tvm_qfp8.compile`` or read by ``tvm_qfp8.load``.
 
     Attributes
     ----------
-    inputs : list of TensorInfo
-    outputs : list of str
+    inputs, outputs : list of TensorInfo
     report : Report
     """
 
@@ -90,8 +117,7 @@ class CompiledModule:
         target: tvm.target.Target | None = None,
     ) -> None:
         data = json.loads(metadata.tobytes().decode())
-        self.inputs = [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in data["inputs"]]
-        self.outputs: list[str] = data["outputs"]
+        self.inputs, self.outputs = tensor_infos(data["inputs"]), tensor_infos(data["outputs"])
         self.report = Report.from_json(data["report"])
         self.versions: dict[str, str] = data["versions"]
         self.check_finite: bool = data["check_finite"]

@@ -61,7 +61,7 @@ def isa(target: Target) -> str:
         The target is no CPU.
     """
     features = cpu_features(target)
-    if {"avx512f", "avx512bw"} <= features:
+    if {"avx512f", "avx512bw", "avx512dq"} <= features:
         return "avx512"
     for feature, name in (("avx2", "avx2"), ("sse2", "sse2")):
         if feature in features:

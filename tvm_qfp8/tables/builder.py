@@ -10,10 +10,12 @@ from functools import lru_cache
 import numpy as np
 
 from tvm_qfp8.errors import TableError
+from tvm_qfp8.tables.angle import PHASE_ERROR
 from tvm_qfp8.tables.cells import Curve
 from tvm_qfp8.tables.exponent import build_exp, build_log
-from tvm_qfp8.tables.functions import FUNCTIONS
+from tvm_qfp8.tables.families import find_function
 from tvm_qfp8.tables.observe import observe
+from tvm_qfp8.tables.power import build_power
 from tvm_qfp8.tables.proof import U
 from tvm_qfp8.tables.reduction import reduced_curve
 from tvm_qfp8.tables.search import cheapest, unreachable
@@ -61,11 +63,6 @@ def build_table(
         if not (domain[0] < domain[1] and math.isfinite(domain[1] - domain[0])):
             raise TableError(f"domain is {domain}; give finite (low, high) with low < high")
     if isinstance(function, str):
-        if function not in FUNCTIONS:
-            known = ", ".join(FUNCTIONS)
-            raise TableError(
-                f"function {function!r} is unknown; named ones are {known}; or pass a callable and domain"
-            )
         return _build_named(function, float(max_error), domain, relative)
     if domain is None:
         raise TableError("a table of a callable needs domain=(low, high)")
@@ -75,13 +72,19 @@ def build_table(
 
 @lru_cache(maxsize=256)
 def _build_named(name: str, max_error: float, domain: tuple[float, float] | None, relative: bool) -> Table:
-    function = FUNCTIONS[name]
+    function = find_function(name)
     if domain is not None and function.reduction != "exp":
         return _build_on_domain(name, function.reference, max_error, domain, relative or function.relative)
     if function.reduction == "exp":
         table = build_exp(function, max_error, domain)
     elif function.reduction == "log":
         table = build_log(function, max_error)
+    elif function.reduction == "power":
+        table = build_power(function, max_error)
+    elif function.reduction == "product":
+        # Every multiplication, root and division rounds once, an error in the base counts |exponent| times.
+        roundings = 4 * math.ceil(abs(function.exponent)) + 2
+        table = Table(name, "product", roundings * U, 0.0, True, scale=function.exponent)
     elif function.core is None:
         # Up to three IEEE operations, each within U of its result.
         table = Table(name, function.reduction, 4 * U, 0.0, function.relative)
@@ -97,12 +100,17 @@ def _observed(
 
 
 def _build_cells(name: str, max_error: float) -> Table:
-    function = FUNCTIONS[name]
+    function = find_function(name)
     for share in TAIL_SHARES:
         curve, hinge = reduced_curve(function, share * max_error)
         # odd only sets a sign; the others round their last addition once. The clamp at the hinge rounds, too.
         last = 0.0 if function.reduction == "odd" else 1.01 * U * (1.0 + 2.0 * hinge)
-        table = Table(name, function.reduction, 0.0, 0.0, False, hinge=hinge)
+        if function.slope != 1.0:
+            last += 2.02 * U  # the constant and the product
+        if function.reduction in ("sine", "cosine"):
+            last = PHASE_ERROR + 0.51 * math.pi * U  # the angle rounds to float32
+        slope = float(np.float32(function.slope))
+        table = Table(name, function.reduction, 0.0, 0.0, False, hinge=hinge, slope=slope)
         found = cheapest(table, curve, max_error, last)
         if found is not None:
             return found

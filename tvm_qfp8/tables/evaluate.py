@@ -10,11 +10,16 @@ reduction   result
 even        max(x, hinge) + p(|x|): GELU, SiLU, softplus
 odd         sign(x) * p(|x|): tanh, erf
 logistic    0.5 + sign(x) * p(|x|): sigmoid
-hinge       max(x, hinge) + p(clamp(x)): Mish, ELU
+hinge       slope * max(x, hinge) + p(clamp(x)): Mish, ELU, CELU, SELU
 direct      p(clamp(x)): any function on its domain
 exp         2**n * p(t - n), n = rint(t), t = x * log2(e) or, for exp2, x
+exp_flush   the same for x <= 0, but 0 where t < -126: log-softmax
+exp_square  the same times a constant, with p(r) = (r + a)**2 + b: softmax
 exp_split   2**n * p(x - n * ln 2) with ln 2 in two parts: exp at small errors
+sine        p(|g|) with the sign of g; g in [-1, 1] is the angle in quarter turns, folded (see ``angle``); cosine
 log         e * ln 2 + p(m - 1), x = m * 2**e, 1 <= m < 2, from the bits
+power       2**n * p(t - n), t = a * (e + q(m - 1)): powers with a constant exponent
+product     repeated multiplication, root and reciprocal: powers with an exponent of whole or half numbers
 ==========  ==================================================================================================
 """
 
@@ -22,22 +27,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
+from tvm_qfp8.tables.angle import cosine, sine
+from tvm_qfp8.tables.exponent_bits import exp, exp_flush, exp_split, log, power
+from tvm_qfp8.tables.polynomial import argument, interpolate, signed_argument
 
 if TYPE_CHECKING:
     from tvm_qfp8.tables.table import Table
-
-MAGIC = 12582912.0
-"""1.5 * 2**23: adding it leaves the nearest integer, ties to even, in the low bits."""
-
-SMALLEST_NORMAL = 2.0**-126
-LN2 = float(np.float32(np.log(2.0)))
-LN2_HIGH = 355.0 / 512.0
-LN2_LOW = float(np.float32(np.log(2.0) - LN2_HIGH))
-# exp on arguments inside these bounds has normal results.
-EXP_NORMAL = (-87.0, 87.0)
-# exp: n below this is applied by a second factor, so that denormal results round once.
-FIRST_FACTOR_MIN = -90.0
 
 
 def evaluate(table: Table, x, ops):
@@ -45,43 +40,13 @@ def evaluate(table: Table, x, ops):
     return REDUCTIONS[table.reduction](table, x, ops)
 
 
-def _horner(table: Table, index, variable, ops):
-    if table.cells == 1:
-        values = [ops.const(power[0]) for power in table.coefficients]
-    else:
-        values = ops.lookup(table.coefficients, index)
-    result = values[-1]
-    for value in reversed(values[:-1]):
-        result = ops.add(ops.mul(result, variable), value)
-    return result
-
-
-def _argument(table: Table, x, ops):
-    """min(high, scale * x + offset), keeping NaN."""
-    t = x if table.scale == 1.0 else ops.mul(x, ops.const(table.scale))
-    if table.offset:
-        t = ops.add(t, ops.const(table.offset))
-    return ops.minimum(ops.const(table.high), t)
-
-
-def _signed_argument(table: Table, x, ops):
-    return ops.maximum(ops.const(table.low), _argument(table, x, ops))
-
-
-def _interpolate(table: Table, t, ops):
-    magic = ops.const(table.magic)
-    shifted = ops.add(t, magic)
-    variable = ops.sub(t, ops.sub(shifted, magic)) if table.centred else t
-    return _horner(table, ops.bits(shifted), variable, ops)
-
-
 def _even(table: Table, x, ops):
-    residual = _interpolate(table, _argument(table, ops.absolute(x), ops), ops)
+    residual = interpolate(table, argument(table, ops.absolute(x), ops), ops)
     return ops.add(ops.maximum(ops.const(table.hinge), x), residual)
 
 
 def _odd(table: Table, x, ops):
-    magnitude = _interpolate(table, _argument(table, ops.absolute(x), ops), ops)
+    magnitude = interpolate(table, argument(table, ops.absolute(x), ops), ops)
     return ops.from_bits(ops.bits(magnitude) ^ (ops.bits(x) & ops.int_const(-(2**31))))
 
 
@@ -90,67 +55,15 @@ def _logistic(table: Table, x, ops):
 
 
 def _hinge(table: Table, x, ops):
-    residual = _interpolate(table, _signed_argument(table, x, ops), ops)
-    return ops.add(ops.maximum(ops.const(table.hinge), x), residual)
+    residual = interpolate(table, signed_argument(table, x, ops), ops)
+    linear = ops.maximum(ops.const(table.hinge), x)
+    if table.slope != 1.0:
+        linear = ops.mul(linear, ops.const(table.slope))
+    return ops.add(linear, residual)
 
 
 def _direct(table: Table, x, ops):
-    return _interpolate(table, _signed_argument(table, x, ops), ops)
-
-
-def _clamped(table: Table, x, ops):
-    return ops.maximum(ops.const(table.low), ops.minimum(ops.const(table.high), x))
-
-
-def _times_power_of_two(table: Table, mantissa, shifted, ops):
-    """mantissa * 2**n for the n in the low bits of ``shifted``."""
-    if table.low >= EXP_NORMAL[0] and table.high <= EXP_NORMAL[1]:
-        factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
-        return ops.mul(mantissa, ops.from_bits(factor))
-    # 2**(n1 - 2) * 2**(n - n1 + 2): only the last product can round (to a denormal) or overflow.
-    first = ops.maximum(ops.const(MAGIC + FIRST_FACTOR_MIN), shifted)
-    rest = ops.bits(shifted) - ops.bits(first)
-    first_factor = (ops.bits(first) << ops.int_const(23)) + ops.int_const(125 << 23)
-    rest_factor = (rest << ops.int_const(23)) + ops.int_const(129 << 23)
-    return ops.mul(ops.mul(mantissa, ops.from_bits(first_factor)), ops.from_bits(rest_factor))
-
-
-def _exp(table: Table, x, ops):
-    t = _clamped(table, x, ops)
-    if table.scale != 1.0:
-        t = ops.mul(t, ops.const(table.scale))
-    magic = ops.const(MAGIC)
-    shifted = ops.add(t, magic)
-    mantissa = _horner(table, None, ops.sub(t, ops.sub(shifted, magic)), ops)
-    return _times_power_of_two(table, mantissa, shifted, ops)
-
-
-def _exp_split(table: Table, x, ops):
-    clamped = _clamped(table, x, ops)
-    magic = ops.const(MAGIC)
-    shifted = ops.add(ops.mul(clamped, ops.const(table.scale)), magic)
-    n = ops.sub(shifted, magic)
-    # Cody and Waite: n * LN2_HIGH and the first difference are exact.
-    rest = ops.sub(clamped, ops.mul(n, ops.const(LN2_HIGH)))
-    rest = ops.sub(rest, ops.mul(n, ops.const(LN2_LOW)))
-    return _times_power_of_two(table, _horner(table, None, rest, ops), shifted, ops)
-
-
-def _log(table: Table, x, ops):
-    denormal = ops.less(x, ops.const(SMALLEST_NORMAL))
-    bits = ops.bits(ops.select(denormal, ops.mul(x, ops.const(2.0**23)), x))
-    bias = ops.select(denormal, ops.const(-150.0), ops.const(-127.0))
-    exponent = ops.add(ops.to_float(bits >> ops.int_const(23)), bias)
-    mantissa = ops.from_bits((bits & ops.int_const(0x007FFFFF)) | ops.int_const(127 << 23))
-    cell_bits = table.cells.bit_length() - 1
-    index = bits >> ops.int_const(23 - cell_bits)
-    fraction = _horner(table, index, ops.sub(mantissa, ops.const(1.0)), ops)
-    result = ops.add(ops.mul(exponent, ops.const(LN2)), fraction)
-    # +inf and NaN give themselves, 0 gives -inf, less gives NaN.
-    result = ops.select(ops.less(x, ops.const(np.inf)), result, x)
-    zero = ops.const(0.0)
-    below = ops.select(ops.less(x, zero), ops.const(np.nan), ops.const(-np.inf))
-    return ops.select(ops.less(x, ops.const(2.0**-149)), below, result)
+    return interpolate(table, signed_argument(table, x, ops), ops)
 
 
 def _reciprocal(_table: Table, x, ops):
@@ -175,15 +88,35 @@ def _hardswish(table: Table, x, ops):
     return ops.mul(ops.maximum(ops.const(-3.0), x), _hardsigmoid(table, x, ops))
 
 
+def _product(table: Table, x, ops):
+    exponent = table.scale
+    base = ops.divide(ops.const(1.0), x) if exponent < 0 else x
+    result = ops.sqrt(base) if exponent % 1 else None
+    count = int(abs(exponent))
+    while count:
+        if count % 2:
+            result = base if result is None else ops.mul(result, base)
+        count //= 2
+        if count:
+            base = ops.mul(base, base)
+    return result
+
+
 REDUCTIONS = {
     "even": _even,
     "odd": _odd,
     "logistic": _logistic,
     "hinge": _hinge,
     "direct": _direct,
-    "exp": _exp,
-    "exp_split": _exp_split,
-    "log": _log,
+    "exp": exp,
+    "exp_flush": exp_flush,
+    "exp_square": exp_flush,
+    "exp_split": exp_split,
+    "log": log,
+    "power": power,
+    "product": _product,
+    "sine": sine,
+    "cosine": cosine,
     "reciprocal": _reciprocal,
     "sqrt": _sqrt,
     "rsqrt": _rsqrt,

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from tvm_qfp8.tables.cells import Curve, Placement, fit_cells
-from tvm_qfp8.tables.evaluate import LN2_LOW
+from tvm_qfp8.tables.exponent_bits import LN2_LOW
 from tvm_qfp8.tables.functions import Function
 from tvm_qfp8.tables.proof import U
 from tvm_qfp8.tables.search import CELLS, DEGREES, Form, as_tuples, unreachable
@@ -29,7 +29,7 @@ def build_exp(function: Function, max_error: float, domain: tuple[float, float] 
     if domain is not None:
         low, high = max(low, domain[0]), min(high, domain[1])
     reach = min(max(abs(low), abs(high)) * log2_base, EXP_REACH)
-    choices = [("exp", *_plain(function, reach, scale, log2_base))]
+    choices = [("exp", *plain_curve(function, reach, scale, log2_base))]
     if scale != 1.0:
         choices.append(("exp_split", *_split(reach)))
     for (reduction, curve, argument_error), degree in itertools.product(choices, EXP_DEGREES):
@@ -52,7 +52,7 @@ def build_exp(function: Function, max_error: float, domain: tuple[float, float] 
     raise unreachable(function.name, max_error)
 
 
-def _plain(function: Function, reach: float, scale: float, log2_base: float) -> tuple[Curve, float]:
+def plain_curve(function: Function, reach: float, scale: float, log2_base: float) -> tuple[Curve, float]:
     """2**(t - n). The error is ln 2 times that of t, by its product and by the constant."""
     curve = Curve(np.exp2, function.curvature, -0.5, 0.5, ((0.0, 1.0),), norm="relative")
     if scale == 1.0:

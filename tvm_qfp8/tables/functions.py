@@ -46,6 +46,12 @@ class Function:
     pins: tuple[float, ...] = (0.0,)
     """Reduced arguments at which the table is exact."""
     relative: bool = False
+    slope: float = 1.0
+    """Of f where x is large (reduction hinge)."""
+    stretch: float = 1.0
+    """The argument's unit: how wide the bend is."""
+    exponent: float = 0.0
+    """Of a power."""
 
 
 def _residual_gelu(a):
@@ -72,10 +78,6 @@ def _mish(x):
     return np.where(x > 40.0, x, np.where(x < -700.0, 0.0, value))
 
 
-def _elu(x):
-    return np.where(x > 0.0, x, np.expm1(np.minimum(x, 0.0)))
-
-
 def _with_residual(core):
     return lambda x: np.maximum(x, 0.0) + core(np.minimum(np.abs(x), 1e4))
 
@@ -92,6 +94,35 @@ def _sigmoid(x):
     return np.where(x < 0, np.exp(np.minimum(x, 0.0)), 1.0) / (1.0 + np.exp(-np.abs(x)))
 
 
+def _sine_of_quarters(c):
+    return np.sin(0.5 * np.pi * c)
+
+
+# Klambauer et al., Self-Normalizing Neural Networks, 2017.
+SELU_ALPHA = 1.6732632423543772
+SELU_SLOPE = 1.0507009873554805
+
+
+def exponential_unit(name: str, alpha: float = 1.0, stretch: float = 1.0, slope: float = 1.0) -> Function:
+    """slope * x above 0, alpha * (exp(x / stretch) - 1) below: ELU, CELU, SELU."""
+
+    def core(x):
+        return alpha * np.expm1(np.minimum(x, 0.0) / stretch)
+
+    return Function(
+        name,
+        "hinge",
+        lambda x: slope * np.maximum(x, 0.0) + core(x),
+        core,
+        abs(alpha) / stretch**2,
+        low=None,
+        high=0.0,
+        low_limit=-alpha,
+        slope=slope,
+        stretch=stretch,
+    )
+
+
 _FUNCTIONS = (
     Function("gelu", "even", _with_residual(_residual_gelu), _residual_gelu, 0.8),
     Function("gelu_tanh", "even", _with_residual(_residual_gelu_tanh), _residual_gelu_tanh, 1.2),
@@ -101,9 +132,11 @@ _FUNCTIONS = (
     Function("erf", "odd", erf, erf, 0.98, high_limit=1.0),
     Function("sigmoid", "logistic", _sigmoid, lambda a: 0.5 * np.tanh(0.5 * a), 0.1, high_limit=0.5),
     Function("mish", "hinge", _mish, _mish, 1.2, low=None, high_limit=None),
-    Function(
-        "elu", "hinge", _elu, lambda x: np.expm1(np.minimum(x, 0.0)), 1.0, low=None, high=0.0, low_limit=-1.0
-    ),
+    exponential_unit("elu"),
+    exponential_unit("selu", SELU_SLOPE * SELU_ALPHA, slope=SELU_SLOPE),
+    exponential_unit("celu"),
+    Function("sin", "sine", np.sin, _sine_of_quarters, 2.5, high=1.0, pins=(0.0, 1.0)),
+    Function("cos", "cosine", np.cos, _sine_of_quarters, 2.5, high=1.0, pins=(0.0, 1.0)),
     Function("exp", "exp", np.exp, np.exp2, 0.7, low=-0.5, high=0.5, pins=(0.0,), relative=True),
     Function("exp2", "exp", np.exp2, np.exp2, 0.7, low=-0.5, high=0.5, pins=(0.0,), relative=True),
     Function("log", "log", np.log, np.log1p, 1.0, low=0.0, high=1.0, pins=(0.0,)),
@@ -115,4 +148,4 @@ _FUNCTIONS = (
 )
 
 FUNCTIONS: dict[str, Function] = {function.name: function for function in _FUNCTIONS}
-"""All named functions."""
+"""All named functions without parameters; ``families`` has those with one."""

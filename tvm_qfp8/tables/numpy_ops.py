@@ -8,6 +8,9 @@ import numpy as np
 class NumpyOps:
     """float32 in, float32 out; integers are int32 and wrap."""
 
+    scales_by_powers = False
+    """Has ``rint``, ``fraction`` and ``scale``, instructions for exponentials."""
+
     def const(self, value: float):
         return np.float32(value)
 
@@ -49,6 +52,17 @@ class NumpyOps:
 
     def to_float(self, integer):
         return integer.astype(np.float32)
+
+    def wide(self, integer):
+        """int32, taken as unsigned, to int64."""
+        return integer.astype(np.int64) & np.int64(0xFFFFFFFF)
+
+    def wide_const(self, value: int):
+        return np.int64(value)
+
+    def narrow(self, wide):
+        """The low 32 bits of int64 as int32."""
+        return wide.astype(np.int32)
 
     def int_const(self, value: int):
         return np.int32(value)

@@ -23,7 +23,7 @@ def reduced_curve(function: Function, tail: float) -> tuple[Curve, float]:
         limit = function.high_limit
         high = _cut(lambda c: np.abs(core(c) - (c if limit is None else limit)), tail)
     if low is None:
-        low = -_cut(lambda c: np.abs(core(-c) - function.low_limit), tail)
+        low = -_cut(lambda c: np.abs(core(-c) - function.low_limit), tail, function.stretch)
     hinge = high if function.reduction == "hinge" else 0.0
     high_value = 0.0 if function.high_limit is None else function.high_limit
     curve = Curve(
@@ -39,12 +39,12 @@ def reduced_curve(function: Function, tail: float) -> tuple[Curve, float]:
     return curve, hinge
 
 
-def _cut(tail: Callable[[np.ndarray], np.ndarray], budget: float) -> float:
+def _cut(tail: Callable[[np.ndarray], np.ndarray], budget: float, stretch: float = 1.0) -> float:
     """The least c, a float32, from which ``tail``, decreasing from its last maximum on, stays within ``budget``."""
-    grid = np.linspace(0.0, FAR, GRID + 1)
+    grid = np.linspace(0.0, FAR * stretch, GRID + 1)
     above = np.flatnonzero(tail(grid) > budget)
     outside = grid[above[-1]] if len(above) else 0.0
-    inside = outside + FAR / GRID
+    inside = outside + FAR * stretch / GRID
     for _ in range(50):
         middle = (inside + outside) / 2
         if tail(np.asarray(middle)) <= budget:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tvm_qfp8.errors import TableError
 from tvm_qfp8.tables.cells import Curve, fit_cells, place
-from tvm_qfp8.tables.evaluate import MAGIC
+from tvm_qfp8.tables.polynomial import MAGIC
 from tvm_qfp8.tables.table import Table
 
 CELLS = (8, 16, 32)

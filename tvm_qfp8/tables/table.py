@@ -37,7 +37,10 @@ class Table:
     centred: bool = False
     """The polynomials' variable is the distance to the cell's centre; else ``t`` itself, one operation cheaper."""
     hinge: float = 0.0
-    """``max(x, hinge)`` is added to the polynomial (reductions even and hinge)."""
+    """``slope * max(x, hinge)`` is added to the polynomial (reductions even and hinge)."""
+    slope: float = 1.0
+    inner: Table | None = None
+    """The table of log2 on one binade (reduction power)."""
 
     @property
     def cells(self) -> int:
