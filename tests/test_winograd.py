@@ -189,6 +189,17 @@ def test_filters_are_made_once_by_machines_that_start_together():
     assert len(results) == 4 and all(np.array_equal(result, expected) for result in results)
 
 
+def test_modules_of_one_process_do_not_share_memory():
+    cases = [case(conv_shape(height=height)) for height in (8, 9)]
+    machines = [
+        relax.VirtualMachine(build(module, "native", memory=StaticMemory()), tvm.cpu())
+        for module, *_ in cases
+    ]
+    for _ in range(2):
+        for machine, (_, x, expected) in zip(machines, cases, strict=True):
+            assert np.array_equal(machine["main"](tvm.runtime.tensor(x)).numpy(), expected)
+
+
 def network(channels: int = 64) -> tvm.IRModule:
     """Two equal 3x3 convolutions with different weights."""
     rng = np.random.default_rng(0)
