@@ -16,9 +16,10 @@ from tvm_qfp8.relay_passes.operands import Operands, storage_dtype
 from tvm_qfp8.relay_passes.row_kernels import ROW_ANCHORS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, vector_runs
+from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
+from tvm_qfp8.topi.static_memory import StaticMemory
 
 MIN_PARALLEL_ELEMENTS = 65_536
-ANCHORS = {**LINEAR_ANCHORS, **ROW_ANCHORS}
 
 
 @dataclass
@@ -32,16 +33,27 @@ class Kernel:
     function: Callable[[], tirx.PrimFunc]
 
 
-def write_kernel(group: Group, isa: InstructionSet, threads: int, max_error: float) -> Kernel:
+def write_kernel(
+    group: Group,
+    isa: InstructionSet,
+    threads: int,
+    max_error: float,
+    choose: ScheduleChooser = default_schedule,
+    memory: StaticMemory | None = None,
+) -> Kernel:
     """The kernel of ``group`` for one instruction set and number of threads.
 
-    ``max_error`` bounds the error of a softmax; interpolated functions carry their own.
+    ``max_error`` bounds the error of a softmax; interpolated functions carry their own. ``choose`` picks the
+    schedules of linear layers; ``memory`` is what kernels may keep between calls.
     """
     anchor_var, anchor = group.members[0]
     name = op_name(anchor)
-    operands = Operands()
-    if name in ANCHORS:
-        body, shape_key = ANCHORS[name](anchor, isa, threads, operands, max_error)
+    operands = Operands(memory)
+    if name in LINEAR_ANCHORS or name in ROW_ANCHORS:
+        if name in LINEAR_ANCHORS:
+            body, shape_key = LINEAR_ANCHORS[name](anchor, isa, threads, operands, choose)
+        else:
+            body, shape_key = ROW_ANCHORS[name](anchor, isa, threads, operands, max_error)
         epilogue = Epilogue(group, isa, operands, skip=1)
         start = anchor_var
     else:

@@ -15,10 +15,20 @@ from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise
 from tvm_qfp8.topi.float_contract import add, bind, dtype_of, lanes_of, mul, to_float
 from tvm_qfp8.topi.float_linear import FloatConvShape, emit_float_conv2d, pack_float_weights
 from tvm_qfp8.topi.float_matmul import emit_float_batch_matmul
-from tvm_qfp8.topi.gemm import GemmShape, emit_gemm, gemm_tile
+from tvm_qfp8.topi.gemm import GemmShape, emit_gemm
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pack_panels, pad_channels
 from tvm_qfp8.topi.prim_func import load
+from tvm_qfp8.topi.schedules import (
+    BatchMatmulSchedule,
+    ConvSchedule,
+    DepthwiseSchedule,
+    GemmSchedule,
+    ScheduleChooser,
+)
+from tvm_qfp8.topi.static_memory import Filler
+from tvm_qfp8.topi.winograd import emit_winograd, filter_function
+from tvm_qfp8.topi.winograd_plan import WinogradPlan, pack_winograd_weights, plan_winograd, winograd_is_faster
 
 
 def _scaled(a, bias, finish: Callable) -> Callable:
@@ -34,7 +44,7 @@ def _scaled(a, bias, finish: Callable) -> Callable:
     return epilogue
 
 
-def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
     x, weight, a, bias = call.args
     rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
     columns, depth = shape_of(weight)
@@ -45,14 +55,15 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_er
             call, one_row, array_of(weight).reshape(columns, 1, 1, depth), isa, threads, operands
         )
     shape = GemmShape(rows, columns, depth, activation, layout)
-    _, vectors = gemm_tile(isa, rows, columns)
+    schedule = choose(GemmSchedule, isa, shape, threads)
     operands.tensor(x)
-    operands.constant(pack_panels(array_of(weight), vectors * isa.lanes, isa.pair))
+    operands.constant(pack_panels(array_of(weight), schedule.vectors * isa.lanes, isa.pair))
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
 
     def body(inputs, finish) -> None:
-        emit_gemm(isa, shape, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
+        epilogue = _scaled(inputs[2], inputs[3], finish)
+        emit_gemm(isa, shape, inputs[0], inputs[1], epilogue, threads, schedule)
 
     return body, shape
 
@@ -60,9 +71,12 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_er
 def conv_shape(call) -> ConvShape:
     """The static description of a ``qfp8.conv2d`` call."""
     x, weight = call.args[:2]
-    batch, height, width, channels = shape_of(x)
     out_channels, kernel_h, kernel_w, _ = shape_of(weight)
     attrs = call.attrs
+    channels_first = bool(attrs["channels_first"])
+    batch, height, width, channels = shape_of(x)
+    if channels_first:
+        batch, channels, height, width = shape_of(x)
 
     def pair(name: str) -> tuple[int, int]:
         return int(attrs[name][0]), int(attrs[name][1])
@@ -82,6 +96,7 @@ def conv_shape(call) -> ConvShape:
         activation=layout_of(x),
         weight=layout_of(weight),
         input_dilation=pair("input_dilation"),
+        channels_first=channels_first,
     )
 
 
@@ -101,35 +116,67 @@ def _float_linear(
     return body, shape
 
 
-def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
     shape = conv_shape(call)
     x, weight, a, bias = call.args
     codes = array_of(weight)
     if shape.activation is None:
         return _float_linear(call, shape, codes, isa, threads, operands)
     operands.tensor(x)
+    if operands.memory is not None:
+        plan = plan_winograd(shape, codes)
+        if plan is not None and winograd_is_faster(plan):
+            return _winograd(call, plan, isa, threads, operands)
     if shape.is_pointwise:
         rows = shape.batch * shape.height * shape.width
         dense = GemmShape(rows, shape.out_channels, shape.channels, *shape.layouts())
-        _, vectors = gemm_tile(isa, rows, shape.out_channels)
-        packed = pack_panels(codes.reshape(shape.out_channels, -1), vectors * isa.lanes, isa.pair)
+        schedule = choose(GemmSchedule, isa, dense, threads)
+        packed = pack_panels(codes.reshape(shape.out_channels, -1), schedule.vectors * isa.lanes, isa.pair)
         emit: Callable = emit_gemm
         described: GemmShape | ConvShape = dense
     elif is_depthwise(isa, shape):
-        packed, emit, described = pack_depthwise_weights(isa, shape, codes), emit_depthwise, shape
+        schedule = choose(DepthwiseSchedule, isa, shape, threads)
+        packed = pack_depthwise_weights(isa, shape, codes, schedule)
+        emit, described = emit_depthwise, shape
     else:
-        packed, emit, described = pack_conv_weights(isa, shape, codes), emit_conv2d, shape
+        schedule = choose(ConvSchedule, isa, shape, threads)
+        packed, emit, described = pack_conv_weights(isa, shape, codes, schedule), emit_conv2d, shape
     operands.constant(packed)
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
 
     def body(inputs, finish) -> None:
-        emit(isa, described, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
+        epilogue = _scaled(inputs[2], inputs[3], finish)
+        emit(isa, described, inputs[0], inputs[1], epilogue, threads, schedule)
 
     return body, described
 
 
-def _batch_matmul(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, operands: Operands) -> Emitter:
+    """A 3x3 convolution whose transformed filters stay in memory."""
+    memory = operands.memory
+    assert memory is not None
+    _, weight, a, bias = call.args
+    codes = pack_winograd_weights(isa, plan, array_of(weight))
+    offset = np.array([memory.reserve(plan.filter_values(isa))], np.int64)
+    memory.fillers.append(Filler(repr(plan), lambda: filter_function(isa, plan, codes), (codes, offset)))
+    operands.constant(codes)
+    operands.constant(pad_channels(array_of(a)))
+    operands.constant(pad_channels(array_of(bias)))
+    offset_at = operands.constant(offset)
+
+    def body(inputs, finish) -> None:
+        x, packed, scale, shift = inputs[:4]
+        emit_winograd(
+            isa, plan, x, packed, load(inputs[offset_at], 0, 1), _scaled(scale, shift, finish), threads
+        )
+
+    return body, plan
+
+
+def _batch_matmul(
+    call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser
+) -> Emitter:
     x, y = call.args
     x_shape, y_shape = shape_of(x), shape_of(y)
     transpose = bool(call.attrs["transpose_y"])
@@ -152,8 +199,11 @@ def _batch_matmul(call, isa: InstructionSet, threads: int, operands: Operands, _
             factor = tirx.Broadcast(load(scalars, scale, 1), isa.lanes)
             finish(bind(mul(total, factor)), row, column, isa.lanes, valid)
 
-        emit = emit_float_batch_matmul if shape.x is None else emit_batch_matmul
-        emit(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads)
+        if shape.x is None:
+            emit_float_batch_matmul(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads)
+        else:
+            schedule = choose(BatchMatmulSchedule, isa, shape, threads)
+            emit_batch_matmul(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads, schedule)
 
     return body, shape
 

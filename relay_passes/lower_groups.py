@@ -22,22 +22,37 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_qfp8.relay_passes.fuse import Group, Single, partition
+from tvm_qfp8.relay_passes.fuse import Group, Single, op_name, partition, shape_of, static_shape
 from tvm_qfp8.relay_passes.kernels import write_kernel
 from tvm_qfp8.relay_passes.operands import storage_dtype
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
+from tvm_qfp8.topi.concat import concat_prim_func
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.prim_func import TensorSpec
+from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
+from tvm_qfp8.topi.static_memory import FUNCTION, StaticMemory
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerGroups")
 class LowerGroups:
     """Write the kernels of a quantized module for one instruction set."""
 
-    def __init__(self, isa: InstructionSet, threads: int, max_error: float = 1e-3) -> None:
+    def __init__(
+        self,
+        isa: InstructionSet,
+        threads: int,
+        max_error: float = 1e-3,
+        choose: ScheduleChooser = default_schedule,
+        memory: StaticMemory | None = None,
+    ) -> None:
         self.isa, self.threads, self.max_error = isa, threads, max_error
+        self.choose, self.memory = choose, memory
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return _Rewriter(mod, self.isa, self.threads, self.max_error).rewrite()
+        mod = _Rewriter(mod, self).rewrite()
+        if self.memory is not None and self.memory.fillers:
+            mod[FUNCTION] = self.memory.function()
+        return mod
 
 
 def _results(function: relax.Function) -> set[relax.Var]:
@@ -48,10 +63,16 @@ def _results(function: relax.Function) -> set[relax.Var]:
     return found
 
 
+def _is_plain_concat(step: Single) -> bool:
+    """A concatenation of static tensors whose elements have whole bytes."""
+    whole_bytes = str(getattr(step.var.ty, "dtype", "bool")) != "bool"
+    return op_name(step.value) == "relax.concat" and static_shape(step.var) is not None and whole_bytes
+
+
 class _Rewriter(MainRewriter):
-    def __init__(self, mod: tvm.IRModule, isa: InstructionSet, threads: int, max_error: float) -> None:
+    def __init__(self, mod: tvm.IRModule, options: LowerGroups) -> None:
         super().__init__(mod)
-        self.isa, self.threads, self.max_error = isa, threads, max_error
+        self.options = options
         self._written: dict[str, relax.GlobalVar] = {}
 
     def parameter(self, old: relax.Var) -> relax.Var:
@@ -63,17 +84,36 @@ class _Rewriter(MainRewriter):
             for step in partition(block, results):
                 self.step(step)
 
+    def concat(self, var: relax.Var, value: relax.Call) -> None:
+        parts = [self.expression(part) for part in value.args[0].fields]
+        specs = [TensorSpec(shape_of(part), storage_dtype(str(part.ty.dtype))) for part in parts]
+        axis = int(value.attrs.axis) % len(specs[0].shape)
+        key = repr(("concat", specs, axis))
+        if key not in self._written:
+            function = concat_prim_func(self.options.isa, specs, axis).without_attr("global_symbol")
+            self._written[key] = self.builder.add_func(function, "concat")
+        result = relax.TensorType(shape_of(var), specs[0].dtype)
+        call = relax.call_tir(self._written[key], parts, result)
+        self.variables[var] = self.builder.emit(call, var.name)
+
     def step(self, step: Group | Single) -> None:
         if isinstance(step, Single):
-            self.keep(step.var, step.value)
+            if _is_plain_concat(step):
+                self.concat(step.var, step.value)
+            else:
+                self.keep(step.var, step.value)
             return
-        kernel = write_kernel(step, self.isa, self.threads, self.max_error)
+        options = self.options
+        kernel = write_kernel(
+            step, options.isa, options.threads, options.max_error, options.choose, options.memory
+        )
         if kernel.key not in self._written:
             # Private: the builder makes the name unique.
             function = kernel.function().without_attr("global_symbol")
             self._written[kernel.key] = self.builder.add_func(function, kernel.name)
         arguments = [
-            relax.const(a) if isinstance(a, np.ndarray) else self.expression(a) for a in kernel.arguments
+            relax.const(a, str(a.dtype)) if isinstance(a, np.ndarray) else self.expression(a)
+            for a in kernel.arguments
         ]
         types = [relax.TensorType(spec.shape, spec.dtype) for spec in kernel.outputs]
         result = self.builder.emit(

@@ -12,6 +12,7 @@ from tvm_qfp8 import dtype
 from tvm_qfp8.format import Layout
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.topi.prim_func import TensorSpec
+from tvm_qfp8.topi.static_memory import StaticMemory
 
 Emitter = tuple[Callable[..., None], Any]
 """``body(inputs, finish)``, which emits a kernel's loops, and a description that tells equal kernels."""
@@ -36,9 +37,10 @@ def array_of(constant: relax.Expr) -> np.ndarray:
 
 class Operands:
     """Collects the tensors a kernel reads. ``scalars`` go to one small float32 argument, so that kernels that
-    differ only in scales are written once."""
+    differ only in scales are written once. ``memory`` is what kernels may keep between calls, None for nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: StaticMemory | None = None) -> None:
+        self.memory = memory
         self.arguments: list[relax.Expr | np.ndarray] = []
         self.specs: list[TensorSpec] = []
         self.scalars: list[float] = []

@@ -19,6 +19,7 @@ from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.recognize import Recognize
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
+from tvm_qfp8.relay_passes.sink_reshapes import SinkReshapes
 
 
 def prepare_passes() -> list:
@@ -37,6 +38,8 @@ def prepare_passes() -> list:
         RecognizeSoftmax(),
         # -- channels last, without transpositions that cancel
         ChooseLayout(),
+        # -- reshapes that files hold around dense layers, out of the way of fusion
+        SinkReshapes(),
         SimplifyViews(),
         # -- scales and shifts of channels, BatchNorm above all, into the linear layer before them
         FoldBatchnorm(),

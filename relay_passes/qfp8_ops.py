@@ -43,7 +43,9 @@ def _matmul_type(call, _builder):
 
 
 def _conv2d_type(call, _builder):
-    batch, height, width, _ = (int(extent) for extent in call.args[0].ty.shape)
+    batch, height, width, channels = (int(extent) for extent in call.args[0].ty.shape)
+    if bool(call.attrs["channels_first"]):
+        height, width = width, channels
     out_channels, kernel_h, kernel_w, _ = (int(extent) for extent in call.args[1].ty.shape)
     top, left, bottom, right = (int(p) for p in call.attrs["padding"])
     strides = [int(s) for s in call.attrs["strides"]]
@@ -105,9 +107,22 @@ def matmul(x, weight, a, bias) -> relax.Call:
 
 
 def conv2d(
-    x, weight, a, bias, *, strides, padding, dilation, groups: int, input_dilation=(1, 1)
+    x,
+    weight,
+    a,
+    bias,
+    *,
+    strides,
+    padding,
+    dilation,
+    groups: int,
+    input_dilation=(1, 1),
+    channels_first: bool = False,
 ) -> relax.Call:
-    """NHWC convolution by OHWI weights; ``input_dilation`` puts zeros between pixels (transposed convolution)."""
+    """NHWC convolution by OHWI weights; ``input_dilation`` puts zeros between pixels (transposed convolution).
+
+    ``channels_first``: ``x`` is NCHW, as images enter a network; the result is NHWC.
+    """
     return _call(
         "conv2d",
         [x, weight, a, bias],
@@ -116,6 +131,7 @@ def conv2d(
         dilation=list(dilation),
         groups=int(groups),
         input_dilation=list(input_dilation),
+        channels_first=channels_first,
     )
 
 

@@ -33,6 +33,9 @@ from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
+MAX_IMAGE_CHANNELS = 4
+"""Up to so many channels a convolution reads NCHW itself."""
+
 MOVES_DATA = (
     "relax.reshape",
     "relax.permute_dims",
@@ -175,8 +178,11 @@ class _Rewriter(MainRewriter):
             a = a * np.float32(quantization.activation_scale)
             if quantization.bias_correction is not None:
                 bias = (bias - quantization.bias_correction).astype(np.float32)
-            x = self._encode(x, quantization.activation_layout, float(quantization.activation_scale))
+            image = self._image(value)
+            source = x if image is None else image
+            x = self._encode(source, quantization.activation_layout, float(quantization.activation_scale))
         else:
+            image = None
             x = self.expression(x)
         weights = np.ascontiguousarray(weights)
         weight = relax.const(weights) if layout is None else codes_constant(weights, layout)
@@ -184,13 +190,23 @@ class _Rewriter(MainRewriter):
         if operator == "relax.matmul":
             result = self.builder.emit(qfp8_ops.matmul(x, *constants), target.name)
         elif operator == "relax.nn.conv2d":
-            result = self.builder.emit(
-                qfp8_ops.conv2d(x, *constants, **_conv2d_attributes(value)), target.name
-            )
+            attributes = _conv2d_attributes(value)
+            call = qfp8_ops.conv2d(x, *constants, **attributes, channels_first=image is not None)
+            result = self.builder.emit(call, target.name)
         else:
             result = self._transposed(x, constants, value, target)
         self.variables[target] = result
         self._done.add(target)
+
+    def _image(self, value: relax.Call) -> relax.Var | None:
+        """The NCHW tensor of few channels whose transposition a convolution reads."""
+        x: Any = value.args[0]
+        made: Any = self.definition.get(x) if isinstance(x, relax.Var) else None
+        if op_name(value) != "relax.nn.conv2d" or op_name(made) != "relax.permute_dims":
+            return None
+        to_nhwc = made.attrs.axes is not None and [int(axis) for axis in made.attrs.axes] == [0, 2, 3, 1]
+        few = shape_of(x)[-1] <= MAX_IMAGE_CHANNELS and int(value.attrs.groups) == 1
+        return made.args[0] if to_nhwc and few and isinstance(made.args[0], relax.Var) else None
 
     def _transposed(self, x, constants: list, value: relax.Call, target: relax.Var) -> relax.Var:
         """A transposed convolution: a convolution over zeros between the pixels, in NHWC whatever the file has."""
@@ -229,7 +245,11 @@ class _Rewriter(MainRewriter):
         key = (expr, layout, scale)
         if key not in self._encoded:
             value: Any = self.definition.get(expr) if isinstance(expr, relax.Var) else None
-            if op_name(value) in MOVES_DATA:
+            if op_name(value) == "relax.concat" and self.uses[expr] == 1:
+                # Codes are joined instead: the encodes fuse with what makes the parts.
+                parts = [self._encode(part, layout, scale) for part in value.args[0].fields]
+                moved = relax.Call(value.op, [relax.Tuple(parts)], value.attrs)
+            elif op_name(value) in MOVES_DATA:
                 source = self._encode(value.args[0], layout, scale)
                 moved = relax.Call(value.op, [source, *map(self.expression, value.args[1:])], value.attrs)
             else:

@@ -12,6 +12,7 @@ from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
 from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_of
 from tvm_qfp8.topi.isa import instruction_set
+from tvm_qfp8.topi.static_memory import StaticMemory
 
 TARGETS = {"sse2": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 """A target for each instruction set of x86."""
@@ -38,11 +39,11 @@ def program(inputs, emit):
     return builder.get()
 
 
-def build(mod, target: str, threads: int = 1):
+def build(mod, target: str, threads: int = 1, memory: StaticMemory | None = None):
     """Write the kernels for a target and compile."""
     parsed = parse_target(target)
     with parsed:
-        mod = LowerGroups(instruction_set(isa_of(parsed), cpu_features(parsed)), threads)(mod)
+        mod = LowerGroups(instruction_set(isa_of(parsed), cpu_features(parsed)), threads, memory=memory)(mod)
         mod = ScheduleRest(threads)(relax.transform.LegalizeOps()(mod))
         return tvm.compile(mod, target=parsed)
 

@@ -22,7 +22,7 @@ class StandIn:
     """A compiled module that adds one to its input."""
 
     inputs = [SimpleNamespace(name="x", shape=(2, 3), dtype="float32")]
-    outputs = ["y"]
+    outputs = [SimpleNamespace(name="y")]
     report = Report(target="native", layers=[LayerReport("lv0", "matmul", "QFP8")], notes=["a note"])
 
     def run(self, inputs):

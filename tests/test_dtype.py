@@ -168,8 +168,9 @@ def test_bound_scalars_round_trip_through_fix_text():
 LOWERED = RELAX.replace("custom[qfp8_e2m5]8", "uint8").replace(
     'T.Cast("float32", A[vi, vj])',
     'T.Cast("float32", ('
-    'T.max(T.max(T.Cast("int32", A[vi, vj]) & 127, ((T.Cast("int32", A[vi, vj]) & 127) - 32) << 1),'
-    ' ((T.Cast("int32", A[vi, vj]) & 127) - 64) << 2)'
+    '(T.Cast("int32", A[vi, vj]) & 127) + T.max((T.Cast("int32", A[vi, vj]) & 127) - 64, 0)'
+    ' + T.max((T.Cast("int32", A[vi, vj]) & 127) - 96, 0)'
+    ' + T.max((T.Cast("int32", A[vi, vj]) & 127) - 96, 0)'
     ' ^ (0 - (T.Cast("int32", A[vi, vj]) >> 7))) - (0 - (T.Cast("int32", A[vi, vj]) >> 7)))',
 )
 

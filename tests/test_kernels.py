@@ -192,3 +192,82 @@ def test_threads_give_the_same_bits(target):
             reference.matmul(x, weight, get_layout("E3M4"), get_layout("E2M5")), a, bias
         ),
     )
+
+
+@pytest.mark.parametrize("channels, width", [(1, 9), (3, 37), (4, 16), (2, 3)])
+def test_convolution_of_an_nchw_image_is_exact(target, channels, width):
+    rng = np.random.default_rng(width)
+    x, weight = random_codes(rng, (2, channels, 8, width)), random_codes(rng, (10, 3, 3, channels))
+    shape = None
+
+    def emit(_builder, q):
+        nonlocal shape
+        call = qfp8_ops.conv2d(
+            q,
+            codes_constant(weight, "E2M5"),
+            relax.const(np.ones(10, np.float32)),
+            relax.const(np.zeros(10, np.float32)),
+            strides=(2, 2),
+            padding=(1, 1, 0, 1),
+            dilation=(1, 1),
+            groups=1,
+            channels_first=True,
+        )
+        shape = conv_shape(call)
+        return call
+
+    quantized = program([(x.shape, "UE2M6")], emit)
+    expected = reference.conv2d(x.transpose(0, 2, 3, 1), weight, shape).astype(np.float32)
+    assert np.array_equal(run(build(quantized, target), x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "layout, bounds", [("UE2M6", (0.0, 6.0)), ("UE3M5", (0.0, 1e-3)), ("E2M5", (0.0, 6.0))]
+)
+def test_a_clip_before_an_encode_gives_the_same_codes(target, layout, bounds):
+    rng = np.random.default_rng(1)
+    x = np.concatenate([rng.standard_normal(250) * 9, [0.0, -0.0, np.nan, 6.0, np.inf, -np.inf]]).astype(
+        np.float32
+    )
+    for scale in (0.02, 1.0, 60.0):
+        quantized = program(
+            [((1, 256), None)],
+            lambda b, v, scale=scale: qfp8_ops.encode(
+                b.emit(relax.op.clip(v, *bounds)), get_layout(layout), scale
+            ),
+        )
+        clipped = np.minimum(np.float32(bounds[1]), np.where(x > bounds[0], x, np.float32(bounds[0])))
+        expected = encode(clipped, np.float32(scale), layout)
+        assert np.array_equal(run(build(quantized, target), x.reshape(1, -1))[0].reshape(-1), expected)
+
+
+@pytest.mark.parametrize(
+    "axis, shapes", [(-1, [(2, 3, 5), (2, 3, 70)]), (1, [(2, 1, 9), (2, 4, 9), (2, 2, 9)])]
+)
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int64"])
+def test_concat_copies_every_element(target, axis, shapes, dtype):
+    parts = [np.random.default_rng(i).integers(0, 200, shape).astype(dtype) for i, shape in enumerate(shapes)]
+    builder = relax.BlockBuilder()
+    inputs = [relax.Var(f"x{i}", relax.TensorType(shape, dtype)) for i, shape in enumerate(shapes)]
+    with builder.function("main", inputs):
+        with builder.dataflow():
+            output = builder.emit_output(relax.op.concat(inputs, axis))
+        builder.emit_func_output(output)
+    assert np.array_equal(run(build(builder.get(), target), *parts)[0], np.concatenate(parts, axis))
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 10, 16, 23, 130])
+def test_softmax_of_any_length_and_with_masked_entries(target, length, logarithmic):
+    rng = np.random.default_rng(length)
+    x = (rng.standard_normal((4, length)) * 5).astype(np.float32)
+    x[1, 1:] = -np.inf
+    x[2, length // 2 :] -= 10000.0
+    operator = relax.op.nn.log_softmax if logarithmic else relax.op.nn.softmax
+    found = run(build(program([((4, length), None)], lambda _b, v: operator(v, -1)), target), x)[0]
+    shifted = x.astype(np.float64) - x.max(-1, keepdims=True)
+    expected = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    if logarithmic:
+        with np.errstate(divide="ignore"):
+            expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found, expected, rtol=1e-3 if logarithmic else 0, atol=1e-3)

@@ -17,10 +17,11 @@ from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.float_contract import add, to_float, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.micro_kernel import RegisterTile
+from tvm_qfp8.topi.micro_kernel import RegisterTile, reduce_steps
 from tvm_qfp8.topi.overflow import INT32_LIMIT
 from tvm_qfp8.topi.panels import decode_run, overlapped_start, round_up, zero_run
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
+from tvm_qfp8.topi.schedules import BatchMatmulSchedule
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,17 @@ class BatchMatmulShape:
 
 
 def emit_batch_matmul(
-    isa: InstructionSet, shape: BatchMatmulShape, x, y, epilogue: Callable, threads: int
+    isa: InstructionSet,
+    shape: BatchMatmulShape,
+    x,
+    y,
+    epilogue: Callable,
+    threads: int,
+    schedule: BatchMatmulSchedule,
 ) -> None:
     """Emit the loops; ``epilogue(sum float32xL, row, column, valid)`` with ``row`` counted over all batches."""
     x_layout, y_layout = shape.layouts()
-    tile_rows, vectors = isa.tile(shape.rows, shape.columns)
+    tile_rows, vectors = schedule.tile_rows, schedule.vectors
     width = vectors * isa.lanes
     depth = round_up(shape.depth, isa.pair)
     steps = depth // isa.pair
@@ -129,7 +136,8 @@ def emit_batch_matmul(
 
         def block(first_step, count: int) -> RegisterTile:
             registers = RegisterTile(isa, tile_rows, vectors)
-            with T.serial(0, count) as k:
+
+            def one_step(k) -> None:
                 step = first_step + k
                 starts = [(first_row + i) * depth + step * isa.pair for i in range(tile_rows)]
                 base = (panel * steps + step) * panel_step
@@ -138,6 +146,8 @@ def emit_batch_matmul(
                     starts,
                     lambda j: T.bind(load(panels, base + j * lanes * isa.pair, lanes * isa.pair)),
                 )
+
+            reduce_steps(count, schedule.unroll, one_step)
             return registers
 
         def add_block(first_step, count: int) -> None:

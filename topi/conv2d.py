@@ -15,9 +15,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout
-from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, SCRATCH_BYTES
+from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.micro_kernel import RegisterTile
+from tvm_qfp8.topi.micro_kernel import RegisterTile, reduce_steps
 from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
@@ -29,7 +29,8 @@ from tvm_qfp8.topi.panels import (
     round_up,
     zero_run,
 )
-from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.prim_func import load, store, vector_runs
+from tvm_qfp8.topi.schedules import ConvSchedule
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class ConvShape:
     weight: Layout | None
     input_dilation: tuple[int, int] = (1, 1)
     """Pixels are this far apart, zeros between them: a transposed convolution with these strides."""
+    channels_first: bool = False
+    """The input is ``(batch, channels, height, width)``; for few channels in one group."""
 
     def layouts(self) -> tuple[Layout, Layout]:
         """Layouts of activation and weight, where both are quantized."""
@@ -79,27 +82,31 @@ class ConvShape:
     @property
     def is_pointwise(self) -> bool:
         """A 1x1 convolution that is just a dense layer over pixels."""
-        ones = self.kernel == self.stride == self.input_dilation == (1, 1)
+        ones = self.kernel == self.stride == self.input_dilation == (1, 1) and not self.channels_first
         return ones and self.padding == (0, 0, 0, 0) and self.groups == 1
 
 
-def conv_tile(isa: InstructionSet, shape: ConvShape) -> tuple[int, int]:
-    """(pixels, vectors) of the register tile."""
-    return isa.tile(shape.out_width, shape.out_channels // shape.groups, row_length=shape.out_width)
-
-
-def pack_conv_weights(isa: InstructionSet, shape: ConvShape, codes: np.ndarray) -> np.ndarray:
+def pack_conv_weights(
+    isa: InstructionSet, shape: ConvShape, codes: np.ndarray, schedule: ConvSchedule
+) -> np.ndarray:
     """Codes OHWI ``(out_channels, kh, kw, channels / groups)`` -> panels, one set per group."""
-    _, vectors = conv_tile(isa, shape)
     padding = round_up(codes.shape[3], isa.pair) - codes.shape[3]
     padded = np.pad(codes, ((0, 0), (0, 0), (0, 0), (0, padding)))
     per_group = padded.reshape(shape.groups, codes.shape[0] // shape.groups, -1)
-    return np.stack([pack_panels(group, vectors * isa.lanes, isa.pair) for group in per_group])
+    return np.stack([pack_panels(group, schedule.vectors * isa.lanes, isa.pair) for group in per_group])
 
 
-def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Callable, threads: int) -> None:
+def emit_conv2d(
+    isa: InstructionSet,
+    shape: ConvShape,
+    x,
+    panels,
+    epilogue: Callable,
+    threads: int,
+    schedule: ConvSchedule,
+) -> None:
     """Emit the loops; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel."""
-    tile_rows, vectors = conv_tile(isa, shape)
+    tile_rows, vectors = schedule.tile_rows, schedule.vectors
     activation, weight = shape.layouts()
     kernel_h, kernel_w = shape.kernel
     stride_h, stride_w = shape.stride
@@ -116,18 +123,36 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
     macs = shape.batch * out_h * out_w * shape.out_channels * depth
     parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
     reach = dilation_h * (kernel_h - 1) + 1
-    block_h = max(1, min(out_h, (SCRATCH_BYTES // (2 * slab_row) - reach) // stride_h + 1))
-    by_rows = parallel and out_h >= 2 * threads
+    block_h = max(1, min(out_h, (schedule.scratch_bytes // (2 * slab_row) - reach) // stride_h + 1))
+    by_rows = parallel and schedule.parallel_rows
     if by_rows:
         block_h = min(block_h, -(-out_h // (2 * threads)))
     block_h, blocks = balanced_blocks(out_h, block_h)
     slab_h = (block_h - 1) * stride_h + reach
 
+    def interleave_planes(image, source_row, slab, start) -> None:
+        """One row of an NCHW image: the planes' pixels next to each other, zeros as the channels missing."""
+        planes = T.alloc_buffer((slab_channels * shape.width,), "int16", align=64)
+        for channel in range(channels):
+            source = ((image * channels + channel) * shape.height + source_row) * shape.width
+            decode_run(isa, activation, x, source, planes, channel * shape.width, shape.width)
+        zero_run(isa, planes, channels * shape.width, (slab_channels - channels) * shape.width)
+
+        def emit(offset, lanes) -> None:
+            parts = [load(planes, channel * shape.width + offset, lanes) for channel in range(slab_channels)]
+            order = [channel * lanes + lane for lane in range(lanes) for channel in range(slab_channels)]
+            pixels = tirx.Shuffle(parts, [tirx.const(place, "int32") for place in order])
+            store(slab, start + offset * slab_channels, pixels, lanes * slab_channels)
+
+        vector_runs(shape.width, isa.lanes, emit)
+
     def decode_row(image, source_row, group, slab, slab_at) -> None:
         source = ((image * shape.height + source_row) * shape.width) * shape.channels + group * channels
         left = shape.padding[1] * slab_channels
         zero_run(isa, slab, slab_at, left)
-        if shape.input_dilation[1] == 1 and shape.groups == 1 and slab_channels == channels:
+        if shape.channels_first:
+            interleave_planes(image, source_row, slab, slab_at + left)
+        elif shape.input_dilation[1] == 1 and shape.groups == 1 and slab_channels == channels:
             decode_run(isa, activation, x, source, slab, slab_at + left, shape.width * channels)
         elif shape.input_dilation[1] == 1 and shape.groups == 1:
             # Decode the row in one run, then spread the pixels to their padded length.
@@ -177,8 +202,7 @@ def emit_conv2d(isa: InstructionSet, shape: ConvShape, x, panels, epilogue: Call
 
         with T.serial(0, kernel_h) as kh:
             with T.serial(0, kernel_w) as kw:
-                with T.serial(0, slab_channels // isa.pair) as step:
-                    taps(kh, kw, step)
+                reduce_steps(slab_channels // isa.pair, schedule.unroll, lambda step: taps(kh, kw, step))
         for i in range(tile_rows):
             for j, valid in enumerate(weights.valid):
                 column = group * out_channels + weights.column(j)

@@ -17,10 +17,11 @@ from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, to_float, tree_sum, with_lanes
-from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, SCRATCH_BYTES
+from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start, pack_panels, round_up
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
+from tvm_qfp8.topi.schedules import SCRATCH_BYTES
 
 
 class LaneAccumulators:

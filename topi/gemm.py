@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.micro_kernel import RegisterTile
+from tvm_qfp8.topi.micro_kernel import RegisterTile, reduce_steps
 from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
@@ -25,15 +25,10 @@ from tvm_qfp8.topi.panels import (
     round_up,
     zero_run,
 )
-
-SCRATCH_BYTES = 384 * 1024
-"""Decoded activations of one block: they should stay in the second-level cache."""
+from tvm_qfp8.topi.schedules import GemmSchedule
 
 MIN_PARALLEL_MACS = 1_500_000
 """Below this a parallel region (about 7 us) costs more than it gives."""
-
-REGISTER_DECODE_ROWS = 6
-"""Up to so many rows weights are decoded in registers instead of through a scratch panel."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +42,26 @@ class GemmShape:
     weight: Layout
 
 
-def gemm_tile(isa: InstructionSet, rows: int, columns: int) -> tuple[int, int]:
-    """(rows, vectors) of the register tile; the panel width is ``vectors * lanes``."""
-    if rows <= REGISTER_DECODE_ROWS:
-        return rows, max(1, min(4, -(-columns // isa.lanes), (isa.registers - 4) // (rows + 2)))
-    return isa.tile(rows, columns)
-
-
-def emit_gemm(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Callable, threads: int) -> None:
+def emit_gemm(
+    isa: InstructionSet,
+    shape: GemmShape,
+    x,
+    panels,
+    epilogue: Callable,
+    threads: int,
+    schedule: GemmSchedule,
+) -> None:
     """Emit the loops. ``epilogue(acc int32xL, row, column, valid)`` finishes and stores one vector.
 
     ``valid`` is the number of lanes that are real columns (the last panel may be padded).
     """
-    tile_rows, vectors = gemm_tile(isa, shape.rows, shape.columns)
+    tile_rows, vectors = schedule.tile_rows, schedule.vectors
     depth = round_up(shape.depth, isa.pair)
     panel_shape = PanelShape(shape.columns, depth, vectors, shape.weight)
     parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
 
-    by_rows = parallel and shape.rows >= 2 * threads * 48
-    most = max(tile_rows, SCRATCH_BYTES // (2 * depth))
+    by_rows = parallel and schedule.parallel_rows
+    most = max(tile_rows, schedule.scratch_bytes // (2 * depth))
     if by_rows:
         most = min(most, -(-shape.rows // threads))
     block_rows, blocks = balanced_blocks(shape.rows, most, tile_rows)
@@ -82,29 +78,40 @@ def emit_gemm(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Callab
 
     def tile(scratch, first_row, row_in_block, weights: PanelWeights) -> None:
         registers = RegisterTile(isa, tile_rows, vectors)
-        with T.serial(0, depth // isa.pair) as k:
+
+        def step(k) -> None:
             starts = [(row_in_block + i) * depth + k * isa.pair for i in range(tile_rows)]
             registers.accumulate(scratch, starts, lambda j: weights.load(k, j))
+
+        reduce_steps(depth // isa.pair, schedule.unroll, step)
         for i in range(tile_rows):
             for j, valid in enumerate(weights.valid):
                 epilogue(registers.value(i, j), first_row + row_in_block + i, weights.column(j), valid)
 
-    def tiles_of_block(scratch, first_row, weights: PanelWeights) -> None:
-        with T.serial(0, -(-block_rows // tile_rows)) as t:
-            tile(scratch, first_row, overlapped_start(t, tile_rows, block_rows), weights)
+    def tiles_of_block(body: Callable, prefetch: Callable = lambda part, parts: None) -> None:
+        tiles = -(-block_rows // tile_rows)
+        with T.serial(0, tiles) as t:
+            if schedule.prefetch:
+                prefetch(t, tiles)
+            body(overlapped_start(t, tile_rows, block_rows))
 
     def block(index) -> None:
         first_row = overlapped_start(index, block_rows, shape.rows)
         scratch = T.alloc_buffer((block_rows * depth,), "int16", align=64)
         decode_block(first_row, scratch)
-        for_each_panel(
-            isa,
-            panel_shape,
-            panels,
-            lambda weights: tiles_of_block(scratch, first_row, weights),
-            loop=T.parallel if parallel and not by_rows else T.serial,
-            in_registers=shape.rows <= REGISTER_DECODE_ROWS,
-        )
+
+        def walk_panels(body: Callable, loop=T.serial) -> None:
+            for_each_panel(isa, panel_shape, panels, body, loop=loop, in_registers=schedule.register_decode)
+
+        loop = T.parallel if parallel and not by_rows else T.serial
+        if schedule.rows_outer and loop is T.serial:
+            tiles_of_block(lambda row: walk_panels(lambda weights: tile(scratch, first_row, row, weights)))
+        else:
+
+            def panel(weights: PanelWeights) -> None:
+                tiles_of_block(lambda row: tile(scratch, first_row, row, weights), weights.prefetch_next)
+
+            walk_panels(panel, loop)
 
     if blocks == 1:
         block(0)

@@ -18,6 +18,16 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, store
 
 
+def reduce_steps(steps: int, unroll: int, step: Callable) -> None:
+    """``step(index)`` for every reduction step, ``unroll`` of them written out in the loop."""
+    unroll = min(unroll, steps)
+    with T.serial(0, steps // unroll) as outer:
+        for i in range(unroll):
+            step(outer * unroll + i)
+    for rest in range(steps // unroll * unroll, steps):
+        step(rest)
+
+
 class RegisterTile:
     """Accumulators of one micro-kernel tile."""
 

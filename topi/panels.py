@@ -18,7 +18,7 @@ from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.float_contract import with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import load, store, vector_runs
+from tvm_qfp8.topi.prim_func import load, prefetch_run, store, vector_runs
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -109,6 +109,8 @@ class PanelWeights:
     """(step, vector) -> int16 vector of ``lanes * pair`` grid values."""
     column: Callable
     """(vector) -> index of its first output channel."""
+    prefetch_next: Callable
+    """(part, parts) -> None: ask the cache for that part of the next panel's codes, while this one is computed."""
     valid: list[int]
     """Real output channels in each vector; fewer than the lanes only where there are fewer than a panel's."""
 
@@ -146,7 +148,14 @@ def for_each_panel(
             def load_weights(step, vector):
                 return T.bind(load(decoded, step * (width * isa.pair) + vector * vector_codes, vector_codes))
 
-        body(PanelWeights(load_weights, lambda vector: first_column + vector * lanes, valid))
+        def prefetch_next(part, parts: int) -> None:
+            length = -(-shape.depth * width // parts)
+            prefetch_run(panels, start + shape.depth * width + part * length, length)
+
+        def column(vector):
+            return first_column + vector * lanes
+
+        body(PanelWeights(load_weights, column, prefetch_next, valid))
 
     with loop(0, -(-shape.columns // width)) as panel:
         one_panel(panel)

@@ -52,6 +52,20 @@ def store(buffer, index, value, lanes: int) -> None:
     T.buffer_store(buffer, value, [index if lanes == 1 else tirx.Ramp(index, 1, lanes)])
 
 
+CACHE_LINE = 64
+
+
+def prefetch_run(buffer, start, length: int) -> None:
+    """Ask for ``length`` bytes of a uint8 buffer from ``start`` in the second-level cache; never faults."""
+
+    def line(offset) -> None:
+        address = tirx.address_of(buffer[start + offset])
+        T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
+
+    with T.serial(0, -(-length // CACHE_LINE)) as index:
+        line(index * CACHE_LINE)
+
+
 def vector_runs(length: int, lanes: int, emit: Callable) -> None:
     """Cover ``length`` elements by calls ``emit(offset, lanes)``.
 

@@ -12,6 +12,7 @@ from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.float_contract import LANES
+from tvm_qfp8.topi.winograd_plan import A_T, B_T, transform_filters
 
 Array = np.ndarray
 
@@ -65,6 +66,23 @@ def conv2d(x: Array, weight: Array, shape: ConvShape) -> Array:
                 o = slice(group * outputs, (group + 1) * outputs)
                 out[..., o] += window[..., group * inputs : (group + 1) * inputs] @ weights[o, kh, kw].T
     return out
+
+
+def winograd_conv2d(x: Array, weight: Array, shape: ConvShape) -> Array:
+    """The sums of ``conv2d`` by Winograd's algorithm, int64; only for 3x3 filters with stride 1 (winograd_plan.py)."""
+    assert shape.activation is not None and shape.weight is not None
+    top, left, bottom, right = shape.padding
+    padding = ((0, 0), (top, bottom + shape.out_height % 2), (left, right + shape.out_width % 2), (0, 0))
+    slab = np.pad(decode_grid(x, shape.activation).astype(np.int64), padding)
+    windows = np.lib.stride_tricks.sliding_window_view(slab, (4, 4), axis=(1, 2))[:, ::2, ::2]
+    inputs = B_T @ windows @ B_T.T
+    filters = transform_filters(decode_grid(weight, shape.weight).astype(np.int64).transpose(0, 3, 1, 2))
+    products = np.einsum("byxcij,ocij->byxoij", inputs, filters, optimize=True)
+    tiles = A_T @ products @ A_T.T
+    assert not (tiles % 4).any()
+    batch, high, wide, out_channels = tiles.shape[:4]
+    pixels = (tiles // 4).transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * high, 2 * wide, out_channels)
+    return pixels[:, : shape.out_height, : shape.out_width]
 
 
 def batch_matmul(x: Array, y: Array, shape: BatchMatmulShape) -> Array:

@@ -19,6 +19,7 @@ _PUBLIC = {
     "compile": "compiler",
     "Config": "config",
     "load": "runtime",
+    "bundle": "bundling",
     "CompiledModule": "runtime",
     "Report": "report",
     "encode": "format",

@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,33 @@ from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
 from tvm_qfp8.reporting import describe
-from tvm_qfp8.runtime import METADATA_FUNCTION, CompiledModule, TensorInfo, encode_metadata
+from tvm_qfp8.runtime import (
+    AT_LOAD,
+    LOAD_FUNCTION,
+    LOADED,
+    METADATA_FUNCTION,
+    CompiledModule,
+    TensorInfo,
+    encode_metadata,
+)
 from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_name
 from tvm_qfp8.topi.isa import InstructionSet, instruction_set
+from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
+from tvm_qfp8.topi.static_memory import StaticMemory
+from tvm_qfp8.tuning.logs import LoggedSchedules, default_roots
 
 Calibration = Iterable[Mapping[str, np.ndarray]] | str | os.PathLike | None
 
 
-def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> list:
+def lowering_passes(
+    plan,
+    config: Config,
+    isa: InstructionSet,
+    threads: int,
+    choose: ScheduleChooser = default_schedule,
+    memory: StaticMemory | None = None,
+) -> list:
     """The passes from the canonical float program to scheduled kernels, in order."""
     return [
         # -- quantize: linear layers on QFP8 tensors, with the calibration's layouts, scales and biases
@@ -40,7 +59,7 @@ def lowering_passes(plan, config: Config, isa: InstructionSet, threads: int) -> 
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
-        LowerGroups(isa, threads, config.max_error),
+        LowerGroups(isa, threads, config.max_error, choose, memory),
         # -- the rest: remaining QFP8 tensors become bytes, remaining operators get a generic schedule
         LowerDtype(),
         relax.transform.LegalizeOps(),
@@ -75,6 +94,7 @@ def compile(  # noqa: A001 - the public name
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     calibration: Calibration = None,
     config: Config | None = None,
+    tuning_logs: str | os.PathLike | ScheduleChooser | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CompiledModule:
     """Compile a trained float network.
@@ -91,6 +111,10 @@ def compile(  # noqa: A001 - the public name
     calibration : iterable of ``{input name: array}``, path of an .npz, or None
         Samples with the inputs' full shapes; None quantizes weights only.
     config : Config
+    tuning_logs : path or ScheduleChooser
+        A folder of tuning logs to take schedules from, or a function that chooses them; None: the logs of this
+        package and of ``tvm-qfp8 tune`` on this machine. Layers without a record for exactly this target get the
+        default schedule.
     progress : callable ``(stage, done, total)``
         Called as the work goes on.
 
@@ -115,18 +139,39 @@ def compile(  # noqa: A001 - the public name
         TensorInfo(name, tuple(int(d) for d in p.ty.shape), str(p.ty.dtype))
         for name, p in zip(imported.input_names, canonical["main"].params, strict=True)
     ]
+    outputs = _output_infos(canonical, imported.output_names)
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
     stage("build kernels", 0, 2)
+    if callable(tuning_logs):
+        choose = tuning_logs
+    else:
+        choose = LoggedSchedules(parsed, default_roots() if tuning_logs is None else [Path(tuning_logs)])
     with parsed:
-        lowered = tvm.transform.Sequential(lowering_passes(plan, config, isa, threads))(canonical)
+        memory = StaticMemory() if config.winograd else None
+        passes = lowering_passes(plan, config, isa, threads, choose, memory)
+        lowered = tvm.transform.Sequential(passes)(canonical)
+        if isinstance(choose, LoggedSchedules):
+            report.totals["tuned kernels"] = f"{len(choose.used)} of {len(choose.asked)}"
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
-        metadata = encode_metadata(inputs, imported.output_names, report, versions, config.check_finite)
+        if memory is not None and memory.fillers:
+            report.totals[LOADED] = f"{memory.size} ({len(memory.fillers)} layers, {AT_LOAD})"
+            lowered = _add_load(lowered, memory)
+        metadata = encode_metadata(inputs, outputs, report, versions, config.check_finite)
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
         pipeline = tvm.transform.Sequential(build_passes())
         executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
     stage("build kernels", 2, 2)
     return CompiledModule(metadata, executable, executable, parsed)
+
+
+def _output_infos(mod: tvm.IRModule, names: list[str]) -> list[TensorInfo]:
+    result = mod["main"].ret_ty
+    types = list(result.fields) if isinstance(result, relax.TupleType) else [result]
+    return [
+        TensorInfo(name, tuple(int(d) for d in ty.shape), str(ty.dtype))
+        for name, ty in zip(names, types, strict=True)
+    ]
 
 
 def _constant_bytes(mod: tvm.IRModule) -> int:
@@ -140,6 +185,22 @@ def _constant_bytes(mod: tvm.IRModule) -> int:
 
     relax.analysis.post_order_visit(mod["main"], visit)
     return sum(sizes)
+
+
+def _add_load(mod: tvm.IRModule, memory: StaticMemory) -> tvm.IRModule:
+    """A function without parameters that fills the module's memory; kernels find it filled."""
+    builder = relax.BlockBuilder(mod)
+    functions: dict[str, relax.GlobalVar] = {}
+    with builder.function(LOAD_FUNCTION, []):
+        for filler in memory.fillers:
+            if filler.key not in functions:
+                function = filler.function().without_attr("global_symbol")
+                functions[filler.key] = builder.add_func(function, "transform_filters")
+            constants = [relax.const(array, str(array.dtype)) for array in filler.arguments]
+            done = relax.TensorType((1,), "int32")
+            result = builder.emit(relax.call_tir(functions[filler.key], constants, done))
+        builder.emit_func_output(result)
+    return builder.get()
 
 
 def _add_metadata(mod: tvm.IRModule, metadata: np.ndarray) -> tvm.IRModule:

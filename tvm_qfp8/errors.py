@@ -25,5 +25,9 @@ class InputError(QFP8Error):
     """An array handed to a compiled module has a wrong name, shape or dtype, or is not finite."""
 
 
+class TuningError(QFP8Error):
+    """Tuning cannot start or go on (no board, no compiler, a log folder that cannot be written)."""
+
+
 class TableError(QFP8Error):
     """A table with the asked error bound cannot be built."""

@@ -1,14 +1,37 @@
-"""The linker for modules of another machine."""
+"""The linker of modules: this machine's compiler, or one that links for another machine.
+
+For another machine ``zig c++`` from the ``ziglang`` wheel is taken, which brings the C library of every target and
+needs no system package; else GNU's cross compiler if it is on PATH.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from tvm.support import cc
 from tvm.target import Target, codegen
 
 from tvm_qfp8.errors import TargetError
+from tvm_qfp8.shared_object import check_library_for
+
+ZIG_TRIPLES = {
+    # The C library of manylinux_2_28, which TVM's own runtime needs.
+    "aarch64": "aarch64-linux-gnu.2.28",
+    "x86_64": "x86_64-linux-gnu.2.28",
+    "armv7a": "arm-linux-gnueabihf",
+    "riscv64": "riscv64-linux-gnu",
+}
+"""Architecture of LLVM's triple -> zig's target."""
+
+
+def architecture(target: Target) -> str:
+    """The first part of the target's triple: ``aarch64``, ``x86_64``, ``armv7a``, ``riscv64`` ..."""
+    triple = target.attrs.get("mtriple") or codegen.llvm_get_system_triple()
+    return str(triple).partition("-")[0]
 
 
 def linker(target: Target, command: str | None = None) -> Callable | None:
@@ -19,27 +42,57 @@ def linker(target: Target, command: str | None = None) -> Callable | None:
     target : tvm.target.Target
         A CPU.
     command : str
-        A C++ compiler that links for the target; by default GNU's, named after the target's triple.
+        A C++ compiler that links for the target.
 
     Raises
     ------
     TargetError
-        The compiler is not installed.
+        No linker for the target is installed. While linking: it failed, or wrote a file for another machine.
     """
-    here = str(codegen.llvm_get_system_triple())
-    triple = str(target.attrs["mtriple"]) if "mtriple" in target.attrs else here
-    if command is None:
-        if triple.partition("-")[0] == here.partition("-")[0]:
-            return None
-        command = triple.replace("armv7a-", "arm-") + "-g++"
-    if shutil.which(command) is None:
+    machine = architecture(target)
+    if command is not None:
+        if shutil.which(command) is None:
+            raise TargetError(
+                f"no linker {command!r} on PATH; --cc takes a C++ compiler that links for {machine}"
+            )
+        return _link_by([command], machine)
+    if machine == str(codegen.llvm_get_system_triple()).partition("-")[0]:
+        return None
+    if importlib.util.find_spec("ziglang") is not None and machine in ZIG_TRIPLES:
+        return _link_by([*zig_compiler(machine)], machine)
+    gnu = str(target.attrs["mtriple"]).replace("armv7a-", "arm-") + "-g++"
+    if shutil.which(gnu) is None:
         raise TargetError(
-            f"no linker for {triple}: {command} is not on PATH; install it "
-            f"(Debian and Ubuntu: apt install {_package(command)}) or name another with --cc"
+            f"no linker for {machine}: pip install 'tvm-qfp8[board]' brings one, or install {gnu} "
+            f"(Debian and Ubuntu: apt install g++-{gnu.removesuffix('-g++')}), or name another with --cc"
         )
-    return cc.cross_compiler(command)
+    return _link_by([gnu], machine)
 
 
-def _package(command: str) -> str:
-    prefix = command.removesuffix("-g++")
-    return f"g++-{prefix.replace('x86_64', 'x86-64')}" if prefix != command else command
+def zig_compiler(machine: str) -> list[str]:
+    """The command line of ``zig c++`` for an architecture of ``ZIG_TRIPLES``."""
+    return [sys.executable, "-m", "ziglang", "c++", "-target", ZIG_TRIPLES[machine]]
+
+
+def run_compiler(command: Sequence[str]) -> None:
+    """Run a compiler; its command line and messages are shown when it fails.
+
+    Raises
+    ------
+    TargetError
+    """
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        message = (finished.stderr or finished.stdout).strip() or f"exit status {finished.returncode}"
+        raise TargetError(f"linking failed: {' '.join(command)}\n{message}")
+
+
+def _link_by(compiler: list[str], machine: str) -> Callable:
+    def link(output: str, objects: Sequence[str] | str, options: Sequence[str] | None = None, **_) -> None:
+        files = [objects] if isinstance(objects, str) else list(objects)
+        run_compiler([*compiler, "-shared", "-fPIC", "-O2", "-o", output, *files, *(options or [])])
+        check_library_for(Path(output), machine)
+
+    # export_library asks for the format of the object files.
+    link.object_format = "o"  # type: ignore[attr-defined]
+    return link

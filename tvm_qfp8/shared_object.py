@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import IO
 
-from tvm_qfp8.errors import ModelError
+from tvm_qfp8.errors import ModelError, TargetError
 
 # e_machine of the ELF header -> what platform.machine() calls it.
 _MACHINES = {3: "i686", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
@@ -73,3 +73,61 @@ def _needed_bytes(file: IO[bytes], data: bytes) -> int:
 
 def _cut(path: str | os.PathLike, size: int, needed: int) -> str:
     return f"{path} is cut off: {size} bytes of {needed}; copy it again"
+
+
+def machine_of(path: str | os.PathLike) -> str:
+    """What a shared library is made for, as ``platform.machine()`` calls it.
+
+    Raises
+    ------
+    ModelError
+        The file is no ELF library.
+    """
+    with open(path, "rb") as file:
+        data = file.read(20)
+    if data[:4] != b"\x7fELF":
+        raise ModelError(f"{path} is no shared library; expected a module written by tvm-qfp8 compile")
+    number = struct.unpack_from("<H", data, 18)[0]
+    return _MACHINES.get(number, f"ELF machine {number}")
+
+
+def needed_libraries(path: str | os.PathLike) -> list[str]:
+    """The libraries that the loader will look for."""
+    from elftools.elf.dynamic import DynamicSection
+    from elftools.elf.elffile import ELFFile
+
+    with open(path, "rb") as file:
+        sections = [s for s in ELFFile(file).iter_sections() if isinstance(s, DynamicSection)]
+        tags = [tag for section in sections for tag in section.iter_tags("DT_NEEDED")]
+        return [str(tag.needed) for tag in tags]  # type: ignore[attr-defined]
+
+
+SYSTEM_LIBRARIES = (
+    "libc.",
+    "libm.",
+    "libgcc_s.",
+    "libstdc++.",
+    "libpthread.",
+    "libdl.",
+    "ld-linux",
+    "libtvm",
+)
+"""What every Linux system or a bundle has."""
+
+
+def check_library_for(path: Path, architecture: str) -> None:
+    """Refuse a freshly linked library for another machine, or one that needs what boards do not have.
+
+    ``architecture`` is the first part of LLVM's triple.
+
+    Raises
+    ------
+    TargetError
+    """
+    wanted = {"armv7a": "armv7l", "i386": "i686"}.get(architecture, architecture)
+    found = machine_of(path)
+    if wanted in _MACHINES.values() and found != wanted:
+        raise TargetError(f"the linker wrote a library for {found}, not for {wanted}; name another with --cc")
+    strange = [name for name in needed_libraries(path) if not name.startswith(SYSTEM_LIBRARIES)]
+    if strange:
+        raise TargetError(f"the linked library needs {', '.join(strange)}, which the target may not have")

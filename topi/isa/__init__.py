@@ -26,6 +26,8 @@ class InstructionSet:
     """(acc int32xL, a, b) -> int32xL; a holds one group of ``pair`` values in each lane, b is int16x(L*pair)."""
     broadcast: Callable
     """(buffer int16, index) -> the ``pair`` values at index, repeated in every lane."""
+    temporaries: int = 0
+    """Registers that one multiply-add needs besides its operands: 1 where multiplying and adding are two steps."""
     byte_permute: bool = False
     """Has ``vpermi2b``, a look-up in a table of 128 bytes (AVX512-VBMI)."""
 
@@ -41,7 +43,7 @@ class InstructionSet:
             if vectors > 1 and (vectors - 1) * self.lanes >= columns:
                 break
             for tile_rows in range(1, min(length, 14) + 1):
-                if tile_rows * vectors + vectors + 1 > self.registers:
+                if tile_rows * vectors + vectors + 1 + self.temporaries > self.registers:
                     continue
                 steps = -(-length // tile_rows) * -(-columns // (vectors * self.lanes))
                 # One multiply-add each, plus the loads: vectors of weights and tile_rows broadcasts a step.

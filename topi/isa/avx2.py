@@ -10,4 +10,5 @@ INSTRUCTION_SET = InstructionSet(
     registers=16,
     multiply_add=multiply_add_by("llvm.x86.avx2.pmadd.wd", 8),
     broadcast=broadcast_pair(8),
+    temporaries=1,
 )

@@ -10,4 +10,5 @@ INSTRUCTION_SET = InstructionSet(
     registers=16,
     multiply_add=multiply_add_by("llvm.x86.sse2.pmadd.wd", 4),
     broadcast=broadcast_pair(4),
+    temporaries=1,
 )

@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 
 from tvm_qfp8.cli.bench import bench
+from tvm_qfp8.cli.bundle import bundle
 from tvm_qfp8.cli.compile import compile_model
 from tvm_qfp8.cli.report import report
 from tvm_qfp8.cli.run import run
 from tvm_qfp8.cli.targets import targets
+from tvm_qfp8.cli.tune import tune
 
 app = typer.Typer(
     name="tvm-qfp8",
@@ -27,7 +29,9 @@ app = typer.Typer(
 app.command("compile")(compile_model)
 app.command("run")(run)
 app.command("bench")(bench)
+app.command("tune")(tune)
 app.command("report")(report)
+app.command("bundle")(bundle)
 app.command("targets")(targets)
 
 

@@ -43,7 +43,7 @@ def run(
     import tvm_qfp8
 
     loaded = tvm_qfp8.load(module)
-    results = dict(zip(loaded.outputs, loaded.run(arrays), strict=True))
+    results = dict(zip((o.name for o in loaded.outputs), loaded.run(arrays), strict=True))
     for name, array in results.items():
         span = f", {array.min():.6g} to {array.max():.6g}" if array.size else ""
         typer.echo(f"{name}: {array.dtype} {tuple(array.shape)}{span}")

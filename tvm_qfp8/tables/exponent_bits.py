@@ -72,7 +72,8 @@ def exp_flush(table: Table, x, ops):
 
     Quadratics are (r + a)**2 + b: one operation less than Horner's rule, and a constant factor cancels in softmax.
     """
-    t = ops.mul(x, ops.const(table.scale))
+    # Rows are padded and masked with -infinity, which has no fraction.
+    t = ops.maximum(ops.const(-127.0), ops.mul(x, ops.const(table.scale)))
     magic = ops.const(MAGIC)
     shifted = ops.add(t, magic)
     fraction = ops.sub(t, ops.sub(shifted, magic))

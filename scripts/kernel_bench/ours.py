@@ -1,0 +1,96 @@
+"""The cases as programs of this package: 8-bit codes in, 8-bit codes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import tvm
+from tvm import relax
+
+import tvm_qfp8
+from kernel_bench.cases import Case, Convolution, Dense
+from tvm_qfp8.compiler import build_passes
+from tvm_qfp8.format import get_layout
+from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes.lower_groups import LowerGroups
+from tvm_qfp8.relay_passes.quantize_linear import codes_constant
+from tvm_qfp8.targets import cpu_features, isa, parse_target
+from tvm_qfp8.topi.isa import instruction_set
+from tvm_qfp8.topi.static_memory import StaticMemory
+
+ACTIVATIONS = {Dense: "E3M4", Convolution: "UE2M6"}
+"""What calibration mostly picks: transformers have outliers, convolutions follow a ReLU."""
+
+Run = Callable[[], object]
+
+
+def runner(case: Case, winograd: bool = True, target: str = "native") -> Run:
+    """The compiled case on random codes; a call leaves its result inside the virtual machine."""
+    rng = np.random.default_rng(0)
+    layout = get_layout(ACTIVATIONS[type(case)])
+    if isinstance(case, Dense):
+        shape: tuple[int, ...] = (case.rows, case.depth)
+    else:
+        shape = (1, case.size, case.size, case.channels)
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(shape, layout.ir_dtype))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            value: relax.Expr = x
+            for index in range(case.layers):
+                value = builder.emit(_layer(case, index, value, rng))
+                if isinstance(case, Convolution):
+                    value = builder.emit(relax.op.nn.relu(value))
+                value = builder.emit(qfp8_ops.encode(value, layout, 0.05))
+            output = builder.emit_output(value)
+        builder.emit_func_output(output)
+    codes = rng.integers(0, 127, shape, dtype=np.uint8)
+    return _on_machine(builder.get(), codes, StaticMemory() if winograd else None, target)
+
+
+def _layer(case: Case, index: int, x: relax.Expr, rng: np.random.Generator) -> relax.Expr:
+    if isinstance(case, Dense):
+        shape: tuple[int, ...] = (case.columns, case.depth)
+    else:
+        channels, outputs = case.layer_channels(index)
+        shape = (outputs, case.kernel, case.kernel, channels // case.groups)
+    weight = tvm_qfp8.quantize(rng.standard_normal(shape).astype(np.float32), axis=0, bias="max").codes
+    a = relax.const(np.full(shape[0], 1e-4, np.float32))
+    bias = relax.const(np.zeros(shape[0], np.float32))
+    constant = codes_constant(weight, "E2M5")
+    if isinstance(case, Dense):
+        return qfp8_ops.matmul(x, constant, a, bias)
+    return qfp8_ops.conv2d(
+        x,
+        constant,
+        a,
+        bias,
+        strides=(case.stride, case.stride),
+        padding=(case.padding,) * 4,
+        dilation=(1, 1),
+        groups=case.groups,
+    )
+
+
+def _on_machine(mod: tvm.IRModule, x: np.ndarray, memory: StaticMemory | None, name: str = "native") -> Run:
+    target = parse_target(name)
+    with target:
+        mod = LowerGroups(instruction_set(isa(target), cpu_features(target)), 1, memory=memory)(mod)
+        pipeline = tvm.transform.Sequential(build_passes())
+        executable = tvm.compile(mod, target=target, relax_pipeline=pipeline)
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    machine.set_input("main", tvm.runtime.tensor(x))
+    return lambda: machine.invoke_stateful("main")
+
+
+def empty_runner() -> Run:
+    """Next to nothing to do: what a call costs."""
+    layout = get_layout("E2M5")
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((16,), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            output = builder.emit_output(qfp8_ops.encode(x, layout, 1.0))
+        builder.emit_func_output(output)
+    return _on_machine(builder.get(), np.ones(16, np.float32), None)

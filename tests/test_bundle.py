@@ -1,0 +1,192 @@
+"""Bundles: what is in them, that both runners give the module's bits, and what they refuse."""
+
+import platform
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import tvm_qfp8
+from tvm_qfp8.errors import ModelError, TargetError
+from tvm_qfp8.linker import linker
+from tvm_qfp8.runtime import read_metadata
+from tvm_qfp8.shared_object import check_library_for, machine_of, needed_libraries
+from tvm_qfp8.targets import parse_target
+
+HAS_ZIG = pytest.mark.skipif(
+    subprocess.run([sys.executable, "-c", "import ziglang"], capture_output=True).returncode != 0,
+    reason="ziglang is not installed; pip install 'tvm-qfp8[board]'",
+)
+LINUX_X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="written for an x86-64 machine")
+
+
+def model() -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.standard_normal((8, 3, 3, 3), np.float32) * 0.2,
+        "d": rng.standard_normal((8, 5), np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Sigmoid", ["c"], ["s"]),
+        helper.make_node("GlobalAveragePool", ["s"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("MatMul", ["f", "d"], ["y"]),
+        helper.make_node("Softmax", ["y"], ["z"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 9, 7])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 5]) for n in ("y", "z")],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def samples():
+    return [{"x": np.random.default_rng(i).standard_normal((1, 3, 9, 7), np.float32)} for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(folder with native.so, the module)"""
+    folder = tmp_path_factory.mktemp("module")
+    module = tvm_qfp8.compile(model(), "x86-64", calibration=samples())
+    module.export_library(folder / "native.so")
+    return folder, module
+
+
+@pytest.fixture(scope="module")
+def native_bundle(compiled, tmp_path_factory):
+    return tvm_qfp8.bundle(compiled[0] / "native.so", tmp_path_factory.mktemp("out") / "bundle", "x86-64")
+
+
+def run(command, folder):
+    return subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True)
+
+
+@LINUX_X86
+def test_metadata_are_read_without_running_the_module(compiled):
+    metadata = read_metadata(compiled[0] / "native.so")
+    assert metadata["inputs"] == [["x", [1, 3, 9, 7], "float32"]]
+    assert metadata["outputs"] == [["y", [1, 5], "float32"], ["z", [1, 5], "float32"]]
+
+
+@LINUX_X86
+def test_the_python_runner_gives_the_modules_bits(compiled, native_bundle, tmp_path):
+    x = samples()[0]["x"]
+    np.save(tmp_path / "x.npy", x)
+    finished = run([sys.executable, native_bundle / "run.py", "x.npy"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    for index, expected in enumerate(compiled[1].run({"x": x})):
+        np.testing.assert_array_equal(np.load(tmp_path / f"output_{index}.npy"), expected)
+
+
+@LINUX_X86
+@pytest.mark.slow
+@HAS_ZIG
+def test_the_cpp_runner_gives_the_modules_bits(compiled, native_bundle, tmp_path):
+    x = samples()[1]["x"]
+    np.save(tmp_path / "x.npy", x)
+    finished = run([native_bundle / "run", "x.npy"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    for index, expected in enumerate(compiled[1].run({"x": x})):
+        np.testing.assert_array_equal(np.load(tmp_path / f"output_{index}.npy"), expected)
+    np.save(tmp_path / "wrong.npy", x.astype(np.float64))
+    finished = run([native_bundle / "run", "wrong.npy"], tmp_path)
+    assert finished.returncode == 1 and "input x is" in finished.stderr
+
+
+@LINUX_X86
+def test_a_changed_module_is_refused(native_bundle, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(native_bundle, copy)
+    with open(copy / "model.so", "r+b") as file:
+        file.seek(5000)
+        file.write(b"damaged")
+    np.save(tmp_path / "x.npy", samples()[0]["x"])
+    for runner in ([sys.executable, copy / "run.py"], [copy / "run"]):
+        if runner[-1].exists():
+            finished = run([*runner, "x.npy"], tmp_path)
+            assert finished.returncode == 1
+            assert "model.so does not fit manifest.txt" in finished.stderr
+    (copy / "manifest.txt").write_text("format 2\n")
+    assert "format 2" in run([sys.executable, copy / "run.py", "x.npy"], tmp_path).stderr
+
+
+@LINUX_X86
+def test_a_bundle_for_another_machine_is_refused(compiled, tmp_path):
+    with pytest.raises(TargetError, match="made for x86_64, rpi4 is aarch64"):
+        tvm_qfp8.bundle(compiled[0] / "native.so", tmp_path / "b", "rpi4")
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_is_no_module_is_refused(tmp_path):
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(ModelError, match="no shared library"):
+        tvm_qfp8.bundle(tmp_path / "text.so", tmp_path / "b")
+    with pytest.raises(ModelError, match="no such module"):
+        tvm_qfp8.bundle(tmp_path / "missing.so", tmp_path / "b")
+
+
+@LINUX_X86
+def test_a_folder_in_use_is_not_overwritten(compiled, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("keep")
+    with pytest.raises(ModelError, match="not empty"):
+        tvm_qfp8.bundle(compiled[0] / "native.so", tmp_path / "b")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["mine.txt"]
+
+
+@LINUX_X86
+def test_a_linker_for_another_machine_is_found_out(compiled, tmp_path):
+    module = tvm_qfp8.compile(model(), "rpi4")
+    with pytest.raises(TargetError, match=r"linking failed: g\+\+ .*\n"):
+        module.export_library(tmp_path / "m.so", fcompile=linker(parse_target("rpi4"), "g++"))
+    assert not (tmp_path / "m.so").exists()
+    with pytest.raises(TargetError, match="for x86_64, not for aarch64"):
+        check_library_for(compiled[0] / "native.so", "aarch64")
+
+
+@pytest.mark.slow
+@HAS_ZIG
+@pytest.mark.parametrize(
+    "target, machine",
+    [("rpi4", "aarch64"), ("armv7", "armv7l"), ("riscv64", "riscv64"), ("x86-64", "x86_64")],
+)
+def test_zig_links_every_architecture(target, machine, tmp_path):
+    module = tvm_qfp8.compile(model(), target, calibration=samples())
+    module.export_library(tmp_path / "m.so")
+    assert machine_of(tmp_path / "m.so") == machine
+    assert all(name.startswith(("libc.", "libm.", "ld-")) for name in needed_libraries(tmp_path / "m.so"))
+    folder = tvm_qfp8.bundle(tmp_path / "m.so", tmp_path / "bundle", target)
+    runtime = {path.name for path in (folder / "lib").iterdir()}
+    if machine in ("armv7l", "riscv64"):
+        assert not runtime and "TVM publishes no runtime" in (folder / "README.md").read_text()
+    else:
+        assert runtime == {"libtvm_ffi.so", "libtvm_runtime.so"}
+        assert machine_of(folder / "run") == machine
+
+
+@pytest.mark.slow
+@pytest.mark.aarch64
+@HAS_ZIG
+def test_an_aarch64_bundle_runs_under_qemu_with_the_same_bits(tmp_path):
+    if shutil.which("qemu-aarch64-static") is None:
+        pytest.skip("qemu-aarch64-static is not installed")
+    module = tvm_qfp8.compile(model(), "rpi4", calibration=samples())
+    module.export_library(tmp_path / "m.so")
+    folder = tvm_qfp8.bundle(tmp_path / "m.so", tmp_path / "bundle", "rpi4")
+    x = samples()[2]["x"]
+    np.save(tmp_path / "x.npy", x)
+    command = ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu", folder / "run", "x.npy"]
+    finished = run(command, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    here = tvm_qfp8.compile(model(), "x86-64", calibration=samples())
+    for index, expected in enumerate(here.run({"x": x})):
+        np.testing.assert_array_equal(np.load(tmp_path / f"output_{index}.npy"), expected)

@@ -1,0 +1,230 @@
+"""Winograd's algorithm against the direct convolution, bit for bit."""
+
+import re
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tvm
+from quantized_programs import TARGETS, build, machine_runs, program, random_codes, run
+from tvm import relax
+
+import tvm_qfp8
+from tvm_qfp8.format import LAYOUTS, encode, get_layout
+from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes.quantize_linear import codes_constant
+from tvm_qfp8.runtime import LOADED
+from tvm_qfp8.topi import reference
+from tvm_qfp8.topi.conv2d import ConvShape
+from tvm_qfp8.topi.overflow import INT32_LIMIT
+from tvm_qfp8.topi.static_memory import StaticMemory
+from tvm_qfp8.topi.winograd_plan import (
+    A_T,
+    largest_inputs,
+    plan_winograd,
+    transform_filters,
+    winograd_is_faster,
+)
+
+COMPUTED = [name for name, layout in LAYOUTS.items() if layout.exponent_bits <= 3]
+
+
+def conv_shape(
+    batch=1, height=8, width=8, channels=16, out=16, padding=(1, 1, 1, 1), act="UE2M6", weight="E2M5"
+):
+    ones = (1, 1)
+    layouts = get_layout(act), get_layout(weight)
+    return ConvShape(batch, height, width, channels, out, (3, 3), ones, padding, ones, 1, *layouts)
+
+
+def small_codes(rng, shape, layout="E2M5"):
+    """Codes of a normal distribution: a trained layer's sums are far from overflow."""
+    return encode(rng.standard_normal(shape).astype(np.float32) * 60, 1.0, layout)
+
+
+def convolution(shape: ConvShape, weight, a, bias):
+    def emit(_builder, q):
+        codes = codes_constant(weight, shape.weight.name)
+        options = dict(strides=shape.stride, padding=shape.padding, dilation=shape.dilation, groups=1)
+        return qfp8_ops.conv2d(q, codes, relax.const(a), relax.const(bias), **options)
+
+    x = (shape.batch, shape.height, shape.width, shape.channels)
+    return program([(x, shape.activation.name)], emit)
+
+
+def case(shape: ConvShape, weight=None):
+    """(program, input codes, expected)"""
+    rng = np.random.default_rng(shape.height)
+    if weight is None:
+        weight = small_codes(rng, (shape.out_channels, 3, 3, shape.channels), shape.weight.name)
+    x = random_codes(rng, (shape.batch, shape.height, shape.width, shape.channels))
+    a = rng.random(shape.out_channels, np.float32) * 1e-4
+    bias = rng.standard_normal(shape.out_channels, np.float32)
+    expected = reference.scale_and_bias(reference.conv2d(x, weight, shape), a, bias)
+    return convolution(shape, weight, a, bias), x, expected
+
+
+@pytest.fixture(params=list(TARGETS))
+def target(request):
+    if not machine_runs(request.param):
+        pytest.skip(f"this CPU does not run {request.param}")
+    return TARGETS[request.param]
+
+
+SHAPES = [
+    conv_shape(height=7, width=7, channels=16, out=33),
+    conv_shape(batch=2, height=9, width=10, channels=11, out=7, padding=(0, 0, 0, 0), act="E3M4"),
+    conv_shape(batch=3, height=2, width=5, channels=20, out=40, padding=(2, 0, 1, 3)),
+    conv_shape(height=3, width=30, channels=9, out=100, padding=(0, 2, 1, 0), act="E2M5"),
+    conv_shape(height=6, width=4, channels=400, out=20, act="UE3M5"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_winograd_is_exact(target, shape):
+    module, x, expected = case(shape)
+    memory = StaticMemory()
+    executable = build(module, target, memory=memory)
+    assert len(memory.fillers) == 1
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    for _ in range(2):
+        assert np.array_equal(machine["main"](tvm.runtime.tensor(x)).numpy(), expected)
+
+
+@pytest.mark.parametrize("activation", COMPUTED)
+@pytest.mark.parametrize("weight", [name for name in COMPUTED if LAYOUTS[name].signed])
+def test_every_pair_of_layouts_is_exact(activation, weight):
+    shape = conv_shape(height=5, width=5, act=activation, weight=weight)
+    module, x, expected = case(shape)
+    memory = StaticMemory()
+    assert np.array_equal(run(build(module, "native", memory=memory), x)[0], expected)
+    assert len(memory.fillers) == 1
+
+
+def test_the_twin_is_the_direct_convolution():
+    for shape in SHAPES:
+        rng = np.random.default_rng(0)
+        x = random_codes(rng, (shape.batch, shape.height, shape.width, shape.channels))
+        weight = random_codes(rng, (shape.out_channels, 3, 3, shape.channels))
+        direct = reference.conv2d(x, weight, shape)
+        assert np.array_equal(reference.winograd_conv2d(x, weight, shape), direct)
+
+
+def test_parts_keep_every_sum_in_int32():
+    shape = conv_shape(channels=300, act="UE3M5", out=8)
+    codes = small_codes(np.random.default_rng(0), (8, 3, 3, 300))
+    plan = plan_winograd(shape, codes)
+    assert plan is not None and plan.parts > 1
+    filters = np.abs(transform_filters(reference.decode_grid(codes, shape.weight).transpose(0, 3, 1, 2)))
+    products = filters.astype(np.int64) * largest_inputs(shape.activation)
+    outputs = np.abs(A_T) @ products @ np.abs(A_T).T
+    size = -(-300 // (2 * plan.parts)) * 2
+    for start in range(0, 300, size):
+        assert outputs[:, start : start + size].sum(axis=1).max() < INT32_LIMIT
+    assert outputs.sum(axis=1).max() >= INT32_LIMIT
+
+
+def test_largest_inputs_are_reached():
+    rng = np.random.default_rng(0)
+    for name in COMPUTED:
+        layout = get_layout(name)
+        signs = rng.choice([-1, 1] if layout.signed else [0, 1], (100_000, 4, 4)) * layout.max_grid
+        found = np.abs(reference.B_T @ signs @ reference.B_T.T).max(axis=0)
+        assert np.array_equal(found, largest_inputs(layout))
+
+
+def test_extreme_weights_stay_direct_and_exact():
+    shape = conv_shape(height=4, width=4, channels=96, out=8, act="UE3M5")
+    worst = np.full((8, 3, 3, 96), 0x7F, np.uint8)
+    plan = plan_winograd(shape, worst)
+    assert plan is None or plan.parts > 1
+    memory = StaticMemory()
+    module, x, expected = case(
+        conv_shape(height=4, width=4, channels=16, out=8, act="UE3M5"), worst[..., :16]
+    )
+    assert np.array_equal(run(build(module, "native", memory=memory), x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "changed", [dict(stride=(2, 1)), dict(dilation=(1, 2)), dict(groups=2), dict(kernel=(1, 3))]
+)
+def test_what_it_cannot_do_is_left_alone(changed):
+    shape = replace(conv_shape(), **changed)
+    codes = np.zeros((16, *shape.kernel, 16 // shape.groups), np.uint8)
+    assert plan_winograd(shape, codes) is None
+
+
+def test_few_channels_stay_direct():
+    plan = plan_winograd(conv_shape(channels=3), np.zeros((16, 3, 3, 3), np.uint8))
+    assert plan is not None and not winograd_is_faster(plan)
+
+
+def test_threads_give_the_same_bits():
+    for shape in (conv_shape(height=40, width=40, channels=32, out=40), conv_shape(4, 4, 4, 256, 512)):
+        module, x, expected = case(shape)
+        assert np.array_equal(run(build(module, "native", threads=2, memory=StaticMemory()), x)[0], expected)
+
+
+def test_filters_are_made_once_by_machines_that_start_together():
+    module, x, expected = case(conv_shape(height=12, width=12, channels=128, out=128))
+    executable = build(module, "native", memory=StaticMemory())
+    barrier, results = threading.Barrier(4), []
+
+    def call() -> None:
+        machine = relax.VirtualMachine(executable, tvm.cpu())
+        barrier.wait()
+        results.append(machine["main"](tvm.runtime.tensor(x)).numpy())
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(np.array_equal(result, expected) for result in results)
+
+
+def network(channels: int = 64) -> tvm.IRModule:
+    """Two equal 3x3 convolutions with different weights."""
+    rng = np.random.default_rng(0)
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((1, channels, 10, 10), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            value = x
+            for _ in range(2):
+                weight = rng.standard_normal((channels, channels, 3, 3)).astype(np.float32)
+                value = builder.emit(relax.op.nn.conv2d(value, relax.const(weight), padding=(1, 1)))
+                value = builder.emit(relax.op.nn.relu(value))
+            output = builder.emit_output(value)
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+def test_a_saved_module_holds_codes_only(tmp_path):
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.standard_normal((1, 64, 10, 10)).astype(np.float32)} for _ in range(4)]
+    sizes, results = [], []
+    for winograd in (True, False):
+        compiled = tvm_qfp8.compile(
+            network(), "native", calibration=samples, config=tvm_qfp8.Config(winograd=winograd)
+        )
+        assert (LOADED in compiled.report.totals) == winograd
+        path = tmp_path / f"{winograd}.so"
+        compiled.export_library(path)
+        results += [compiled.run(samples[0])[0], tvm_qfp8.load(path).run(samples[0])[0]]
+        sizes.append(path.stat().st_size)
+        if winograd:
+            assert re.fullmatch(r"\d+ \(2 layers, made in [\d.]+ ms\)", compiled.report.totals[LOADED])
+    for result in results[1:]:
+        assert np.array_equal(result, results[0])
+    # Two layers of 64 * 64 * 16 int16 would be 256 KiB.
+    assert sizes[0] - sizes[1] < 64 * 1024
+
+
+@pytest.mark.aarch64
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_winograd_on_aarch64(run_aarch64, shape):
+    module, x, expected = case(shape)
+    executable = build(module, "aarch64", memory=StaticMemory())
+    assert np.array_equal(run_aarch64(executable, [x])[0], expected)

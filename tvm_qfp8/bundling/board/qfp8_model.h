@@ -1,0 +1,132 @@
+// Loads a bundle and runs its network. Header only, C++17; links with libtvm_ffi and libtvm_runtime.
+//
+//   qfp8::Model model("folder of the bundle");          // checks manifest and hashes
+//   std::vector<std::vector<char>> outputs = model.Run({image_bytes});
+//
+// Tensors are raw bytes, row-major, with the dtypes and shapes of model.inputs and model.outputs. Everything that is
+// wrong (a changed file, a wrong size, a failing kernel) is a std::runtime_error that says so.
+#pragma once
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/dtype.h>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "sha256.h"
+
+namespace qfp8 {
+
+struct TensorInfo {
+  std::string name, dtype;
+  std::vector<int64_t> shape;
+
+  size_t Bytes() const {
+    DLDataType type = tvm::ffi::StringToDLDataType(dtype);
+    size_t count = 1;
+    for (int64_t extent : shape) count *= static_cast<size_t>(extent);
+    return count * ((type.bits * type.lanes + 7) / 8);
+  }
+};
+
+class Model {
+ public:
+  std::vector<TensorInfo> inputs, outputs;
+
+  explicit Model(const std::string& folder) {
+    ReadManifest(folder);
+    namespace ffi = tvm::ffi;
+    ffi::Module library = ffi::Module::LoadFromFile(folder + "/model.so");
+    ffi::Module machine = (*library->GetFunction("vm_load_executable"))().cast<ffi::Module>();
+    constexpr int kPooledAllocator = 2;
+    (*machine->GetFunction("vm_initialization"))(static_cast<int>(kDLCPU), 0, kPooledAllocator);
+    main_ = *machine->GetFunction("main");
+    library_ = library;
+  }
+
+  std::vector<std::vector<char>> Run(const std::vector<std::vector<char>>& values) {
+    namespace ffi = tvm::ffi;
+    if (values.size() != inputs.size()) {
+      throw std::runtime_error(std::to_string(values.size()) + " inputs given, the network has " +
+                               std::to_string(inputs.size()));
+    }
+    std::vector<ffi::Tensor> tensors;
+    for (size_t i = 0; i < values.size(); ++i) {
+      const TensorInfo& info = inputs[i];
+      if (values[i].size() != info.Bytes()) {
+        throw std::runtime_error("input " + info.name + " has " + std::to_string(values[i].size()) +
+                                 " bytes, the network takes " + std::to_string(info.Bytes()));
+      }
+      tensors.push_back(ffi::Tensor::FromNDAlloc(AlignedAllocator(), ffi::Shape(info.shape.begin(), info.shape.end()),
+                                                 ffi::StringToDLDataType(info.dtype), DLDevice{kDLCPU, 0}));
+      std::memcpy(tensors.back().data_ptr(), values[i].data(), values[i].size());
+    }
+    std::vector<ffi::AnyView> arguments(tensors.begin(), tensors.end());
+    ffi::Any result;
+    main_->CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
+    std::vector<std::vector<char>> found;
+    if (auto tensor = result.as<ffi::Tensor>()) {
+      found.push_back(BytesOf(*tensor));
+    } else {
+      for (const ffi::Tensor& item : result.cast<ffi::Array<ffi::Tensor>>()) found.push_back(BytesOf(item));
+    }
+    return found;
+  }
+
+ private:
+  // Kernels may load whole vectors from aligned addresses.
+  struct AlignedAllocator {
+    void AllocData(DLTensor* tensor) {
+      size_t bytes = tvm::ffi::GetDataSize(*tensor);
+      tensor->data = std::aligned_alloc(64, (bytes + 63) / 64 * 64 + 64);
+    }
+    void FreeData(DLTensor* tensor) { std::free(tensor->data); }
+  };
+
+  static std::vector<char> BytesOf(const tvm::ffi::Tensor& tensor) {
+    const char* data = static_cast<const char*>(tensor.data_ptr());
+    return std::vector<char>(data, data + tvm::ffi::GetDataSize(tensor));
+  }
+
+  void ReadManifest(const std::string& folder) {
+    std::ifstream file(folder + "/manifest.txt");
+    if (!file) throw std::runtime_error(folder + " is no bundle: it has no manifest.txt");
+    for (std::string text; std::getline(file, text);) {
+      std::istringstream line(text);
+      std::string kind, rest;
+      line >> kind;
+      if (kind == "format") {
+        line >> rest;
+        if (rest != "1") throw std::runtime_error("manifest.txt has format " + rest + ", this runner reads format 1");
+      } else if (kind == "file") {
+        std::string hash;
+        line >> hash >> rest;
+        if (Sha256OfFile(folder + "/" + rest) != hash) {
+          throw std::runtime_error(rest + " does not fit manifest.txt: it was changed or damaged; copy the bundle again");
+        }
+      } else if (kind == "input" || kind == "output") {
+        TensorInfo info;
+        size_t rank = 0;
+        line >> info.dtype >> rank;
+        info.shape.resize(rank);
+        for (int64_t& extent : info.shape) line >> extent;
+        std::getline(line >> std::ws, info.name);
+        (kind == "input" ? inputs : outputs).push_back(info);
+      }
+    }
+    if (inputs.empty() || outputs.empty()) throw std::runtime_error("manifest.txt is cut off; copy the bundle again");
+  }
+
+  std::optional<tvm::ffi::Module> library_;
+  std::optional<tvm::ffi::Function> main_;
+};
+
+}  // namespace qfp8

@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""Runs the network of the bundle that this file lies in. Needs numpy only.
+
+    python3 run.py INPUT.npy ...     inputs in the order of manifest.txt; outputs go to output_0.npy ...
+
+Or from a program: ``Model(folder)(array, ...)`` returns a list of arrays.
+"""
+
+import ctypes
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+INT, TENSOR = 1, 70
+DTYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
+
+
+class Any(ctypes.Structure):
+    """TVMFFIAny: a type index and eight bytes of value."""
+
+    _fields_ = [("type_index", ctypes.c_int32), ("padding", ctypes.c_uint32), ("value", ctypes.c_int64)]
+
+
+class Bytes(ctypes.Structure):
+    """TVMFFIByteArray."""
+
+    _fields_ = [("data", ctypes.c_char_p), ("size", ctypes.c_size_t)]
+
+
+class Tensor(ctypes.Structure):
+    """DLTensor."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class ManagedTensor(ctypes.Structure):
+    """DLManagedTensor."""
+
+    _fields_ = [("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+
+
+# The memory belongs to NumPy, so there is nothing to delete.
+KEEP = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+
+
+class Runtime:
+    """The C interface of TVM's runtime."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ffi = ctypes.CDLL(str(folder / "libtvm_ffi.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
+
+    def check(self, status: int) -> None:
+        if status == 0:
+            return
+        error = ctypes.c_void_p()
+        self.ffi.TVMFFIErrorMoveFromRaised(ctypes.byref(error))
+        # The object's header has 24 bytes; kind and message follow as byte arrays.
+        kind, message = (Bytes.from_address(int(error.value or 0) + 24 + 16 * i) for i in range(2))
+        texts = [ctypes.string_at(part.data, part.size).decode() for part in (kind, message)]
+        raise RuntimeError(": ".join(texts))
+
+    def function(self, name: str) -> int:
+        handle = ctypes.c_void_p()
+        text = name.encode()
+        self.check(
+            self.ffi.TVMFFIFunctionGetGlobal(ctypes.byref(Bytes(text, len(text))), ctypes.byref(handle))
+        )
+        return int(handle.value or 0)
+
+    def call(self, function: int, *arguments: Any) -> Any:
+        values, result = (Any * len(arguments))(*arguments), Any()
+        count = ctypes.c_int32(len(arguments))
+        self.check(
+            self.ffi.TVMFFIFunctionCall(ctypes.c_void_p(function), values, count, ctypes.byref(result))
+        )
+        return result
+
+    def text(self, value: str) -> Any:
+        raw = value.encode()
+        result = Any()
+        self.check(
+            self.ffi.TVMFFIStringFromByteArray(ctypes.byref(Bytes(raw, len(raw))), ctypes.byref(result))
+        )
+        return result
+
+    def tensor(self, array: np.ndarray) -> tuple:
+        """(Any, what must stay alive while it is used); the memory is aligned as kernels expect."""
+        room = np.empty(array.nbytes + 128, np.uint8)
+        start = -room.ctypes.data % 64
+        room[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        shape = (ctypes.c_int64 * array.ndim)(*array.shape)
+        code, bits = DTYPE_CODES[array.dtype.kind], array.dtype.itemsize * 8
+        tensor = Tensor(room.ctypes.data + start, 1, 0, array.ndim, code, bits, 1, shape, None, 0)
+        managed = ManagedTensor(tensor, None, ctypes.cast(KEEP, ctypes.c_void_p))
+        handle = ctypes.c_void_p()
+        self.check(self.ffi.TVMFFITensorFromDLPack(ctypes.byref(managed), 64, 1, ctypes.byref(handle)))
+        return Any(TENSOR, 0, handle.value), (room, shape, managed)
+
+    def release(self, value: Any) -> None:
+        """Give an object back; values below 64 are no objects."""
+        if value.type_index >= 64:
+            self.check(self.ffi.TVMFFIObjectDecRef(ctypes.c_void_p(value.value)))
+
+    def array(self, value: Any) -> np.ndarray:
+        """A copy of a tensor, which is given back."""
+        pointer = ctypes.POINTER(ManagedTensor)()
+        handle = ctypes.c_void_p(value.value)
+        self.check(self.ffi.TVMFFITensorToDLPack(handle, ctypes.byref(pointer)))
+        tensor = pointer.contents.tensor
+        shape = [tensor.shape[axis] for axis in range(tensor.ndim)]
+        kind = next(kind for kind, code in DTYPE_CODES.items() if code == tensor.code)
+        dtype = np.dtype(bool if kind == "b" else f"{kind}{tensor.bits // 8}")
+        size = int(np.prod(shape)) * dtype.itemsize
+        data = ctypes.string_at(tensor.data + tensor.byte_offset, size)
+        deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(ManagedTensor))(pointer.contents.deleter)
+        deleter(pointer)
+        self.release(value)
+        return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+class Model:
+    """A bundle's network. ``inputs`` and ``outputs`` are (name, dtype, shape)."""
+
+    def __init__(self, folder) -> None:
+        folder = Path(folder)
+        self.inputs: list = []
+        self.outputs: list = []
+        self._read_manifest(folder)
+        self.runtime = Runtime(folder / "lib")
+        load = self.runtime.function("ffi.ModuleLoadFromFile")
+        self.machine = self.runtime.call(load, self.runtime.text(str(folder / "model.so")))
+        self.machine = self.runtime.call(self._member("vm_load_executable"))
+        self.runtime.call(self._member("vm_initialization"), *(Any(INT, 0, number) for number in (1, 0, 2)))
+        self.main = self._member("main")
+
+    def _member(self, name: str) -> int:
+        get = self.runtime.function("ffi.ModuleGetFunction")
+        return self.runtime.call(get, self.machine, self.runtime.text(name), Any(2, 0, 1)).value
+
+    def _read_manifest(self, folder: Path) -> None:
+        if not (folder / "manifest.txt").is_file():
+            raise RuntimeError(f"{folder} is no bundle: it has no manifest.txt")
+        for line in (folder / "manifest.txt").read_text(encoding="utf-8").splitlines():
+            kind, _, rest = line.partition(" ")
+            if kind == "format" and rest != "1":
+                raise RuntimeError(f"manifest.txt has format {rest}, this runner reads format 1")
+            if kind == "file":
+                digest, name = rest.split(" ", 1)
+                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+                    raise RuntimeError(
+                        f"{name} does not fit manifest.txt: it was changed or damaged; copy the bundle again"
+                    )
+            if kind in ("input", "output"):
+                dtype, rank, rest = rest.split(" ", 2)
+                *shape, name = rest.split(" ", int(rank))
+                (self.inputs if kind == "input" else self.outputs).append(
+                    (name, dtype, tuple(map(int, shape)))
+                )
+        if not self.inputs or not self.outputs:
+            raise RuntimeError("manifest.txt is cut off; copy the bundle again")
+
+    def __call__(self, *arrays: np.ndarray) -> list:
+        if len(arrays) != len(self.inputs):
+            raise ValueError(f"{len(arrays)} arrays given, the network has {len(self.inputs)} inputs")
+        tensors = []
+        for (name, dtype, shape), array in zip(self.inputs, arrays):
+            if array.shape != shape or str(array.dtype) != dtype:
+                raise ValueError(f"input {name} is {dtype} {shape}, not {array.dtype} {array.shape}")
+            tensors.append(self.runtime.tensor(array))
+        result = self.runtime.call(self.main, *(tensor for tensor, _ in tensors))
+        for tensor, _ in tensors:
+            self.runtime.release(tensor)
+        if result.type_index == TENSOR:
+            return [self.runtime.array(result)]
+        item = self.runtime.function("ffi.ArrayGetItem")
+        parts = [self.runtime.call(item, result, Any(INT, 0, i)) for i in range(len(self.outputs))]
+        self.runtime.release(result)
+        return [self.runtime.array(part) for part in parts]
+
+
+def main() -> int:
+    model = Model(Path(__file__).resolve().parent)
+    if len(sys.argv) - 1 != len(model.inputs):
+        print("usage: run.py", *(f"{name}.npy" for name, _, _ in model.inputs), file=sys.stderr)
+        return 2
+    arrays = [np.load(path) for path in sys.argv[1:]]
+    started = time.perf_counter()
+    outputs = model(*arrays)
+    elapsed = time.perf_counter() - started
+    for index, ((name, _, _), output) in enumerate(zip(model.outputs, outputs)):
+        np.save(f"output_{index}.npy", output)
+        print(f"{name} -> output_{index}.npy")
+    print(f"{elapsed * 1e3:.3f} ms")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"run.py: {error}")

@@ -1,0 +1,45 @@
+"""The manifest of a bundle: text that a person, the C++ runner and the Python runner read.
+
+One entry a line, the name last since it may hold spaces::
+
+    format 1
+    target rpi4 aarch64
+    version apache-tvm 0.27.0.post1
+    file 7c9f...e1 model.so
+    input float32 4 1 3 224 224 image
+    output float32 2 1 1000 logits
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tvm_qfp8.runtime import TensorInfo
+
+NAME = "manifest.txt"
+MODULE = "model.so"
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_manifest(
+    folder: Path,
+    target: str,
+    machine: str,
+    versions: Mapping[str, str],
+    files: Sequence[str],
+    inputs: Sequence[TensorInfo],
+    outputs: Sequence[TensorInfo],
+) -> None:
+    """Write ``manifest.txt``; ``files`` are paths inside ``folder``, which get their hashes."""
+    lines = ["format 1", f"target {target} {machine}"]
+    lines += [f"version {name} {number}" for name, number in versions.items()]
+    lines += [f"file {sha256(folder / name)} {name}" for name in files]
+    for kind, tensors in (("input", inputs), ("output", outputs)):
+        lines += [" ".join([kind, t.dtype, str(len(t.shape)), *map(str, t.shape), t.name]) for t in tensors]
+    (folder / NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
