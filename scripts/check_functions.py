@@ -88,7 +88,9 @@ def check(table: Table, run, stride: int) -> dict[str, Any]:
     for block in range(0, BLOCKS, stride):
         x = (np.arange(BLOCK, dtype=np.uint32) + np.uint32(block * BLOCK)).view(np.float32)
         y, twin = run(x), table(x)
-        different += int(((y.view(np.uint32) != twin.view(np.uint32)) & ~(np.isnan(y) & np.isnan(twin))).sum())
+        different += int(
+            ((y.view(np.uint32) != twin.view(np.uint32)) & ~(np.isnan(y) & np.isnan(twin))).sum()
+        )
         nan = np.isnan(x)
         if nan.any():
             wrong_nan += int((~np.isnan(y[nan])).sum())
