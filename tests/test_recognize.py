@@ -203,3 +203,21 @@ def test_a_power_with_a_constant_exponent_becomes_a_table():
 
     mod = Interpolate(1e-3)(build(lambda e, x: op.power(x, const(0.45))))
     assert operators(mod) == ["relax.qfp8.interpolate"]
+
+
+@pytest.mark.parametrize("name", ["mish", "elu", "selu", "celu", "softplus", "silu"])
+def test_torch_activations_become_tables(name):
+    torch = pytest.importorskip("torch")
+    function = getattr(torch.nn.functional, name)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    x = 4 * torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    module = tvm_qfp8.compile(torch.export.export(Module(), (x,)))
+    (found,) = module.run({module.inputs[0].name: x.numpy()})
+    expected = function(x).numpy()
+    assert (np.abs(found - expected) <= 1e-3 * np.maximum(1, np.abs(expected)) + 1e-6).all()
+    # With alpha 1 CELU is ELU.
+    assert f"table {'elu' if name == 'celu' else name}" in module.report.to_text()
