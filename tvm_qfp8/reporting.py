@@ -11,7 +11,7 @@ from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.config import Config
-from tvm_qfp8.relay_passes.fuse import is_row_operator, op_name
+from tvm_qfp8.relay_passes.fuse import ROW, is_row_operator, op_name
 from tvm_qfp8.report import LayerReport, Report
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.tables.operators import FUNCTIONS
@@ -56,7 +56,7 @@ def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Co
     if name in FUNCTIONS:
         table = build_table(FUNCTIONS[name], max_error=config.max_error)
         return LayerReport(var.name, short, f"table {FUNCTIONS[name]}, error <= {table.max_error:.1e}")
-    if name in ("relax.nn.softmax", "relax.nn.log_softmax", "relax.nn.layer_norm") and is_row_operator(value):
+    if name in ROW and is_row_operator(value):
         inside = "exp table inside" if "softmax" in name else "exact rsqrt inside"
         return LayerReport(var.name, short, f"fused row kernel, {inside}")
     return None
