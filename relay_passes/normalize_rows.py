@@ -57,6 +57,9 @@ class _Rewriter(MainRewriter):
         rank = len(shape_of(x))
         axes = sorted(int(axis) % rank for axis in value.attrs.axes)
         if op_name(value) in PER_CHANNEL:
+            # torch's exporter writes InstanceNorm with the batch among the channels and over the batch of 1.
+            if axes[:1] == [0] and shape_of(x)[0] == 1:
+                axes = axes[1:]
             return int(value.attrs.channel_axis) % rank == 1 and axes == list(range(2, rank))
         return axes == list(range(axes[0], rank))
 

@@ -70,7 +70,10 @@ TOLERANCE = 2e-6
 
 @tvm.transform.module_pass(opt_level=0, name="Recognize")
 class Recognize:
-    """Put GELU, SiLU, softplus, LayerNorm and RMSNorm back together; what they were made of is left to dead code elimination."""
+    """Put GELU, SiLU, softplus, LayerNorm and RMSNorm back together.
+
+    What they were made of is left to dead code elimination.
+    """
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         return relax.transform.DeadCodeElimination()(_Rewriter(mod).rewrite())

@@ -19,7 +19,14 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
 from tvm_qfp8.topi.prim_func import load
-from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_log_softmax, emit_rms_norm, emit_softmax, for_each_row
+from tvm_qfp8.topi.rows import (
+    Row,
+    emit_layer_norm,
+    emit_log_softmax,
+    emit_rms_norm,
+    emit_softmax,
+    for_each_row,
+)
 
 
 def _take(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:

@@ -48,7 +48,7 @@ def test_rms_norm_of_torch(form):
     program = torch.export.export(RMS(form).eval(), (x,))
     assert "relax.nn.rms_norm" in operators(load_model(program).mod)
     module = tvm_qfp8.compile(program)
-    (got,) = module.run({module.input_names[0]: x.numpy()})
+    (got,) = module.run({module.inputs[0].name: x.numpy()})
     np.testing.assert_allclose(got, RMS(form)(x).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -95,7 +95,7 @@ def test_norms_of_torch(kind):
     assert "relax.nn.layer_norm" in operators(load_model(program).mod)
     module = tvm_qfp8.compile(program)
     expected = net(x).detach().numpy()
-    noise = module.run({module.input_names[0]: x.numpy()})[0] - expected
+    noise = module.run({module.inputs[0].name: x.numpy()})[0] - expected
     assert np.abs(noise).max() < 0.2
 
 
@@ -132,4 +132,4 @@ def test_gated_units(gate, function):
     program = torch.export.export(Gated(gate), (x,))
     assert any(function in name for name in operators(load_model(program).mod))
     module = tvm_qfp8.compile(program)
-    compare(module, {module.input_names[0]: x.numpy()}, [Gated(gate)(x).numpy()], atol=5e-3)
+    compare(module, {module.inputs[0].name: x.numpy()}, [Gated(gate)(x).numpy()], atol=5e-3)

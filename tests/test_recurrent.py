@@ -165,4 +165,3 @@ def test_if_with_a_constant_condition_is_folded(condition):
     x = np.linspace(-2, 2, 8, dtype=np.float32).reshape(2, 4)
     (got,) = evaluate(prepare(load_model(made).mod), {"x": x})
     np.testing.assert_allclose(got, onnxruntime_results(made, {"x": x})[0], rtol=1e-6, atol=1e-6)
-

@@ -143,7 +143,9 @@ class _Layer:
             return None
         return [self.emit.constant((t < lengths).reshape(-1, 1)) for t in range(self.steps)]
 
-    def _loop(self, inputs: str, direction: Direction, masks: list[str] | None) -> tuple[list[str], list[str]]:
+    def _loop(
+        self, inputs: str, direction: Direction, masks: list[str] | None
+    ) -> tuple[list[str], list[str]]:
         """Outputs of all steps in order of time, and the last states."""
         emit = self.emit
         width = self.weight.shape[1]
