@@ -100,8 +100,9 @@ class _Rewriter(MainRewriter):
         x = value.args[0]
         shape, count = shape_of(x), len(value.attrs.axes)
         constants = [self.constant(operand) for operand in value.args[1:]]
-        if count == 1 and all(constants):
+        if count == 1 < len(shape) and all(constants):
             return None
-        rows = (*shape[: len(shape) - count], math.prod(shape[len(shape) - count :]))
+        # A row has a dimension before it, if only of 1.
+        rows = (*(shape[: len(shape) - count] or (1,)), math.prod(shape[len(shape) - count :]))
         y = self._normalized(x, rows, float(value.attrs.epsilon), op_name(value))
         return self._affine(y, list(value.args[1:]), shape[len(shape) - count :], value.attrs)

@@ -67,7 +67,7 @@ def test_rms_norm_is_its_twin_bit_for_bit(length):
     np.testing.assert_array_equal(got, reference.rms_norm(x, gamma, 1e-5))
 
 
-@pytest.mark.parametrize("axis", [1, 2, -1])
+@pytest.mark.parametrize("axis", [0, 2, -1])
 def test_rms_norm_over_several_axes(axis):
     shape = (2, 3, 4, 5)
     gamma = RNG.standard_normal(shape[axis:]).astype(np.float32)
