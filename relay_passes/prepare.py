@@ -16,6 +16,7 @@ from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
+from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
 from tvm_qfp8.relay_passes.recognize import Recognize
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
@@ -34,6 +35,7 @@ def prepare_passes() -> list:
         Canonicalize(),
         # -- nonlinear layers that the file holds as many small operators
         Recognize(),
+        NormalizeRows(),
         FoldLayerNorm(),
         RecognizeSoftmax(),
         # -- channels last, without transpositions that cancel

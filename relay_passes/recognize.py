@@ -14,7 +14,8 @@ After::
 
 A file may write the same function in many ways, so the operators are not matched one by one: whatever lies between
 a value and one it is computed from, scalar constants aside, is evaluated on numbers and compared with the known
-functions. LayerNorm is recognised likewise, with the mean over the last axis among the operators.
+functions. LayerNorm and RMSNorm are recognised likewise, with means over the last axes among the operators; with
+them InstanceNorm, which is the same over height and width.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ BINARY = (
     "relax.where",
 )  # fmt: skip
 COMPARISONS = ("relax.greater", "relax.greater_equal", "relax.less", "relax.less_equal")
+MEANS = ("relax.mean", "relax.variance")
 LONGEST_CHAIN = 24
 GRID = np.concatenate([np.linspace(-9, 9, 181), [-0.01, 0.01, 3.3, -3.3]]).astype(np.float64)
 
@@ -77,7 +79,10 @@ def _activation(name: str, alpha: float, x: relax.Expr) -> relax.Call:
 
 @tvm.transform.module_pass(opt_level=0, name="Recognize")
 class Recognize:
-    """Put GELU, SiLU, softplus and LayerNorm back together; what they were made of is left to dead code elimination."""
+    """Put GELU, SiLU, softplus, LayerNorm and RMSNorm back together.
+
+    What they were made of is left to dead code elimination.
+    """
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         return relax.transform.DeadCodeElimination()(_Rewriter(mod).rewrite())
@@ -178,40 +183,47 @@ class _Rewriter(MainRewriter):
     # -- LayerNorm --------------------------------------------------------------------------------------------
 
     def _layer_norm(self, var: relax.Var) -> relax.Call | None:
-        """The normalisation alone; its scale and shift are taken in by ``FoldLayerNorm``."""
+        """LayerNorm or RMSNorm alone; scale and shift are taken in by ``FoldLayerNorm``."""
         found = self._normalised(var)
         if found is None:
             return None
-        source, epsilon = found
-        length = shape_of(var)[-1]
-        constants = [
-            relax.const(array) for array in (np.ones(length, np.float32), np.zeros(length, np.float32))
-        ]
-        return relax.op.nn.layer_norm(self.expression(source), *constants, axes=-1, epsilon=epsilon)
+        source, epsilon, count, centred = found
+        axes, shape = list(range(-count, 0)), shape_of(var)[-count:]
+        ones, zeros = (relax.const(np.full(shape, number, np.float32)) for number in (1.0, 0.0))
+        if centred:
+            return relax.op.nn.layer_norm(self.expression(source), ones, zeros, axes=axes, epsilon=epsilon)
+        return relax.op.nn.rms_norm(self.expression(source), ones, axes=axes, epsilon=epsilon)
 
-    def _is_row_mean(self, value) -> bool:
-        if op_name(value) != "relax.mean" or not value.attrs.keepdims or value.attrs.axis is None:
-            return False
+    def _row_axes(self, value: relax.Call) -> int | None:
+        """How many last axes a mean or variance is over, all of which it keeps."""
+        axes = value.attrs.axis
+        if not value.attrs.keepdims or axes is None:
+            return None
         rank = len(value.args[0].ty.shape)
-        return [int(axis) % rank for axis in value.attrs.axis] == [rank - 1]
+        found = sorted(int(axis) % rank for axis in axes)
+        return len(found) if found == list(range(rank - len(found), rank)) else None
 
-    def _normalised(self, var: relax.Var) -> tuple[relax.Var, float] | None:
-        allowed = (*UNARY, *BINARY, "relax.mean")
+    def _normalised(self, var: relax.Var) -> tuple[relax.Var, float, int, bool] | None:
+        """(source, epsilon, number of last axes, whether the mean is taken off)."""
+        allowed = (*UNARY, *BINARY, *MEANS)
         rng = np.random.default_rng(0)
         for source in self._sources(var, allowed):
             if static_shape(source) != static_shape(var):
                 continue
             row = rng.standard_normal((3, shape_of(source)[-1])) * 2 + 0.5
             cone, constants = self._cone(var, source)
-            means = [v for v in cone if op_name(self.definition[v]) == "relax.mean"]
-            if not means or not all(self._is_row_mean(self.definition[v]) for v in means):
+            means = [v for v in cone if op_name(self.definition[v]) in MEANS]
+            counts = {self._row_axes(self.definition[v]) for v in means}
+            count = counts.pop() if len(counts) == 1 else None
+            if count is None:
                 continue
             got = self._evaluate(var, source, row)
             centred = row - row.mean(-1, keepdims=True)
             for epsilon in (c for c in constants if 0 < c < 1e-1):
-                expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon)
-                if got.shape == expected.shape and np.allclose(got, expected, rtol=1e-6, atol=1e-9):
-                    return source, epsilon
+                for values in (centred, row):
+                    expected = values / np.sqrt((values**2).mean(-1, keepdims=True) + epsilon)
+                    if got.shape == expected.shape and np.allclose(got, expected, rtol=1e-6, atol=1e-9):
+                        return source, epsilon, count, values is centred
         return None
 
     def _cone(self, var: relax.Var, source: relax.Var) -> tuple[list[relax.Var], list[float]]:

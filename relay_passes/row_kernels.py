@@ -1,4 +1,4 @@
-"""Kernels whose anchor works on rows or windows: softmax and LayerNorm, pooling, embedding look-up."""
+"""Kernels whose anchor works on rows or windows: softmax and norms, pooling, embedding look-up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
 from tvm_qfp8.topi.prim_func import load
-from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_log_softmax, emit_softmax, for_each_row
+from tvm_qfp8.topi.rows import (
+    Row,
+    emit_layer_norm,
+    emit_log_softmax,
+    emit_rms_norm,
+    emit_softmax,
+    for_each_row,
+)
 
 
 def _take(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
@@ -85,28 +92,30 @@ def _softmax(call, isa: InstructionSet, threads: int, operands: Operands, max_er
     return body, (op_name(call), rows, length, max_error)
 
 
-def _layer_norm(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
-    x, gamma, beta = call.args
+def _norm(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+    x, gamma, *beta = call.args
     rows, length = _row_shape(x)
     at = operands.tensor(x)
     scale = operands.constant(pad_channels(array_of(gamma).reshape(-1)))
-    shift = operands.constant(pad_channels(array_of(beta).reshape(-1)))
+    shift = operands.constant(pad_channels(array_of(beta[0]).reshape(-1))) if beta else None
+    emit = emit_layer_norm if beta else emit_rms_norm
 
     def body(inputs, finish) -> None:
         def one(index) -> None:
             def scaled(value, offset, lanes) -> None:
                 value = bind(mul(value, load(inputs[scale], offset, lanes)))
-                value = bind(add(value, load(inputs[shift], offset, lanes)))
+                if shift is not None:
+                    value = bind(add(value, load(inputs[shift], offset, lanes)))
                 finish(value, index, offset, lanes, lanes)
 
             row = Row(
                 isa, length, lambda offset, lanes: load(inputs[at], index * length + offset, lanes), pad=0.0
             )
-            emit_layer_norm(row, float(call.attrs.epsilon), scaled)
+            emit(row, float(call.attrs.epsilon), scaled)
 
         for_each_row(rows, length, threads, one)
 
-    return body, ("layer_norm", rows, length)
+    return body, (op_name(call), rows, length)
 
 
 def _pool(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
@@ -145,7 +154,8 @@ ROW_ANCHORS: dict[str, Callable] = {
     "relax.qfp8.take": _take,
     "relax.nn.softmax": _softmax,
     "relax.nn.log_softmax": _softmax,
-    "relax.nn.layer_norm": _layer_norm,
+    "relax.nn.layer_norm": _norm,
+    "relax.nn.rms_norm": _norm,
     "relax.mean": _pool,
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,

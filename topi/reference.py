@@ -108,6 +108,13 @@ def layer_norm(x: Array, gamma: Array, beta: Array, epsilon: float) -> Array:
     return (centred * factor[..., None]) * gamma + beta
 
 
+def rms_norm(x: Array, gamma: Array, epsilon: float) -> Array:
+    """RMSNorm over the last axis with the kernel's order of operations."""
+    square = lane_sum(x * x) * np.float32(1.0 / x.shape[-1])
+    factor = np.float32(1.0) / np.sqrt(square + np.float32(epsilon))
+    return (x * factor[..., None]) * gamma
+
+
 def softmax(x: Array, exp) -> Array:
     """Softmax over the last axis with the table ``exp``."""
     powers = exp(x - x.max(-1, keepdims=True))

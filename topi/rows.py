@@ -1,4 +1,4 @@
-"""Operators that reduce the last axis: softmax, log-softmax and LayerNorm, passes over a row in cache.
+"""Operators that reduce the last axis: softmax, log-softmax, LayerNorm and RMSNorm, passes over a row in cache.
 
 Reductions use 16 lane accumulators whatever the vector width, element i in lane i mod 16, combined in a fixed
 tree, so that every target gives the same bits.
@@ -165,6 +165,15 @@ def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
     deviation = T.bind(tirx.sqrt(add(variance, tirx.const(epsilon, "float32"))))
     factor = T.bind(tirx.const(1.0, "float32") / deviation)
     row.finish(lambda v: mul(bind(sub(v, like_scalar(mean, v))), like_scalar(factor, v)), finish)
+
+
+def emit_rms_norm(row: Row, epsilon: float, finish: Callable) -> None:
+    """x / sqrt(mean(x^2) + epsilon); the scale belongs to ``finish``. Padding is 0."""
+    total = row.sum(lambda v: mul(v, v))
+    square = T.bind(mul(total, tirx.const(1.0 / row.length, "float32")))
+    deviation = T.bind(tirx.sqrt(add(square, tirx.const(epsilon, "float32"))))
+    factor = T.bind(tirx.const(1.0, "float32") / deviation)
+    row.finish(lambda v: mul(v, like_scalar(factor, v)), finish)
 
 
 def like_scalar(scalar, vector):

@@ -34,6 +34,7 @@ from tvm_qfp8.runtime import (
     TensorInfo,
     encode_metadata,
 )
+from tvm_qfp8.static_shapes import check_static_shapes
 from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_name
 from tvm_qfp8.topi.isa import InstructionSet, instruction_set
@@ -129,7 +130,12 @@ def compile(  # noqa: A001 - the public name
     stage = progress or (lambda name, done, total: None)
     stage("import", 0, 1)
     imported = load_model(mod, params=params, input_shapes=input_shapes)
-    canonical = prepare(imported.mod)
+    try:
+        canonical = prepare(imported.mod)
+    except Exception:  # passes raise whatever they do on tensors of unknown shape, the cause worth naming
+        check_static_shapes(imported.mod)
+        raise
+    check_static_shapes(canonical)
     stage("import", 1, 1)
     plan = calibrate(canonical, calibration, config, progress)
     keep_sums_in_int32(plan)

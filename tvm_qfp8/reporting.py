@@ -11,7 +11,7 @@ from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.config import Config
-from tvm_qfp8.relay_passes.fuse import is_row_operator, op_name
+from tvm_qfp8.relay_passes.fuse import ROW, is_row_operator, op_name
 from tvm_qfp8.relay_passes.interpolate import called_function
 from tvm_qfp8.report import LayerReport, Report
 from tvm_qfp8.tables import build_table
@@ -58,7 +58,7 @@ def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Co
         table = build_table(function, max_error=config.max_error)
         kind = "relative error" if table.relative else "error"
         return LayerReport(var.name, short, f"table {function}, {kind} <= {table.max_error:.1e}")
-    if name in ("relax.nn.softmax", "relax.nn.log_softmax", "relax.nn.layer_norm") and is_row_operator(value):
+    if name in ROW and is_row_operator(value):
         inside = "exact root inside"
         if "softmax" in name:
             inside = f"exp table inside, error <= {config.max_error:.1e}"

@@ -185,7 +185,7 @@ class CompiledModule:
             raise InputError(
                 f"input {info.name!r} is {array[index]} at index {index}; quantized layers need finite values"
             )
-        return tvm.runtime.tensor(np.ascontiguousarray(array))
+        return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(info.shape))
 
     def time_evaluator(
         self, inputs: Mapping[str, np.ndarray], repeat: int = 10, number: int = 1

@@ -18,6 +18,7 @@ from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported
 from tvm_qfp8.importers.onnx_adapt import adapt_operators
 from tvm_qfp8.importers.onnx_float32 import to_float32
+from tvm_qfp8.importers.onnx_if import fold_if
 from tvm_qfp8.importers.onnx_inputs import fix_input_shapes, forget_shapes
 from tvm_qfp8.importers.onnx_operators import (
     check_operators,
@@ -28,8 +29,11 @@ from tvm_qfp8.importers.onnx_operators import (
 )
 from tvm_qfp8.importers.onnx_padding import explicit_padding
 from tvm_qfp8.importers.onnx_qdq import constant_tensors, strip_quantization
+from tvm_qfp8.importers.onnx_recurrent import unroll_recurrent
 
-WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear")
+WEIGHTED = (
+    "Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear", "RNN", "GRU", "LSTM",
+)  # fmt: skip
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -55,6 +59,9 @@ def from_onnx_model(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
     fix_input_shapes(fixed, input_shapes)
     notes = [*strip_quantization(fixed), *to_float32(fixed)]
     simple = _simplified(expand_operators(fixed))
+    while fold_if(simple):  # a branch may hold the condition of the next one
+        simple = _simplified(expand_operators(simple))
+    unroll_recurrent(simple)
     adapt_operators(simple)
     explicit_padding(simple)
     check_operators(simple)
