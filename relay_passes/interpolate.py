@@ -11,7 +11,7 @@ from tvm import relax, tirx
 from tvm.ir import GenericConst
 
 from tvm_qfp8.relay_passes import qfp8_ops
-from tvm_qfp8.relay_passes.fuse import op_name, static_shape
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.tables.operators import function_of
 
 
@@ -24,7 +24,9 @@ def called_function(call: relax.Expr) -> str | None:
 
 def _number(argument: relax.Expr):
     if isinstance(argument, GenericConst):
-        return argument.value.numpy()
+        # Weights are neither exponents nor slopes; a QFP8 constant has no NumPy type either.
+        single = str(argument.ty.dtype) == "float32" and all(extent == 1 for extent in shape_of(argument))
+        return argument.value.numpy() if single else None
     return float(argument.value) if isinstance(argument, tirx.FloatImm | tirx.IntImm) else None
 
 
