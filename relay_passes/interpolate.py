@@ -7,11 +7,25 @@ division) stay; softmax and LayerNorm become row kernels later, with tables insi
 from __future__ import annotations
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
+from tvm.ir import GenericConst
 
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
-from tvm_qfp8.tables.operators import FUNCTIONS
+from tvm_qfp8.tables.operators import function_of
+
+
+def called_function(call: relax.Expr) -> str | None:
+    """The name of the tabulated function that a call computes, None for any other expression."""
+    if not op_name(call):
+        return None
+    return function_of(op_name(call), tuple(_number(argument) for argument in call.args))
+
+
+def _number(argument: relax.Expr):
+    if isinstance(argument, GenericConst):
+        return argument.value.numpy()
+    return float(argument.value) if isinstance(argument, tirx.FloatImm | tirx.IntImm) else None
 
 
 @tvm.transform.module_pass(opt_level=0, name="Interpolate")
@@ -28,7 +42,7 @@ class Interpolate:
         class Rewrite(relax.PyExprMutator):
             def visit_call_(self, call):
                 call = self.visit_expr_post_order(call)
-                function = FUNCTIONS.get(op_name(call))
+                function = called_function(call)
                 if function is None or str(call.args[0].ty.dtype) != "float32" or static_shape(call) is None:
                     return call
                 return qfp8_ops.interpolate(call.args[0], function, max_error)

@@ -20,6 +20,7 @@ ELEMENTWISE = (
     "square", "exp", "log", "erf", "tanh", "sigmoid", "sin", "cos", "clip", "floor", "ceil", "round", "where",
     "greater", "greater_equal", "less", "less_equal", "equal", "not_equal", "logical_and", "logical_or",
     "logical_not", "isnan", "astype", "nn.relu", "nn.gelu", "nn.gelu_tanh", "nn.silu", "nn.leakyrelu", "nn.softplus",
+    "qfp8.mish", "qfp8.selu", "qfp8.elu", "qfp8.celu",
 )  # fmt: skip
 REDUCTIONS: dict[str, Callable] = {
     "relax.mean": relax.op.mean,

@@ -15,6 +15,8 @@ qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc
 qfp8.take           table codes ``(rows, width)``, scale       float32: rows of an embedding table, each with its
                     ``(rows,)``, indices                       own scale
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
+qfp8.mish, selu     x float32                                  float32; until ``Interpolate`` only
+qfp8.elu, celu      x float32, alpha                           the same
 ==================  =========================================  ==================================================
 
 Where only weights are quantized x is float32, and where a layer is left out its weight is float32 as well.
@@ -75,6 +77,7 @@ _OPERATORS = {
     "batch_matmul": _batch_matmul_type,
     "take": _take_type,
     "interpolate": _same_type,
+    **dict.fromkeys(("mish", "selu", "elu", "celu"), _same_type),
 }
 
 
@@ -143,6 +146,11 @@ def batch_matmul(x, y, scale: float, *, transpose_y: bool) -> relax.Call:
 def take(table, scale, indices) -> relax.Call:
     """Rows ``indices`` of an embedding table of codes."""
     return _call("take", [table, scale, indices])
+
+
+def activation(name: str, x, *parameters: float) -> relax.Call:
+    """Mish, SELU, ELU or CELU of a canonical program, where Relax has no operator; ELU and CELU take alpha."""
+    return _call(name, [x, *(tvm.tirx.FloatImm("float32", value) for value in parameters)])
 
 
 def interpolate(x, function: str, max_error: float) -> relax.Call:

@@ -21,6 +21,7 @@ them InstanceNorm, which is the same over height and width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,8 +30,10 @@ from tvm import relax, tirx
 from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.operators import TABLE
+from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
+from tvm_qfp8.tables.families import find_function
 
 UNARY = (
     "relax.erf", "relax.exp", "relax.log", "relax.tanh", "relax.sigmoid", "relax.nn.relu", "relax.clip",
@@ -64,8 +67,14 @@ FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
     "sigmoid": (relax.op.sigmoid, _sigmoid),
     "tanh": (relax.op.tanh, np.tanh),
     "softplus": (relax.op.nn.softplus, lambda x: np.log1p(np.exp(x))),
+    "mish": (partial(qfp8_ops.activation, "mish"), find_function("mish").reference),
+    "selu": (partial(qfp8_ops.activation, "selu"), find_function("selu").reference),
 }
 TOLERANCE = 2e-6
+
+
+def _activation(name: str, alpha: float, x: relax.Expr) -> relax.Call:
+    return qfp8_ops.activation(name, x, alpha)
 
 
 @tvm.transform.module_pass(opt_level=0, name="Recognize")
@@ -155,11 +164,21 @@ class _Rewriter(MainRewriter):
             if static_shape(source) != static_shape(var) or str(source.ty.dtype) != "float32":
                 continue
             got = self._evaluate(var, source, GRID)
-            for make, function in FUNCTIONS.values():
+            for make, function in [*FUNCTIONS.values(), *self._with_parameter(var, source)]:
                 expected = function(GRID)
                 if got.shape == expected.shape and np.allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE):
                     return make(self.expression(source))
         return None
+
+    def _with_parameter(self, var: relax.Var, source: relax.Var) -> list[tuple[Callable, Callable]]:
+        """ELU and CELU, their alpha being any of the constants."""
+        found: list[tuple[Callable, Callable]] = []
+        for alpha in sorted({abs(constant) for constant in self._cone(var, source)[1]}):
+            if 1e-3 <= alpha <= 1e3:
+                for name in ("elu", "celu"):
+                    make = partial(_activation, name, alpha)
+                    found.append((make, find_function(f"{name}({alpha!r})").reference))
+        return found
 
     # -- LayerNorm --------------------------------------------------------------------------------------------
 
@@ -188,6 +207,7 @@ class _Rewriter(MainRewriter):
         """(source, epsilon, number of last axes, whether the mean is taken off)."""
         allowed = (*UNARY, *BINARY, *MEANS)
         rng = np.random.default_rng(0)
+        rms: tuple[relax.Var, float, int, bool] | None = None
         for source in self._sources(var, allowed):
             if static_shape(source) != static_shape(var):
                 continue
@@ -204,8 +224,11 @@ class _Rewriter(MainRewriter):
                 for values in (centred, row):
                     expected = values / np.sqrt((values**2).mean(-1, keepdims=True) + epsilon)
                     if got.shape == expected.shape and np.allclose(got, expected, rtol=1e-6, atol=1e-9):
-                        return source, epsilon, count, values is centred
-        return None
+                        if values is centred:
+                            return source, epsilon, count, True
+                        # A source further away may hold the mean too: then it is LayerNorm.
+                        rms = rms or (source, epsilon, count, False)
+        return rms
 
     def _cone(self, var: relax.Var, source: relax.Var) -> tuple[list[relax.Var], list[float]]:
         """Variables between ``source`` and ``var`` and the scalar constants they read."""

@@ -1,8 +1,8 @@
 """Times single layers against onnxruntime, one thread, 8-bit codes in and out for us and for int8.
 
 Contestants take turns in one process; a figure is the median, less what a call that does next to nothing takes.
-The int8 peer is the faster of its operators. Writes results/bench_kernels.json with the bars and whether they are met;
-a run on a machine that was busy says so.
+The int8 peer is the faster of its operators; our schedules come from the tuning logs where those have one. Writes
+results/bench_kernels.json with the bars and whether they are met; a run on a busy machine says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FLOAT, INT8 = "onnxruntime float32", "onnxruntime int8"
+DEFAULT = "qfp8 without tuning log"
 MAC_PER_INSTRUCTION = {
     "avx512+vnni": {"qfp8": 32, "int8": 64, "float32": 16},
     "avx512": {"qfp8": 32, "int8": 32, "float32": 16},
@@ -78,13 +79,18 @@ def measure(case, family: str, overhead: dict[str, float], turns: int) -> dict[s
     from kernel_bench import ours, peers
     from kernel_bench.clock import medians, reading_runner
 
-    runners = {"qfp8": ours.runner(case), **peers.runners(case)}
+    choose = ours.tuned_schedules()
+    runners = {"qfp8": ours.runner(case, choose), **peers.runners(case)}
+    if choose.used:
+        runners[DEFAULT] = ours.runner(case)
     size = case.macs * case.layers
     if family == "gemv":
         runners["plain read"] = reading_runner(size)
     found = {}
     for name, value in medians(runners, turns).items():
-        spent = 0.0 if name == "plain read" else overhead["qfp8" if name == "qfp8" else "onnxruntime"]
+        spent = (
+            0.0 if name == "plain read" else overhead["qfp8" if name.startswith("qfp8") else "onnxruntime"]
+        )
         found[name] = (value - spent) / case.layers
     int8 = min(value for name, value in found.items() if name.startswith(INT8))
     row: dict[str, Any] = {
@@ -96,6 +102,8 @@ def measure(case, family: str, overhead: dict[str, float], turns: int) -> dict[s
             "int8": round(int8 / found["qfp8"], 3),
         },
     }
+    if choose.used:
+        row["default_schedule_share"] = round(found["qfp8"] / found[DEFAULT], 3)
     if family == "gemv":
         read = found["plain read"]
         row["gigabytes_per_second"] = {
@@ -140,6 +148,8 @@ def bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     bar("GEMV 1024, float32", of("gemv", "float32", small), 2.2)
     bar("GEMV 1024, int8", of("gemv", "int8", small), 1.0)
     bar("depthwise 3x3, geometric mean, float32", of("depthwise", "float32"), 1.5)
+    shares = sorted(row["default_schedule_share"] for row in rows if "default_schedule_share" in row)
+    bar("default schedules, share of tuned speed, least", shares[:1], 0.8)
     return found
 
 

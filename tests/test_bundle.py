@@ -1,9 +1,11 @@
 """Bundles: what is in them, that both runners give the module's bits, and what they refuse."""
 
+import hashlib
 import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import tvm_qfp8
+from tvm_qfp8.bundling.runtime_libraries import _extract
 from tvm_qfp8.errors import ModelError, TargetError
 from tvm_qfp8.linker import linker
 from tvm_qfp8.runtime import read_metadata
@@ -115,8 +118,43 @@ def test_a_changed_module_is_refused(native_bundle, tmp_path):
             finished = run([*runner, "x.npy"], tmp_path)
             assert finished.returncode == 1
             assert "model.so does not fit manifest.txt" in finished.stderr
+    shutil.copyfile(native_bundle / "model.so", copy / "model.so")
+    (copy / "lib" / "libtvm_ffi.so").unlink()
+    assert "libtvm_ffi.so is missing" in run([sys.executable, copy / "run.py", "x.npy"], tmp_path).stderr
     (copy / "manifest.txt").write_text("format 2\n")
     assert "format 2" in run([sys.executable, copy / "run.py", "x.npy"], tmp_path).stderr
+
+
+@LINUX_X86
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text.replace("9 7 x", "9 8 x"), "manifest.txt was changed or cut off"),
+        (lambda text: text[: text.index("output")], "manifest.txt was changed or cut off"),
+        (lambda text: text.replace("end ", "end 0"), "manifest.txt was changed or cut off"),
+        (lambda text: text + "input", "manifest.txt was changed or cut off"),
+    ],
+)
+def test_a_changed_manifest_is_refused(native_bundle, tmp_path, change, message):
+    copy = shutil.copytree(native_bundle, tmp_path / "copy")
+    (copy / "manifest.txt").write_text(change((copy / "manifest.txt").read_text()))
+    np.save(tmp_path / "x.npy", samples()[0]["x"])
+    for runner in ([sys.executable, copy / "run.py"], [copy / "run"]):
+        if runner[-1].exists():
+            finished = run([*runner, "x.npy"], tmp_path)
+            assert finished.returncode == 1 and message in finished.stderr
+
+
+@LINUX_X86
+def test_a_bundle_says_which_machine_it_is_for(native_bundle, tmp_path):
+    copy = shutil.copytree(native_bundle, tmp_path / "copy")
+    manifest = copy / "manifest.txt"
+    text = manifest.read_text().rpartition("end ")[0].replace("target x86_64", "target aarch64")
+    manifest.write_text(text + f"end {hashlib.sha256(text.encode()).hexdigest()}\n")
+    for runner in ([sys.executable, copy / "run.py"], [copy / "run"]):
+        if runner[-1].exists():
+            finished = run([*runner, "x.npy"], tmp_path)
+            assert finished.returncode == 1 and "made for aarch64, this " in finished.stderr
 
 
 @LINUX_X86
@@ -124,6 +162,14 @@ def test_a_bundle_for_another_machine_is_refused(compiled, tmp_path):
     with pytest.raises(TargetError, match="made for x86_64, rpi4 is aarch64"):
         tvm_qfp8.bundle(compiled[0] / "native.so", tmp_path / "b", "rpi4")
     assert not (tmp_path / "b").exists()
+
+
+def test_wheels_without_the_runtime_are_refused(tmp_path):
+    wheel = tmp_path / "apache_tvm.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tvm/lib/libtvm_runtime.so", "")
+    with pytest.raises(TargetError, match="hold no libtvm_ffi.so"):
+        _extract([wheel], tmp_path / "lib")
 
 
 def test_what_is_no_module_is_refused(tmp_path):
@@ -151,6 +197,44 @@ def test_a_linker_for_another_machine_is_found_out(compiled, tmp_path):
     assert not (tmp_path / "m.so").exists()
     with pytest.raises(TargetError, match="for x86_64, not for aarch64"):
         check_library_for(compiled[0] / "native.so", "aarch64")
+
+
+def test_a_linkers_options_are_passed_on(tmp_path):
+    """A failing one is shown with its whole command line."""
+    with pytest.raises(TargetError, match=r"linking failed: false --for-arm -shared .*m\.o\nexit status 1"):
+        linker(parse_target("rpi4"), "false --for-arm")(str(tmp_path / "m.so"), ["m.o"])
+    with pytest.raises(TargetError, match="no linker 'nosuch -m64' on PATH"):
+        linker(parse_target("rpi4"), "nosuch -m64")
+
+
+@LINUX_X86
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="needs cmake and g++")
+def test_the_cmake_file_builds_the_runner(compiled, native_bundle, tmp_path):
+    copy = shutil.copytree(native_bundle, tmp_path / "copy")
+    (copy / "run").unlink(missing_ok=True)
+    for command in ("cmake -S cpp -B build", "cmake --build build", "cp build/run ."):
+        finished = run(command.split(), copy)
+        assert finished.returncode == 0, finished.stderr
+    x = samples()[3]["x"]
+    np.save(tmp_path / "x.npy", x)
+    moved = copy.rename(tmp_path / "moved")
+    finished = run([moved / "run", "x.npy"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    for index, expected in enumerate(compiled[1].run({"x": x})):
+        np.testing.assert_array_equal(np.load(tmp_path / f"output_{index}.npy"), expected)
+
+
+@LINUX_X86
+@HAS_ZIG
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_links_by_zig(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
+    compiled[1].export_library(tmp_path / "m.so")
+    x = samples()[0]["x"]
+    found = tvm_qfp8.load(tmp_path / "m.so").run({"x": x})
+    for ours, theirs in zip(compiled[1].run({"x": x}), found, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.slow

@@ -254,3 +254,20 @@ def test_concat_copies_every_element(target, axis, shapes, dtype):
             output = builder.emit_output(relax.op.concat(inputs, axis))
         builder.emit_func_output(output)
     assert np.array_equal(run(build(builder.get(), target), *parts)[0], np.concatenate(parts, axis))
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 10, 16, 23, 130])
+def test_softmax_of_any_length_and_with_masked_entries(target, length, logarithmic):
+    rng = np.random.default_rng(length)
+    x = (rng.standard_normal((4, length)) * 5).astype(np.float32)
+    x[1, 1:] = -np.inf
+    x[2, length // 2 :] -= 10000.0
+    operator = relax.op.nn.log_softmax if logarithmic else relax.op.nn.softmax
+    found = run(build(program([((4, length), None)], lambda _b, v: operator(v, -1)), target), x)[0]
+    shifted = x.astype(np.float64) - x.max(-1, keepdims=True)
+    expected = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
+    if logarithmic:
+        with np.errstate(divide="ignore"):
+            expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found, expected, rtol=1e-3 if logarithmic else 0, atol=1e-3)

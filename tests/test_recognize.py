@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 from tvm import relax
 
+import tvm_qfp8
 from tvm_qfp8.calibration import evaluate
 from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
 from tvm_qfp8.relay_passes.recognize import Recognize
@@ -164,3 +167,57 @@ def test_a_sum_over_another_axis_is_no_softmax():
         return op.divide(exponential, e(op.sum(exponential, [1, 2], True)))
 
     assert "relax.nn.softmax" not in operators(RecognizeSoftmax()(build(emit)))
+
+
+@pytest.mark.parametrize(
+    "operator, attributes, became",
+    [
+        ("Mish", {}, "mish"),
+        ("Elu", {"alpha": 0.5}, "elu(0.5)"),
+        ("Selu", {}, "selu"),
+        ("Celu", {"alpha": 1.5}, "celu(1.5)"),
+        ("Softplus", {}, "softplus"),
+        ("Sin", {}, "sin"),
+        ("Cos", {}, "cos"),
+    ],
+)
+def test_onnx_activations_become_tables(operator, attributes, became):
+    shape = [2, 40]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
+    node = helper.make_node(operator, ["x"], ["y"], **attributes)
+    model = helper.make_model(
+        helper.make_graph([node], "g", value[:1], value[1:]),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=9,
+    )
+    x = (4 * np.random.default_rng(0).standard_normal(shape)).astype(np.float32)
+    module = tvm_qfp8.compile(model, config=tvm_qfp8.Config(max_error=1e-3))
+    (expected,) = ReferenceEvaluator(model).run(None, {"x": x})
+    (found,) = module.run({"x": x})
+    assert (np.abs(found - expected) <= 1e-3 * np.maximum(1, np.abs(expected)) + 1e-6).all()
+    assert f"table {became}, error <= " in module.report.to_text()
+
+
+def test_a_power_with_a_constant_exponent_becomes_a_table():
+    from tvm_qfp8.relay_passes.interpolate import Interpolate
+
+    mod = Interpolate(1e-3)(build(lambda e, x: op.power(x, const(0.45))))
+    assert operators(mod) == ["relax.qfp8.interpolate"]
+
+
+@pytest.mark.parametrize("name", ["mish", "elu", "selu", "celu", "softplus", "silu"])
+def test_torch_activations_become_tables(name):
+    torch = pytest.importorskip("torch")
+    function = getattr(torch.nn.functional, name)
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    x = 4 * torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    module = tvm_qfp8.compile(torch.export.export(Module(), (x,)))
+    (found,) = module.run({module.inputs[0].name: x.numpy()})
+    expected = function(x).numpy()
+    assert (np.abs(found - expected) <= 1e-3 * np.maximum(1, np.abs(expected)) + 1e-6).all()
+    # With alpha 1 CELU is ELU.
+    assert f"table {'elu' if name == 'celu' else name}" in module.report.to_text()

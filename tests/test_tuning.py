@@ -73,7 +73,7 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, workload):
     assert again.measured == 0 and result.trials == 10
     more = CountingMeasurer()
     _, (result,) = tune(tmp_path, workload, more, 14)
-    confirmations = 4
+    confirmations = 3
     assert result.trials == 14 and more.measured <= 4 + confirmations
 
 

@@ -14,7 +14,7 @@ from tvm_qfp8.errors import TuningError
 from tvm_qfp8.targets import cpu_features, isa, parse_target
 from tvm_qfp8.topi.isa import instruction_set
 from tvm_qfp8.tuning.logs import LoggedSchedules, read_log
-from tvm_qfp8.tuning.remote import connect
+from tvm_qfp8.tuning.remote import count_boards
 from tvm_qfp8.tuning.session import tune_workloads
 from tvm_qfp8.tuning.workload import Workload
 
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def test_a_tracker_is_host_and_port():
     with pytest.raises(TuningError, match="HOST:PORT"):
-        connect("localhost", "rpi4")
+        count_boards("localhost", "rpi4")
 
 
 def test_no_board_is_an_error(tmp_path):
@@ -59,7 +59,16 @@ class Boards:
         )
         assert "serving arm on 127.0.0.1" in server.stdout.readline()
         self.servers.append(server)
+        self.wait(sum(s.poll() is None for s in self.servers))
         return server
+
+    def wait(self, boards):
+        """Until the tracker has noticed."""
+        for _ in range(100):
+            if count_boards(self.address, "arm") == boards:
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"the tracker does not list {boards} boards")
 
     @staticmethod
     def stop(server):
@@ -109,7 +118,7 @@ def test_boards_may_vanish_and_the_run_goes_on(boards, tmp_path):
 
     # The last one goes: the run cannot go on, and says so; a new board takes over.
     boards.stop(first)
-    time.sleep(3)
+    boards.wait(0)
     with pytest.raises(TuningError, match="no board"):
         tune_workloads({workload: 1}, target, tmp_path, trials=8, **options)
     boards.start()

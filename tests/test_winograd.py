@@ -92,9 +92,12 @@ def test_winograd_is_exact(target, shape):
         assert np.array_equal(machine["main"](tvm.runtime.tensor(x)).numpy(), expected)
 
 
-@pytest.mark.parametrize("activation", COMPUTED)
-@pytest.mark.parametrize("weight", [name for name in COMPUTED if LAYOUTS[name].signed])
-def test_every_pair_of_layouts_is_exact(activation, weight):
+WEIGHTS = [name for name in COMPUTED if LAYOUTS[name].signed]
+PAIRS = [(name, "E2M5") for name in COMPUTED] + [("UE3M5", name) for name in WEIGHTS if name != "E2M5"]
+
+
+@pytest.mark.parametrize("activation, weight", PAIRS)
+def test_every_layout_is_exact(activation, weight):
     shape = conv_shape(height=5, width=5, act=activation, weight=weight)
     module, x, expected = case(shape)
     memory = StaticMemory()
@@ -103,10 +106,12 @@ def test_every_pair_of_layouts_is_exact(activation, weight):
 
 
 def test_the_twin_is_the_direct_convolution():
-    for shape in SHAPES:
+    pairs = [conv_shape(height=5, act=a, weight=w) for a in COMPUTED for w in WEIGHTS]
+    for shape in [*SHAPES, *pairs]:
         rng = np.random.default_rng(0)
         x = random_codes(rng, (shape.batch, shape.height, shape.width, shape.channels))
         weight = random_codes(rng, (shape.out_channels, 3, 3, shape.channels))
+        assert plan_winograd(shape, weight) is not None
         direct = reference.conv2d(x, weight, shape)
         assert np.array_equal(reference.winograd_conv2d(x, weight, shape), direct)
 
@@ -182,6 +187,17 @@ def test_filters_are_made_once_by_machines_that_start_together():
     for thread in threads:
         thread.join()
     assert len(results) == 4 and all(np.array_equal(result, expected) for result in results)
+
+
+def test_modules_of_one_process_do_not_share_memory():
+    cases = [case(conv_shape(height=height)) for height in (8, 9)]
+    machines = [
+        relax.VirtualMachine(build(module, "native", memory=StaticMemory()), tvm.cpu())
+        for module, *_ in cases
+    ]
+    for _ in range(2):
+        for machine, (_, x, expected) in zip(machines, cases, strict=True):
+            assert np.array_equal(machine["main"](tvm.runtime.tensor(x)).numpy(), expected)
 
 
 def network(channels: int = 64) -> tvm.IRModule:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 
 import numpy as np
 from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.tables.evaluate import evaluate
 from tvm_qfp8.tables.table import Table
 from tvm_qfp8.topi.float_contract import add, bind, lanes_of, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.prim_func import load, store
 
 
 def emit_table(table: Table, x, isa: InstructionSet):
@@ -126,6 +128,16 @@ class TirOps:
 
     def to_float(self, integer):
         return bind(integer.astype(self._float))
+
+    def keep(self, value):
+        """Name a value by way of memory, which LLVM takes out again.
+
+        TVM's simplifier looks through names, in exponential time on long chains, but not into memory.
+        """
+        dtype = str(value.ty.dtype).partition("x")[0]
+        place = T.alloc_buffer((self.lanes,), dtype, scope="local", align=64)
+        store(place, 0, value, self.lanes)
+        return bind(load(place, 0, self.lanes))
 
     def wide(self, integer):
         wide = bind(integer).astype(with_lanes("int64", self.lanes))

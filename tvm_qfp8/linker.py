@@ -1,18 +1,21 @@
 """The linker of modules: this machine's compiler, or one that links for another machine.
 
-For another machine ``zig c++`` from the ``ziglang`` wheel is taken, which brings the C library of every target and
-needs no system package; else GNU's cross compiler if it is on PATH.
+For another machine, and where this one has no compiler, ``zig c++`` from the ``ziglang`` wheel is taken, which brings
+the C library of every target and needs no system package; else GNU's cross compiler if it is on PATH.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tvm.support import cc
 from tvm.target import Target, codegen
 
 from tvm_qfp8.errors import TargetError
@@ -35,14 +38,14 @@ def architecture(target: Target) -> str:
 
 
 def linker(target: Target, command: str | None = None) -> Callable | None:
-    """What ``export_library`` takes as ``fcompile``; None links with this machine's own compiler.
+    """What ``export_library`` takes as ``fcompile``; None leaves the choice to TVM, on systems other than Linux.
 
     Parameters
     ----------
     target : tvm.target.Target
         A CPU.
     command : str
-        A C++ compiler that links for the target.
+        A C++ compiler that links for the target, with options if it needs any.
 
     Raises
     ------
@@ -51,16 +54,21 @@ def linker(target: Target, command: str | None = None) -> Callable | None:
     """
     machine = architecture(target)
     if command is not None:
-        if shutil.which(command) is None:
+        words = shlex.split(command)
+        if not words or shutil.which(words[0]) is None:
             raise TargetError(
                 f"no linker {command!r} on PATH; --cc takes a C++ compiler that links for {machine}"
             )
-        return _link_by([command], machine)
-    if machine == str(codegen.llvm_get_system_triple()).partition("-")[0]:
+        return _link_by(words, machine)
+    here = machine == str(codegen.llvm_get_system_triple()).partition("-")[0]
+    if here and platform.system() != "Linux":
         return None
+    own = cc.get_cc()
+    if here and own is not None:
+        return _link_by(shlex.split(own), machine)
     if importlib.util.find_spec("ziglang") is not None and machine in ZIG_TRIPLES:
         return _link_by([*zig_compiler(machine)], machine)
-    gnu = str(target.attrs["mtriple"]).replace("armv7a-", "arm-") + "-g++"
+    gnu = "g++" if here else str(target.attrs["mtriple"]).replace("armv7a-", "arm-") + "-g++"
     if shutil.which(gnu) is None:
         raise TargetError(
             f"no linker for {machine}: pip install 'tvm-qfp8[board]' brings one, or install {gnu} "

@@ -12,9 +12,9 @@ from tvm.ir import GenericConst
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.config import Config
 from tvm_qfp8.relay_passes.fuse import ROW, is_row_operator, op_name
+from tvm_qfp8.relay_passes.interpolate import called_function
 from tvm_qfp8.report import LayerReport, Report
 from tvm_qfp8.tables import build_table
-from tvm_qfp8.tables.operators import FUNCTIONS
 
 LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 
@@ -53,11 +53,15 @@ def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Co
         return LayerReport(
             var.name, short, "QFP8 table", "E2M5", bytes_before=4 * codes.size, bytes_after=after
         )
-    if name in FUNCTIONS:
-        table = build_table(FUNCTIONS[name], max_error=config.max_error)
-        return LayerReport(var.name, short, f"table {FUNCTIONS[name]}, error <= {table.max_error:.1e}")
+    function = called_function(value)
+    if function is not None:
+        table = build_table(function, max_error=config.max_error)
+        kind = "relative error" if table.relative else "error"
+        return LayerReport(var.name, short, f"table {function}, {kind} <= {table.max_error:.1e}")
     if name in ROW and is_row_operator(value):
-        inside = "exp table inside" if "softmax" in name else "exact rsqrt inside"
+        inside = "exact root inside"
+        if "softmax" in name:
+            inside = f"exp table inside, error <= {config.max_error:.1e}"
         return LayerReport(var.name, short, f"fused row kernel, {inside}")
     return None
 

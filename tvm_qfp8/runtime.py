@@ -201,7 +201,7 @@ class CompiledModule:
     def export_library(self, path: str | os.PathLike, fcompile: Callable | None = None) -> None:
         """Write a shared library (``.so``); nothing is left behind when linking fails.
 
-        ``fcompile`` links it; by default this machine's compiler, or GNU's cross compiler for another machine.
+        ``fcompile`` links it; by default what ``tvm_qfp8.linker`` chooses for the target.
 
         Raises
         ------

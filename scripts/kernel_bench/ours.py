@@ -17,7 +17,9 @@ from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.targets import cpu_features, isa, parse_target
 from tvm_qfp8.topi.isa import instruction_set
+from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import StaticMemory
+from tvm_qfp8.tuning.logs import LoggedSchedules, default_roots
 
 ACTIVATIONS = {Dense: "E3M4", Convolution: "UE2M6"}
 """What calibration mostly picks: transformers have outliers, convolutions follow a ReLU."""
@@ -25,7 +27,9 @@ ACTIVATIONS = {Dense: "E3M4", Convolution: "UE2M6"}
 Run = Callable[[], object]
 
 
-def runner(case: Case, winograd: bool = True, target: str = "native") -> Run:
+def runner(
+    case: Case, choose: ScheduleChooser = default_schedule, winograd: bool = True, target: str = "native"
+) -> Run:
     """The compiled case on random codes; a call leaves its result inside the virtual machine."""
     rng = np.random.default_rng(0)
     layout = get_layout(ACTIVATIONS[type(case)])
@@ -46,7 +50,7 @@ def runner(case: Case, winograd: bool = True, target: str = "native") -> Run:
             output = builder.emit_output(value)
         builder.emit_func_output(output)
     codes = rng.integers(0, 127, shape, dtype=np.uint8)
-    return _on_machine(builder.get(), codes, StaticMemory() if winograd else None, target)
+    return _on_machine(builder.get(), codes, choose, StaticMemory() if winograd else None, target)
 
 
 def _layer(case: Case, index: int, x: relax.Expr, rng: np.random.Generator) -> relax.Expr:
@@ -73,10 +77,22 @@ def _layer(case: Case, index: int, x: relax.Expr, rng: np.random.Generator) -> r
     )
 
 
-def _on_machine(mod: tvm.IRModule, x: np.ndarray, memory: StaticMemory | None, name: str = "native") -> Run:
+def tuned_schedules() -> LoggedSchedules:
+    """What the tuning logs of this machine hold, as ``compile`` reads them."""
+    return LoggedSchedules(parse_target("native"), default_roots())
+
+
+def _on_machine(
+    mod: tvm.IRModule,
+    x: np.ndarray,
+    choose: ScheduleChooser = default_schedule,
+    memory: StaticMemory | None = None,
+    name: str = "native",
+) -> Run:
     target = parse_target(name)
     with target:
-        mod = LowerGroups(instruction_set(isa(target), cpu_features(target)), 1, memory=memory)(mod)
+        instructions = instruction_set(isa(target), cpu_features(target))
+        mod = LowerGroups(instructions, 1, choose=choose, memory=memory)(mod)
         pipeline = tvm.transform.Sequential(build_passes())
         executable = tvm.compile(mod, target=target, relax_pipeline=pipeline)
     machine = relax.VirtualMachine(executable, tvm.cpu())
@@ -93,4 +109,4 @@ def empty_runner() -> Run:
         with builder.dataflow():
             output = builder.emit_output(qfp8_ops.encode(x, layout, 1.0))
         builder.emit_func_output(output)
-    return _on_machine(builder.get(), np.ones(16, np.float32), None)
+    return _on_machine(builder.get(), np.ones(16, np.float32))

@@ -3,11 +3,14 @@
 One entry a line, the name last since it may hold spaces::
 
     format 1
-    target rpi4 aarch64
+    target aarch64 rpi4
     version apache-tvm 0.27.0.post1
     file 7c9f...e1 model.so
     input float32 4 1 3 224 224 image
     output float32 2 1 1000 logits
+    end 51d0...7a
+
+The last line holds the SHA-256 of all text before it, so that a changed or cut-off manifest is found out.
 """
 
 from __future__ import annotations
@@ -37,9 +40,10 @@ def write_manifest(
     outputs: Sequence[TensorInfo],
 ) -> None:
     """Write ``manifest.txt``; ``files`` are paths inside ``folder``, which get their hashes."""
-    lines = ["format 1", f"target {target} {machine}"]
+    lines = ["format 1", f"target {machine} {target}"]
     lines += [f"version {name} {number}" for name, number in versions.items()]
     lines += [f"file {sha256(folder / name)} {name}" for name in files]
     for kind, tensors in (("input", inputs), ("output", outputs)):
         lines += [" ".join([kind, t.dtype, str(len(t.shape)), *map(str, t.shape), t.name]) for t in tensors]
-    (folder / NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = ("\n".join(lines) + "\n").encode()
+    (folder / NAME).write_bytes(text + f"end {hashlib.sha256(text).hexdigest()}\n".encode())

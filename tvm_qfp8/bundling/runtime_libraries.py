@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ def runtime_libraries(machine: str) -> list[Path]:
     Raises
     ------
     TargetError
-        The download failed.
+        The download failed, or the wheels do not hold the libraries.
     """
     if machine == platform.machine():
         import tvm
@@ -48,7 +47,11 @@ def runtime_libraries(machine: str) -> list[Path]:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as part:
             _extract(_download(requirements, machine, Path(part)), Path(part) / "lib")
-            shutil.move(str(Path(part) / "lib"), folder)
+            try:
+                os.rename(Path(part) / "lib", folder)
+            except OSError:  # another process was faster
+                if not folder.is_dir():
+                    raise
     return [folder / name for name in LIBRARIES]
 
 
@@ -71,3 +74,8 @@ def _extract(wheels: list[Path], folder: Path) -> None:
             for name in archive.namelist():
                 if Path(name).name in LIBRARIES:
                     (folder / Path(name).name).write_bytes(archive.read(name))
+    missing = [name for name in LIBRARIES if not (folder / name).exists()]
+    if missing:
+        raise TargetError(
+            f"the wheels {', '.join(w.name for w in wheels)} hold no {' and no '.join(missing)}"
+        )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from tvm_qfp8.calibration import convolution, nonlinear
+from tvm_qfp8.tables.families import find_function
 
 Attrs = SimpleNamespace
 Operator = Callable[..., Any]
@@ -131,6 +132,11 @@ def _pixel_shuffle(attrs: Attrs, x: np.ndarray) -> np.ndarray:
     return blocks.reshape(*batch, c // r**2, h * r, w * r)
 
 
+def _named(function: str, x: np.ndarray) -> np.ndarray:
+    """A function of ``tables``, computed in float64."""
+    return find_function(function).reference(x.astype(np.float64)).astype(x.dtype)
+
+
 TABLE: dict[str, Operator] = {
     # linear and pooling
     "relax.nn.conv2d": convolution.conv2d,
@@ -187,6 +193,10 @@ TABLE: dict[str, Operator] = {
     "relax.nn.silu": _plain(nonlinear.silu),
     "relax.nn.softplus": lambda attrs, x: nonlinear.softplus(x, attrs.beta, attrs.threshold),
     "relax.nn.prelu": lambda attrs, x, slope: nonlinear.prelu(x, slope, attrs.axis),
+    "relax.qfp8.mish": lambda attrs, x: _named("mish", x),
+    "relax.qfp8.selu": lambda attrs, x: _named("selu", x),
+    "relax.qfp8.elu": lambda attrs, x, alpha: _named(f"elu({alpha!r})", x),
+    "relax.qfp8.celu": lambda attrs, x, alpha: _named(f"celu({alpha!r})", x),
     "relax.nn.softmax": lambda attrs, x: nonlinear.softmax(x, attrs.axis),
     "relax.nn.log_softmax": lambda attrs, x: nonlinear.log_softmax(x, attrs.axis),
     "relax.nn.layer_norm": lambda attrs, x, *scale_shift: nonlinear.layer_norm(attrs, x, *scale_shift),

@@ -9,7 +9,7 @@ import numpy as np
 
 from tvm_qfp8.calibration.evaluate import Name, Program, TensorSpec
 from tvm_qfp8.tables import Table, build_table
-from tvm_qfp8.tables.operators import FUNCTIONS
+from tvm_qfp8.tables.operators import function_of
 
 Run = Callable[[Mapping[str, Any]], np.ndarray]
 
@@ -18,7 +18,7 @@ def tabulated_steps(program: Program, max_error: float) -> dict[str, Run]:
     """``run(values)`` by variable name, for every float32 step that ``Interpolate`` turns into a table."""
     found: dict[str, Run] = {}
     for step in program.steps:
-        function = FUNCTIONS.get(step.operator)
+        function = function_of(step.operator, step.arguments)
         source = step.arguments[0] if step.arguments else None
         is_float32 = isinstance(step.spec, TensorSpec) and step.spec.dtype == "float32"
         if function is not None and is_float32 and isinstance(source, Name):

@@ -49,6 +49,13 @@ def compile_model(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads to write kernels for; the target's cores.")
     ] = None,
+    winograd: Annotated[
+        bool,
+        typer.Option(
+            "--winograd/--no-winograd",
+            help="Whether 3x3 convolutions may take memory (not file size) to be about twice as fast.",
+        ),
+    ] = True,
     cc: Annotated[str | None, typer.Option("--cc", help="C++ compiler that links for the target.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no report.")] = False,
 ) -> None:
@@ -78,7 +85,11 @@ def compile_model(
     isa(parsed)
     link = linker(parsed, cc)
     config = tvm_qfp8.Config(
-        max_error=max_error, skip=tuple(skip or ()), activations=activations, threads=threads
+        max_error=max_error,
+        skip=tuple(skip or ()),
+        activations=activations,
+        threads=threads,
+        winograd=winograd,
     )
     with StageProgress(f"compiling {model.name}", quiet) as progress:
         module = tvm_qfp8.compile(

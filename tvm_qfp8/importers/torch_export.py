@@ -25,13 +25,34 @@ def from_exported_program(program: Any, input_shapes: Mapping[str, tuple[int, ..
     check_finite((name, _array(tensor)) for name, tensor in program.named_parameters())
     check_finite(((name, _array(tensor)) for name, tensor in program.named_buffers()), infinity_allowed=True)
     try:
-        mod = convert(program, keep_params_as_input=False, unwrap_unit_return_tuple=True)
+        mod = convert(
+            program,
+            keep_params_as_input=False,
+            unwrap_unit_return_tuple=True,
+            custom_convert_map={"elu.default": _elu},
+        )
     except Exception as error:  # the front end raises whatever its converters do
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UnsupportedOperatorError(
             f"TVM cannot import the exported program: {reason}; replace that operator in the model and export again"
         ) from error
     return from_relax(mod, {}, input_shapes)
+
+
+def _elu(node: Any, importer: Any) -> Any:
+    """aten.elu(x, alpha, scale, input_scale): TVM's own converter leaves out both scales, so SELU comes out wrong."""
+    from tvm import relax
+
+    x, *given = importer.retrieve_args(node)
+    alpha, scale, input_scale = (float(value) for value in (*given, 1.0, 1.0, 1.0)[:3])
+
+    def emit(function: Any, *arguments: Any) -> Any:
+        operands = [relax.const(a, str(x.ty.dtype)) if isinstance(a, float) else a for a in arguments]
+        return importer.block_builder.emit(function(*operands))
+
+    below = emit(relax.op.multiply, emit(relax.op.minimum, x, 0.0), input_scale)
+    curve = emit(relax.op.multiply, emit(relax.op.subtract, emit(relax.op.exp, below), 1.0), alpha * scale)
+    return emit(relax.op.add, emit(relax.op.multiply, emit(relax.op.maximum, x, 0.0), scale), curve)
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -44,31 +44,31 @@ def _nan_unless_finite(x, y, ops):
 
 def _turns(x, ops):
     """Turns of ``|x|`` in units of 2**-32, 64-bit integers of which only the low 32 bits count."""
-    bits = ops.bits(ops.absolute(x))
+    bits = ops.keep(ops.bits(ops.absolute(x)))
     # As a float, so that the maximum is one of floats like all others.
     exponent = ops.maximum(ops.const(_LEAST_EXPONENT), ops.to_float(bits >> ops.int_const(23)))
-    place = ops.bits(ops.add(exponent, ops.const(2.0**23 - _LEAST_EXPONENT))) & ops.int_const(255)
-    word, shift = place >> ops.int_const(5), place & ops.int_const(31)
+    place = ops.keep(ops.bits(ops.add(exponent, ops.const(2.0**23 - _LEAST_EXPONENT))) & ops.int_const(255))
+    word, shift = ops.keep(place >> ops.int_const(5)), ops.keep(place & ops.int_const(31))
     tables = [_FLOAT_WORDS[k:] + (0.0,) * k for k in range(3)]
-    first, second, third = (ops.bits(found) for found in ops.lookup(tables, word))
-    mantissa = ops.wide((bits & ops.int_const(0x007FFFFF)) | ops.int_const(0x00800000))
-    high = ops.wide(_window(first, second, shift, ops))
-    low = ops.wide(_window(second, third, shift, ops))
-    return mantissa * high + ((mantissa * low) >> ops.wide_const(32))
+    first, second, third = (ops.keep(ops.bits(found)) for found in ops.lookup(tables, word))
+    mantissa = ops.keep(ops.wide((bits & ops.int_const(0x007FFFFF)) | ops.int_const(0x00800000)))
+    high = ops.keep(ops.wide(_window(first, second, shift, ops)))
+    low = ops.keep(ops.wide(_window(second, third, shift, ops)))
+    return ops.keep(mantissa * high + ((mantissa * low) >> ops.wide_const(32)))
 
 
 def _window(first, second, shift, ops):
     """32 bits of two words, ``shift`` bits after the start of the first."""
     rest = (second >> ops.int_const(1)) & ops.int_const(0x7FFFFFFF)
-    return (first << shift) | (rest >> (ops.int_const(31) - shift))
+    return ops.keep((first << shift) | (rest >> (ops.int_const(31) - shift)))
 
 
 def _folded_sine(table: Table, turns, ops):
     """The sine of an angle given in units of 2**-32 turns: sin(pi - a) = sin(a) leaves a quarter turn on each side."""
-    angle = ops.narrow(turns)
-    mirrored = ops.narrow(ops.wide_const(2**31) - turns)
-    beyond = (angle ^ (angle << ops.int_const(1))) >> ops.int_const(31)
-    folded = angle ^ ((angle ^ mirrored) & beyond)
+    angle = ops.keep(ops.narrow(turns))
+    mirrored = ops.keep(ops.narrow(ops.wide_const(2**31) - turns))
+    beyond = ops.keep((angle ^ (angle << ops.int_const(1))) >> ops.int_const(31))
+    folded = ops.keep(angle ^ ((angle ^ mirrored) & beyond))
     quarters = ops.mul(ops.to_float(folded), ops.const(2.0**-30))
     magnitude = interpolate(table, argument(table, ops.absolute(quarters), ops), ops)
     return ops.from_bits(ops.bits(magnitude) ^ (ops.bits(quarters) & ops.int_const(-(2**31))))

@@ -48,9 +48,9 @@ def _times_power_of_two(mantissa, shifted, whole, ops, normal: bool):
         return ops.mul(mantissa, ops.from_bits(factor))
     # 2**(n1 - 2) * 2**(n - n1 + 2): only the last product can round (to a denormal) or overflow.
     first = ops.maximum(ops.const(MAGIC + FIRST_FACTOR_MIN), shifted)
-    rest = ops.bits(shifted) - ops.bits(first)
-    first_factor = (ops.bits(first) << ops.int_const(23)) + ops.int_const(125 << 23)
-    rest_factor = (rest << ops.int_const(23)) + ops.int_const(129 << 23)
+    rest = ops.keep(ops.bits(shifted) - ops.bits(first))
+    first_factor = ops.keep((ops.bits(first) << ops.int_const(23)) + ops.int_const(125 << 23))
+    rest_factor = ops.keep((rest << ops.int_const(23)) + ops.int_const(129 << 23))
     return ops.mul(ops.mul(mantissa, ops.from_bits(first_factor)), ops.from_bits(rest_factor))
 
 
@@ -72,7 +72,8 @@ def exp_flush(table: Table, x, ops):
 
     Quadratics are (r + a)**2 + b: one operation less than Horner's rule, and a constant factor cancels in softmax.
     """
-    t = ops.mul(x, ops.const(table.scale))
+    # Rows are padded and masked with -infinity, which has no fraction.
+    t = ops.maximum(ops.const(-127.0), ops.mul(x, ops.const(table.scale)))
     magic = ops.const(MAGIC)
     shifted = ops.add(t, magic)
     fraction = ops.sub(t, ops.sub(shifted, magic))
@@ -102,7 +103,7 @@ def exp_split(table: Table, x, ops):
 def _exponent_and_fraction(table: Table, x, ops):
     """(e, p(m - 1)) for x = m * 2**e > 0 and 1 <= m < 2."""
     denormal = ops.less(x, ops.const(SMALLEST_NORMAL))
-    bits = ops.bits(ops.select(denormal, ops.mul(x, ops.const(2.0**23)), x))
+    bits = ops.keep(ops.bits(ops.select(denormal, ops.mul(x, ops.const(2.0**23)), x)))
     bias = ops.select(denormal, ops.const(-150.0), ops.const(-127.0))
     exponent = ops.add(ops.to_float(bits >> ops.int_const(23)), bias)
     mantissa = ops.from_bits((bits & ops.int_const(0x007FFFFF)) | ops.int_const(127 << 23))
@@ -123,10 +124,11 @@ def power(table: Table, x, ops):
     """Reduction ``power``: 2**(exponent * log2 x), log2 by the table ``inner``."""
     assert table.inner is not None
     whole, fraction = _exponent_and_fraction(table.inner, x, ops)
-    t = ops.mul(ops.add(whole, fraction), ops.const(table.scale))
+    t = ops.mul(ops.keep(ops.add(whole, fraction)), ops.const(table.scale))
     t = ops.maximum(ops.const(table.low), ops.minimum(ops.const(table.high), t))
-    shifted, whole, fraction = _round(t, ops)
-    result = _times_power_of_two(horner(table, None, fraction, ops), shifted, whole, ops, normal=False)
+    shifted, whole, fraction = _round(ops.keep(t), ops)
+    mantissa = ops.keep(horner(table, None, fraction, ops))
+    result = ops.keep(_times_power_of_two(mantissa, shifted, whole, ops, normal=False))
     grows = table.scale > 0
     limit = x if grows else ops.divide(ops.const(1.0), x)
     result = ops.select(ops.less(x, ops.const(np.inf)), result, limit)

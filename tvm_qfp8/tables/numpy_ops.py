@@ -53,6 +53,10 @@ class NumpyOps:
     def to_float(self, integer):
         return integer.astype(np.float32)
 
+    def keep(self, value):
+        """Name a value that is used more than once."""
+        return value
+
     def wide(self, integer):
         """int32, taken as unsigned, to int64."""
         return integer.astype(np.int64) & np.int64(0xFFFFFFFF)

@@ -9,6 +9,7 @@ while boards are there.
 from __future__ import annotations
 
 import functools
+import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,24 +37,30 @@ EVALUATOR = ms.runner.EvaluatorConfig(number=1, repeat=6, min_repeat_ms=20, enab
 
 
 def connect(tracker: str, key: str) -> rpc.RPCSession:
-    """A session on a free board.
+    """A session on a free board."""
+    return rpc.connect_tracker(*_address(tracker)).request(key, session_timeout=SESSION_SECONDS)
+
+
+def _address(tracker: str) -> tuple[str, int]:
+    host, colon, port = tracker.rpartition(":")
+    if not colon or not port.isdigit():
+        raise TuningError(f"--tracker is HOST:PORT, as in 127.0.0.1:9190, not {tracker!r}")
+    return host, int(port)
+
+
+def count_boards(tracker: str, key: str) -> int:
+    """Boards that the tracker lists under the key; 0 where no tracker answers.
 
     Raises
     ------
     TuningError
         ``tracker`` is not ``HOST:PORT``.
     """
-    host, colon, port = tracker.rpartition(":")
-    if not colon or not port.isdigit():
-        raise TuningError(f"--tracker is HOST:PORT, as in 127.0.0.1:9190, not {tracker!r}")
-    return rpc.connect_tracker(host, int(port)).request(key, session_timeout=SESSION_SECONDS)
-
-
-def count_boards(tracker: str, key: str) -> int:
-    """Boards that the tracker lists under the key; 0 where no tracker answers."""
-    host, _, port = tracker.rpartition(":")
+    host, port = _address(tracker)
     try:
-        listed = rpc.connect_tracker(host, int(port)).summary()["server_info"]
+        # TVM's client would go on trying for a minute.
+        socket.create_connection((host, port), timeout=5).close()
+        listed = rpc.connect_tracker(host, port).summary()["server_info"]
     except (RuntimeError, OSError, ValueError, tvm.error.RPCError):
         return 0
     return sum(str(board["key"]) == f"server:{key}" for board in listed)
@@ -104,7 +111,7 @@ class RemoteMeasurer:
     Raises
     ------
     TuningError
-        No board answers.
+        No board answers, or ``tracker`` is not ``HOST:PORT``.
     """
 
     def __init__(self, target: Target, tracker: str, key: str) -> None:

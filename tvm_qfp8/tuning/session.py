@@ -16,6 +16,7 @@ from tvm.target import Target
 
 from tvm_qfp8.errors import TuningError
 from tvm_qfp8.host_cpu import host_cpu, usable_cores
+from tvm_qfp8.tuning.interrupt import deferred_interrupt
 from tvm_qfp8.tuning.logs import LogWriter, machine_key
 from tvm_qfp8.tuning.measure import LocalMeasurer, Measurer
 from tvm_qfp8.tuning.tuner import Progress, Tuner, TuningResult
@@ -61,25 +62,26 @@ def tune_workloads(
     TuningError
         The target is another machine's and no tracker is given, no board answers, or the log cannot be written.
     """
-    measurer, machine, emulated = _measurer(target, tracker, key)
-    try:
-        writer = LogWriter(logs, target, emulated)
-    except OSError as error:
-        raise TuningError(
-            f"cannot write the log below {logs}: {error.strerror}; name a folder with --logs"
-        ) from error
-    console = Console(stderr=True, quiet=quiet)
-    if writer.problems:
-        console.print(
-            f"damaged log: {writer.problems[0]} ({len(writer.problems)} problems); the rest is kept",
-            markup=False,
-        )
-    writer.write_manifest(machine, [])
-    tuner = Tuner(target, writer, measurer, trials=trials, minutes=minutes)
-    with _Bar(console, quiet) as bar:
-        results = tuner.run(workloads, bar.show)
-    writer.write_manifest(machine, [entry(result) for result in results if result.trials])
-    return Session(results, writer.folder, tuner.interrupted, emulated)
+    with deferred_interrupt() as stop:
+        measurer, machine, emulated = _measurer(target, tracker, key)
+        try:
+            writer = LogWriter(logs, target, emulated)
+        except OSError as error:
+            raise TuningError(
+                f"cannot write the log below {logs}: {error.strerror}; name a folder with --logs"
+            ) from error
+        console = Console(stderr=True, quiet=quiet)
+        if writer.problems:
+            console.print(
+                f"damaged log: {writer.problems[0]} ({len(writer.problems)} problems); the rest is kept",
+                markup=False,
+            )
+        writer.write_manifest(machine, [])
+        tuner = Tuner(target, writer, measurer, trials=trials, minutes=minutes, stop=stop)
+        with _Bar(console, quiet) as bar:
+            results = tuner.run(workloads, bar.show)
+        writer.write_manifest(machine, [entry(result) for result in results if result.trials])
+        return Session(results, writer.folder, tuner.interrupted, emulated)
 
 
 def _measurer(target: Target, tracker: str | None, key: str | None) -> tuple[Measurer, dict[str, Any], bool]:

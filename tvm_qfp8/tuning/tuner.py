@@ -23,7 +23,10 @@ from tvm_qfp8.tuning.workload import Workload, kernel, quantized_layer
 WARMUP_TRIALS = 48
 """Trials before the cost model takes part in the choice."""
 
-FINALISTS = 3
+SEARCH_SHARE = 0.75
+"""The part of a limited time that is for the search; the rest is for timing the finalists."""
+
+FINALISTS = 2
 """Candidates that are timed again, in turn with the default schedule, when a workload is done."""
 
 
@@ -88,6 +91,11 @@ class _Task:
         return min(self.log.values(), default=float("inf"))
 
     @property
+    def winner(self) -> tuple:
+        """The schedule that the log speaks for."""
+        return best_schedule(self.log, self.default_items) if self.log else self.default_items
+
+    @property
     def size(self) -> int:
         """Points of the space."""
         points = 1
@@ -113,6 +121,8 @@ class Tuner:
         Stop after that time.
     seed : int
         Of the search; times are measured, so runs differ all the same.
+    stop : callable
+        Asked between batches; true ends the run.
     """
 
     def __init__(
@@ -124,7 +134,9 @@ class Tuner:
         trials: int,
         minutes: float | None = None,
         seed: int = 1,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.stop = stop
         self.target, self.writer, self.measurer = target, writer, measurer
         self.trials, self.minutes, self.seed = trials, minutes, seed
         self._features = DecisionFeatures()
@@ -152,16 +164,14 @@ class Tuner:
             for start in range(0, len(tasks), self.measurer.batch):
                 waiting = tasks[start : start + self.measurer.batch]
                 self._measure_defaults([t for t in waiting if t.default_items not in t.log])
-            while self._in_time():
+            while self._in_time(SEARCH_SHARE):
                 open_tasks = [t for t in tasks if self._remaining(t) > 0]
                 if not open_tasks:
                     break
                 for task in sorted(open_tasks, key=lambda t: -t.calls * min(t.best, 1e3)):
-                    if self._in_time():
+                    if self._in_time(SEARCH_SHARE):
                         self._turn(task)
-            for task in tasks:
-                if task.fresh:
-                    self._confirm(task)
+            self._confirm([task for task in tasks if task.fresh and task.winner != task.default_items])
         except KeyboardInterrupt:
             self.interrupted = True
         return [self._result(task) for task in tasks]
@@ -172,8 +182,10 @@ class Tuner:
     def _remaining(self, task: _Task) -> int:
         return 0 if task.exhausted else max(0, min(self.trials, task.size) - len(task.log))
 
-    def _in_time(self) -> bool:
-        return self.minutes is None or time.monotonic() - self._started < 60 * self.minutes
+    def _in_time(self, share: float = 1.0) -> bool:
+        if self.stop():
+            raise KeyboardInterrupt
+        return self.minutes is None or time.monotonic() - self._started < 60 * self.minutes * share
 
     def _measure_defaults(self, tasks: list[_Task]) -> None:
         if not tasks or not self._in_time():
@@ -224,17 +236,21 @@ class Tuner:
             [_runner_result(seconds) for _, seconds in known],
         )
 
-    def _confirm(self, task: _Task) -> None:
+    def _confirm(self, tasks: list[_Task]) -> None:
         """Time the default and the fastest candidates in turn; the least of many noisy times is too good."""
-        ranked = sorted((s, items) for items, s in task.log.items() if s < float("inf"))
-        chosen = [items for _, items in ranked[:FINALISTS]]
-        if task.default_items not in chosen:
-            chosen.append(task.default_items)
-        decisions = [dict(items) for items in chosen]
-        times = self.measurer.measure([self._kernel(task, d) for d in decisions], rounds=3)
-        for found, seconds in zip(decisions, times, strict=True):
-            if seconds:
-                self.writer.commit(task.workload, candidate(task.workload, found), seconds)
+        per_call = max(1, self.measurer.batch // (FINALISTS + 1))
+        for start in range(0, len(tasks), per_call):
+            if not self._in_time():
+                return
+            pairs: list[tuple[_Task, Decisions]] = []
+            for task in tasks[start : start + per_call]:
+                ranked = sorted(task.log, key=lambda items: task.log[items])
+                chosen = dict.fromkeys([*ranked[:FINALISTS], task.default_items])
+                pairs += [(task, dict(items)) for items in chosen]
+            times = self.measurer.measure([self._kernel(*pair) for pair in pairs], rounds=3)
+            for (task, decisions), seconds in zip(pairs, times, strict=True):
+                if seconds:
+                    self.writer.commit(task.workload, candidate(task.workload, decisions), seconds)
 
     def _kernel(self, task: _Task, decisions: Decisions):
         if task.layer is None:
@@ -258,7 +274,7 @@ class Tuner:
         )
 
     def _result(self, task: _Task) -> TuningResult:
-        items = best_schedule(task.log, task.default_items) if task.log else task.default_items
+        items = task.winner
         failed = sum(seconds == float("inf") for seconds in task.log.values())
         best = task.log.get(items, float("inf"))
         return TuningResult(task.workload, len(task.log), task.default, best, dict(items), failed, task.calls)

@@ -25,6 +25,18 @@
 
 namespace qfp8 {
 
+#if defined(__aarch64__)
+constexpr const char* kMachine = "aarch64";
+#elif defined(__x86_64__)
+constexpr const char* kMachine = "x86_64";
+#elif defined(__arm__)
+constexpr const char* kMachine = "armv7l";
+#elif defined(__riscv)
+constexpr const char* kMachine = "riscv64";
+#else
+#error "bundles are made for aarch64, x86_64, armv7l and riscv64"
+#endif
+
 struct TensorInfo {
   std::string name, dtype;
   std::vector<int64_t> shape;
@@ -48,6 +60,8 @@ class Model {
     ffi::Module machine = (*library->GetFunction("vm_load_executable"))().cast<ffi::Module>();
     constexpr int kPooledAllocator = 2;
     (*machine->GetFunction("vm_initialization"))(static_cast<int>(kDLCPU), 0, kPooledAllocator);
+    // Fills what kernels keep in memory; without it the first call does.
+    if (auto load = machine->GetFunction("qfp8_load")) (*load)();
     main_ = *machine->GetFunction("main");
     library_ = library;
   }
@@ -97,19 +111,28 @@ class Model {
   }
 
   void ReadManifest(const std::string& folder) {
-    std::ifstream file(folder + "/manifest.txt");
-    if (!file) throw std::runtime_error(folder + " is no bundle: it has no manifest.txt");
-    for (std::string text; std::getline(file, text);) {
+    if (!std::ifstream(folder + "/manifest.txt")) {
+      throw std::runtime_error(folder + " is no bundle: it has no manifest.txt");
+    }
+    std::string whole = ReadFile(folder + "/manifest.txt");
+    size_t end = whole.rfind("end ");
+    std::string format = whole.substr(0, whole.find('\n'));
+    if (format != "format 1") throw std::runtime_error("manifest.txt has " + format + ", this runner reads format 1");
+    if (end == std::string::npos || whole.substr(end) != "end " + Sha256(whole.substr(0, end)) + "\n") {
+      throw std::runtime_error("manifest.txt was changed or cut off; copy the bundle again");
+    }
+    std::istringstream lines(whole);
+    for (std::string text; std::getline(lines, text);) {
       std::istringstream line(text);
       std::string kind, rest;
       line >> kind;
-      if (kind == "format") {
+      if (kind == "target") {
         line >> rest;
-        if (rest != "1") throw std::runtime_error("manifest.txt has format " + rest + ", this runner reads format 1");
+        if (rest != kMachine) throw std::runtime_error("the bundle is made for " + rest + ", this runner for " + kMachine);
       } else if (kind == "file") {
         std::string hash;
         line >> hash >> rest;
-        if (Sha256OfFile(folder + "/" + rest) != hash) {
+        if (Sha256(ReadFile(folder + "/" + rest)) != hash) {
           throw std::runtime_error(rest + " does not fit manifest.txt: it was changed or damaged; copy the bundle again");
         }
       } else if (kind == "input" || kind == "output") {
@@ -122,7 +145,6 @@ class Model {
         (kind == "input" ? inputs : outputs).push_back(info);
       }
     }
-    if (inputs.empty() || outputs.empty()) throw std::runtime_error("manifest.txt is cut off; copy the bundle again");
   }
 
   std::optional<tvm::ffi::Module> library_;

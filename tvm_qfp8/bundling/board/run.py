@@ -8,6 +8,7 @@ Or from a program: ``Model(folder)(array, ...)`` returns a list of arrays.
 
 import ctypes
 import hashlib
+import platform
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,12 @@ import numpy as np
 
 INT, TENSOR = 1, 70
 DTYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
+
+
+def machine() -> str:
+    """What programs of this machine are made for; a 32-bit system may run on a 64-bit kernel."""
+    name = platform.machine()
+    return "armv7l" if name in ("aarch64", "armv8l") and sys.maxsize < 2**32 else name
 
 
 class Any(ctypes.Structure):
@@ -146,6 +153,9 @@ class Model:
         self.machine = self.runtime.call(load, self.runtime.text(str(folder / "model.so")))
         self.machine = self.runtime.call(self._member("vm_load_executable"))
         self.runtime.call(self._member("vm_initialization"), *(Any(INT, 0, number) for number in (1, 0, 2)))
+        load = self._member("qfp8_load")
+        if load:  # fills what kernels keep in memory; without it the first call does
+            self.runtime.release(self.runtime.call(load))
         self.main = self._member("main")
 
     def _member(self, name: str) -> int:
@@ -155,24 +165,35 @@ class Model:
     def _read_manifest(self, folder: Path) -> None:
         if not (folder / "manifest.txt").is_file():
             raise RuntimeError(f"{folder} is no bundle: it has no manifest.txt")
-        for line in (folder / "manifest.txt").read_text(encoding="utf-8").splitlines():
-            kind, _, rest = line.partition(" ")
-            if kind == "format" and rest != "1":
-                raise RuntimeError(f"manifest.txt has format {rest}, this runner reads format 1")
+        data = (folder / "manifest.txt").read_bytes()
+        text, _, digest = data.rpartition(b"end ")
+        lines = [line.partition(" ")[::2] for line in data.decode(errors="replace").splitlines()]
+        found = dict(lines)
+        if found.get("format", "1") != "1":
+            raise RuntimeError(f"manifest.txt has format {found['format']}, this runner reads format 1")
+        if hashlib.sha256(text).hexdigest().encode() != digest.strip():
+            raise RuntimeError("manifest.txt was changed or cut off; copy the bundle again")
+        made_for = found["target"].split()[0]
+        if made_for != machine():
+            raise RuntimeError(f"the bundle is made for {made_for}, this machine is {machine()}")
+        for kind, rest in lines:
             if kind == "file":
-                digest, name = rest.split(" ", 1)
-                if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-                    raise RuntimeError(
-                        f"{name} does not fit manifest.txt: it was changed or damaged; copy the bundle again"
-                    )
-            if kind in ("input", "output"):
+                self._check_file(folder, *rest.split(" ", 1))
+            elif kind in ("input", "output"):
                 dtype, rank, rest = rest.split(" ", 2)
                 *shape, name = rest.split(" ", int(rank))
                 (self.inputs if kind == "input" else self.outputs).append(
                     (name, dtype, tuple(map(int, shape)))
                 )
-        if not self.inputs or not self.outputs:
-            raise RuntimeError("manifest.txt is cut off; copy the bundle again")
+
+    @staticmethod
+    def _check_file(folder: Path, digest: str, name: str) -> None:
+        if not (folder / name).is_file():
+            raise RuntimeError(f"{name} is missing; copy the bundle again")
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            raise RuntimeError(
+                f"{name} does not fit manifest.txt: it was changed or damaged; copy the bundle again"
+            )
 
     def __call__(self, *arrays: np.ndarray) -> list:
         if len(arrays) != len(self.inputs):

@@ -1,4 +1,4 @@
-// SHA-256 (FIPS 180-4) of a file: the board has no library for it that a bundle could rely on.
+// SHA-256 (FIPS 180-4): the board has no library for it that a bundle could rely on.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -6,11 +6,10 @@
 #include <fstream>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace qfp8 {
 
-inline std::string Sha256OfFile(const std::string& path) {
+inline std::string Sha256(std::string data) {
   static const uint32_t kRound[64] = {
       0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
       0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
@@ -20,13 +19,10 @@ inline std::string Sha256OfFile(const std::string& path) {
       0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
       0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
       0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw std::runtime_error("cannot read " + path);
-  std::vector<uint8_t> data((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   uint64_t bits = uint64_t(data.size()) * 8;
-  data.push_back(0x80);
-  while (data.size() % 64 != 56) data.push_back(0);
-  for (int shift = 56; shift >= 0; shift -= 8) data.push_back(uint8_t(bits >> shift));
+  data.push_back('\x80');
+  while (data.size() % 64 != 56) data.push_back('\0');
+  for (int shift = 56; shift >= 0; shift -= 8) data.push_back(static_cast<char>(bits >> shift & 255));
 
   auto rotate = [](uint32_t x, int n) { return (x >> n) | (x << (32 - n)); };
   std::array<uint32_t, 8> state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
@@ -34,7 +30,7 @@ inline std::string Sha256OfFile(const std::string& path) {
   for (size_t at = 0; at < data.size(); at += 64) {
     uint32_t w[64];
     for (int i = 0; i < 16; ++i) {
-      const uint8_t* p = &data[at + 4 * i];
+      const auto* p = reinterpret_cast<const unsigned char*>(&data[at + 4 * i]);
       w[i] = uint32_t(p[0]) << 24 | uint32_t(p[1]) << 16 | uint32_t(p[2]) << 8 | p[3];
     }
     for (int i = 16; i < 64; ++i) {
@@ -58,6 +54,12 @@ inline std::string Sha256OfFile(const std::string& path) {
     text += word;
   }
   return text;
+}
+
+inline std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error(path + " is missing; copy the bundle again");
+  return std::string(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
 }
 
 }  // namespace qfp8
