@@ -207,6 +207,7 @@ class _Rewriter(MainRewriter):
         """(source, epsilon, number of last axes, whether the mean is taken off)."""
         allowed = (*UNARY, *BINARY, *MEANS)
         rng = np.random.default_rng(0)
+        rms: tuple[relax.Var, float, int, bool] | None = None
         for source in self._sources(var, allowed):
             if static_shape(source) != static_shape(var):
                 continue
@@ -223,8 +224,11 @@ class _Rewriter(MainRewriter):
                 for values in (centred, row):
                     expected = values / np.sqrt((values**2).mean(-1, keepdims=True) + epsilon)
                     if got.shape == expected.shape and np.allclose(got, expected, rtol=1e-6, atol=1e-9):
-                        return source, epsilon, count, values is centred
-        return None
+                        if values is centred:
+                            return source, epsilon, count, True
+                        # A source further away may hold the mean too: then it is LayerNorm.
+                        rms = rms or (source, epsilon, count, False)
+        return rms
 
     def _cone(self, var: relax.Var, source: relax.Var) -> tuple[list[relax.Var], list[float]]:
         """Variables between ``source`` and ``var`` and the scalar constants they read."""
