@@ -19,8 +19,6 @@ def called_function(call: relax.Expr) -> str | None:
     """The name of the tabulated function that a call computes, None for any other expression."""
     if not op_name(call):
         return None
-    if op_name(call).startswith("relax.qfp8"):  # its constants are codes, of no NumPy type
-        return None
     return function_of(op_name(call), tuple(_number(argument) for argument in call.args))
 
 
