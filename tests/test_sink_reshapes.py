@@ -21,7 +21,9 @@ def build(shape, emit):
 
 
 def operators(mod) -> list[str]:
-    return [op_name(b.value).split(".")[-1] for block in mod["main"].body.blocks for b in block.bindings]
+    """Of the calls in order; names given to the same value are left out."""
+    values = [b.value for block in mod["main"].body.blocks for b in block.bindings]
+    return [op_name(value).split(".")[-1] for value in values if op_name(value)]
 
 
 def evaluate(mod, x):
