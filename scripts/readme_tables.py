@@ -91,6 +91,18 @@ def latency() -> str:
     return _table(["model", "threads", "QFP8", *peers], rows)
 
 
+def kernels() -> str:
+    """How single layers compare, and the bars."""
+    record = _load("bench_kernels.json")
+    if record is None:
+        return ""
+    rows = [
+        [bar["name"], f"{bar['value']:.2f}", bar["asked"], "yes" if bar["met"] else "no"]
+        for bar in record["bars"]
+    ]
+    return _table(["layers, times as fast as", "found", "asked", "met"], rows)
+
+
 def layouts() -> str:
     """The layouts of the format module."""
     from tvm_qfp8.format import LAYOUTS
@@ -119,7 +131,13 @@ def layouts() -> str:
     return _table(["layout", "e", "m", "sign", "largest G", "NaN", "used for"], rows)
 
 
-TABLES = {"machine": machine, "accuracy": accuracy, "latency": latency, "layouts": layouts}
+TABLES = {
+    "machine": machine,
+    "accuracy": accuracy,
+    "latency": latency,
+    "kernels": kernels,
+    "layouts": layouts,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -138,3 +138,17 @@ def test_arm_gives_the_same_bits(project, module, run_aarch64):
     np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
     refused = _tvm_qfp8("run", "arm.so", "-i", "x=x.npy", folder=project, expected=1)
     assert "made for aarch64" in refused.stderr
+
+
+def test_profile_lists_every_kernel(project, module):
+    done = _tvm_qfp8("bench", module, "--profile", "-n", "2", "--json", folder=project)
+    kernels = json.loads(done.stdout)
+    assert any(kernel["kernel"].startswith("matmul") for kernel in kernels)
+    assert all(kernel["microseconds"] > 0 and kernel["bytes"] > 0 and kernel["shapes"] for kernel in kernels)
+
+
+def test_a_module_of_another_format_is_refused(project, module):
+    old = module.read_bytes().replace(b'{"format": 2, "inputs"', b'{"format": 1, "inputs"')
+    (project / "old.so").write_bytes(old)
+    done = _tvm_qfp8("report", "old.so", folder=project, expected=1)
+    assert "format 1" in done.stderr and "compile it again" in done.stderr

@@ -23,6 +23,7 @@ from tvm_qfp8.report import Report
 from tvm_qfp8.shared_object import check_shared_object
 
 METADATA_FUNCTION = "qfp8_metadata"
+METADATA_FORMAT = 2
 LOAD_FUNCTION = "qfp8_load"
 """Fills what kernels keep in memory; without it the first call does."""
 LOADED = "bytes of transformed 3x3 filters, in memory only"
@@ -66,7 +67,7 @@ def encode_metadata(
 ) -> np.ndarray:
     """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant."""
     data = {
-        "format": 1,
+        "format": METADATA_FORMAT,
         "inputs": [[i.name, list(i.shape), i.dtype] for i in inputs],
         "outputs": [[o.name, list(o.shape), o.dtype] for o in outputs],
         "report": report.to_json(),
@@ -81,7 +82,7 @@ def tensor_infos(entries: list) -> list[TensorInfo]:
     return [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in entries]
 
 
-METADATA_START = b'{"format": 1, "inputs": '
+METADATA_START = b'{"format": %d, "inputs": ' % METADATA_FORMAT
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -117,6 +118,10 @@ class CompiledModule:
         target: tvm.target.Target | None = None,
     ) -> None:
         data = json.loads(metadata.tobytes().decode())
+        if data["format"] != METADATA_FORMAT:
+            raise ModelError(
+                f"the module has format {data['format']}, this version reads {METADATA_FORMAT}; compile it again"
+            )
         self.inputs, self.outputs = tensor_infos(data["inputs"]), tensor_infos(data["outputs"])
         self.report = Report.from_json(data["report"])
         self.versions: dict[str, str] = data["versions"]

@@ -41,6 +41,9 @@ def bench(
     repeat: Annotated[
         int, typer.Option("--repeat", "-n", min=1, help="Timed calls; the median counts.")
     ] = 30,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time and memory traffic of every kernel instead.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """Time a module; for an .onnx also the float model in onnxruntime, where that is installed.
@@ -52,6 +55,7 @@ def bench(
     \b
     tvm-qfp8 bench mobilenet.so --threads 2
     tvm-qfp8 bench mobilenet.onnx -c samples.npz
+    tvm-qfp8 bench mobilenet.so --profile
     """
     shapes = parse_shapes(input_shape or [])
     given = read_inputs(inputs or [])
@@ -77,6 +81,9 @@ def bench(
         module = tvm_qfp8.load(model)
     contestants["QFP8"] = module.run
     arrays = {info.name: given.get(info.name, _random(info)) for info in module.inputs}
+    if profile:
+        _print_profile(module, arrays, repeat, as_json)
+        return
     times = _alternate(contestants, arrays, repeat)
     rows = [
         {
@@ -98,6 +105,25 @@ def bench(
         typer.echo(
             f"{row['name']:24}{row['median_ms']:10.3f}{row['fastest_ms']:10.3f}{row['slowest_ms']:10.3f}"
         )
+
+
+def _print_profile(module: Any, arrays: dict[str, np.ndarray], repeat: int, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from tvm_qfp8.profiling import profile
+
+    kernels = profile(module, arrays, repeat)
+    if as_json:
+        typer.echo(json.dumps([asdict(kernel) for kernel in kernels], indent=1))
+        return
+    total = sum(kernel.microseconds for kernel in kernels)
+    typer.echo(f"{'us':>9}{'share':>7}{'KiB':>9}  kernel")
+    for kernel in kernels:
+        share = kernel.microseconds / total
+        typer.echo(f"{kernel.microseconds:9.1f}{share:7.1%}{kernel.bytes / 1024:9.0f}  {kernel.kernel}")
+    typer.echo(
+        f"{total:9.1f}{'':7}{sum(k.bytes for k in kernels) / 1024:9.0f}  in all, {len(kernels)} kernels"
+    )
 
 
 def _alternate(
