@@ -152,3 +152,16 @@ def test_a_module_of_another_format_is_refused(project, module):
     (project / "old.so").write_bytes(old)
     done = _tvm_qfp8("report", "old.so", folder=project, expected=1)
     assert "format 1" in done.stderr and "compile it again" in done.stderr
+
+
+def test_sensitivity_ranks_the_layers(project, module):
+    done = _tvm_qfp8(
+        *("report", "net.onnx", "--sensitivity", "-s", "x=4,48", "-c", "samples.npz", "--json"),
+        folder=project,
+    )
+    effects = json.loads(done.stdout)
+    assert effects and all(effect["operator"] == "matmul" for effect in effects)
+    done = _tvm_qfp8("report", "net.onnx", folder=project, expected=1)
+    assert "--sensitivity" in done.stderr
+    done = _tvm_qfp8("report", "net.onnx", "--sensitivity", "-s", "x=4,48", folder=project, expected=1)
+    assert "needs calibration samples" in done.stderr

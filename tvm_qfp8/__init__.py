@@ -20,6 +20,7 @@ _PUBLIC = {
     "Config": "config",
     "load": "runtime",
     "bundle": "bundling",
+    "sensitivity": "analysis",
     "CompiledModule": "runtime",
     "Report": "report",
     "encode": "format",

@@ -14,8 +14,9 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
-from tvm_qfp8.calibration import calibrate
+from tvm_qfp8.calibration import Metric, Program, calibrate, first_samples, keep_within
 from tvm_qfp8.config import Config
+from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.importers import load_model
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
 from tvm_qfp8.relay_passes.interpolate import Interpolate
@@ -41,6 +42,9 @@ from tvm_qfp8.topi.isa import InstructionSet, instruction_set
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import StaticMemory
 from tvm_qfp8.tuning.logs import LoggedSchedules, default_roots
+
+SENSITIVITY_SAMPLES = 4
+"""Samples on which the harm of single layers is compared."""
 
 Calibration = Iterable[Mapping[str, np.ndarray]] | str | os.PathLike | None
 
@@ -96,6 +100,8 @@ def compile(  # noqa: A001 - the public name
     calibration: Calibration = None,
     config: Config | None = None,
     tuning_logs: str | os.PathLike | ScheduleChooser | None = None,
+    max_drop: float | None = None,
+    metric: Metric | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CompiledModule:
     """Compile a trained float network.
@@ -116,6 +122,11 @@ def compile(  # noqa: A001 - the public name
         A folder of tuning logs to take schedules from, or a function that chooses them; None: the logs of this
         package and of ``tvm-qfp8 tune`` on this machine. Layers without a record for exactly this target get the
         default schedule.
+    max_drop : float
+        In percent of float32's score by ``metric``: the fewest layers that keep it are left in float32, the most
+        harmful first; the report names them.
+    metric : callable ``(run) -> float``
+        Scores a network given as ``run({input name: array}) -> outputs``, higher for better.
     progress : callable ``(stage, done, total)``
         Called as the work goes on.
 
@@ -137,7 +148,12 @@ def compile(  # noqa: A001 - the public name
         raise
     check_static_shapes(canonical)
     stage("import", 1, 1)
-    plan = calibrate(canonical, calibration, config, progress)
+    if (max_drop is None) != (metric is None):
+        raise CalibrationError("max_drop and metric belong together: give both or neither")
+    samples, first = first_samples(calibration, Program(canonical).inputs, SENSITIVITY_SAMPLES)
+    plan = calibrate(canonical, samples, config, progress)
+    if metric is not None and max_drop is not None:
+        plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)
     keep_sums_in_int32(plan)
     threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
     report = describe(canonical, plan, config, parsed, imported.notes)

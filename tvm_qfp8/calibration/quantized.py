@@ -33,7 +33,12 @@ class QuantizedProgram:
         self.products = {name: product for name, product in found.products.items() if name in plan.products}
         self.weights = {name: plan.linear[name].weight.dequantize() for name in self.linear}
 
-    def _value(self, step: Step, values: Mapping[str, Any]) -> Any:
+    def is_quantized(self, name: str) -> bool:
+        """Whether a variable is a layer that the plan quantizes."""
+        return name in self.products or name in self.linear or name in self.plan.embeddings
+
+    def value(self, step: Step, values: Mapping[str, Any]) -> Any:
+        """What a step gives under the plan."""
         name = step.name
         if name in self.products:
             x, y = (values[source] for source in self.products[name].sources)
@@ -49,7 +54,7 @@ class QuantizedProgram:
         values: dict[str, Any] = dict(inputs)
         with np.errstate(all="ignore"):
             for step in self.program.steps:
-                values[step.name] = self._value(step, values)
+                values[step.name] = self.value(step, values)
         return self.program.outputs(values)
 
 

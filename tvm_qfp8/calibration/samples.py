@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -45,6 +46,20 @@ def samples_of(batches: Batches, inputs: Mapping[str, TensorSpec]) -> Iterator[d
                 _check(index, name, sample[name], spec)
             yield sample
             index += 1
+
+
+def first_samples(
+    batches: Batches | None, inputs: Mapping[str, TensorSpec], count: int
+) -> tuple[Batches | None, list[dict[str, np.ndarray]]]:
+    """All samples again, to be consumed once, and a list of the first ``count`` of them.
+
+    Only these are held; the rest of a generator is still to come.
+    """
+    if batches is None:
+        return None, []
+    samples = samples_of(batches, inputs)
+    first = list(itertools.islice(samples, count))
+    return itertools.chain(first, samples), first
 
 
 def _load(path: Path, inputs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:

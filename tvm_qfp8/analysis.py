@@ -1,0 +1,48 @@
+"""``sensitivity``: which layer to blame when a quantized model disappoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from tvm_qfp8.calibration import LayerEffect, Program, calibrate, first_samples, layer_effects
+from tvm_qfp8.calibration.samples import Batches
+from tvm_qfp8.config import Config
+from tvm_qfp8.errors import CalibrationError
+from tvm_qfp8.importers import load_model
+from tvm_qfp8.relay_passes.prepare import prepare
+
+
+def sensitivity(
+    mod: Any,
+    *,
+    calibration: Batches | None,
+    params: Mapping[str, np.ndarray] | None = None,
+    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    config: Config | None = None,
+    samples: int = 4,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[LayerEffect]:
+    """The quantized layers of a model, the most harmful first, by NumPy.
+
+    Parameters
+    ----------
+    mod, params, input_shapes, calibration, config, progress
+        As for ``compile``; the same decisions are made.
+    samples : int
+        The first so many calibration samples are used to compare.
+
+    Raises
+    ------
+    QFP8Error
+        As ``compile``; CalibrationError without samples.
+    """
+    config = config or Config()
+    canonical = prepare(load_model(mod, params=params, input_shapes=input_shapes).mod)
+    batches, first = first_samples(calibration, Program(canonical).inputs, samples)
+    if not first:
+        raise CalibrationError("sensitivity needs calibration samples: a model's errors depend on its inputs")
+    plan = calibrate(canonical, batches, config, progress)
+    return layer_effects(canonical, plan, first, config.max_error, progress)
