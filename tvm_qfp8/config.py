@@ -18,7 +18,7 @@ class Config:
     activations : str
         ``auto``: the layout of least error per tensor; or one layout's name for all.
     check_finite : bool
-        ``run`` refuses inputs with NaN or infinity, naming input and index.
+        ``run`` refuses inputs with NaN or infinity, naming input and index, where any layer is quantized.
     winograd : bool
         3x3 convolutions may transform their filters at the first call, for half the time a convolution takes. The
         file is as small as without, but each 8-bit weight of such a layer takes 3.6 bytes more of memory.
