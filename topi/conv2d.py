@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.micro_kernel import RegisterTile, reduce_steps
+from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
@@ -192,17 +192,18 @@ def emit_conv2d(
         registers = RegisterTile(isa, tile_rows, vectors)
         corner = T.bind((row_in_block * stride_h) * slab_row + first_pixel * (stride_w * slab_channels))
 
-        def taps(kh, kw, step) -> None:
-            offset = (
-                corner + kh * (dilation_h * slab_row) + kw * (dilation_w * slab_channels) + step * isa.pair
-            )
+        def tap(kh, kw) -> None:
+            offset = T.bind(corner + kh * (dilation_h * slab_row) + kw * (dilation_w * slab_channels))
             starts = [offset + i * (stride_w * slab_channels) for i in range(tile_rows)]
-            weight_step = (kh * kernel_w + kw) * (slab_channels // isa.pair) + step
-            registers.accumulate(slab, starts, lambda j: weights.load(weight_step, j))
+            steps = slab_channels // isa.pair
+            first = (kh * kernel_w + kw) * steps
+            registers.reduce(
+                slab, starts, steps, schedule.unroll, lambda step, j: weights.load(first + step, j)
+            )
 
         with T.serial(0, kernel_h) as kh:
             with T.serial(0, kernel_w) as kw:
-                reduce_steps(slab_channels // isa.pair, schedule.unroll, lambda step: taps(kh, kw, step))
+                tap(kh, kw)
         for i in range(tile_rows):
             for j, valid in enumerate(weights.valid):
                 column = group * out_channels + weights.column(j)

@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.micro_kernel import RegisterTile, reduce_steps
+from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
@@ -79,11 +79,8 @@ def emit_gemm(
     def tile(scratch, first_row, row_in_block, weights: PanelWeights) -> None:
         registers = RegisterTile(isa, tile_rows, vectors)
 
-        def step(k) -> None:
-            starts = [(row_in_block + i) * depth + k * isa.pair for i in range(tile_rows)]
-            registers.accumulate(scratch, starts, lambda j: weights.load(k, j))
-
-        reduce_steps(depth // isa.pair, schedule.unroll, step)
+        starts = [(row_in_block + i) * depth for i in range(tile_rows)]
+        registers.reduce(scratch, starts, depth // isa.pair, schedule.unroll, weights.load)
         for i in range(tile_rows):
             for j, valid in enumerate(weights.valid):
                 epilogue(registers.value(i, j), first_row + row_in_block + i, weights.column(j), valid)

@@ -41,12 +41,37 @@ class RegisterTile:
     def _at(self, row: int, vector: int) -> int:
         return (row * self.vectors + vector) * self.isa.lanes
 
-    def accumulate(self, activations, row_starts: list, load_weights: Callable[[int], tirx.PrimExpr]) -> None:
-        """One reduction step: ``activations[row_starts[i]:]`` times the weight vectors."""
+    def reduce(
+        self, activations, row_starts: list, steps: int, unroll: int, load_weights: Callable[..., tirx.PrimExpr]
+    ) -> None:
+        """Add ``steps`` reduction steps: ``activations[row_starts[i]:]`` times ``load_weights(step, vector)``.
+
+        ``unroll`` of them are written out in the loop, or as many as a row's vector holds.
+        """
+        isa, element = self.isa, self.isa.element
+
+        def one_step(step) -> None:
+            starts = [start + step * isa.pair for start in row_starts]
+            self._multiply(step, lambda row: isa.broadcast(activations, starts[row]), load_weights)
+
+        if element is None:
+            reduce_steps(steps, unroll, one_step)
+            return
+        whole = steps // isa.row_steps
+        with T.serial(0, whole) as chunk:
+            first = T.bind(chunk * isa.row_steps)
+            lanes = isa.row_steps * isa.pair
+            rows = [T.bind(load(activations, start + first * isa.pair, lanes)) for start in row_starts]
+            for step in range(isa.row_steps):
+                self._multiply(first + step, lambda row: element(rows[row], step), load_weights)
+        for rest in range(whole * isa.row_steps, steps):
+            one_step(rest)
+
+    def _multiply(self, step, activation: Callable, load_weights: Callable) -> None:
         lanes = self.isa.lanes
-        weights = [load_weights(vector) for vector in range(self.vectors)]
-        for row, start in enumerate(row_starts):
-            repeated = T.bind(self.isa.broadcast(activations, start))
+        weights = [load_weights(step, vector) for vector in range(self.vectors)]
+        for row in range(self.rows):
+            repeated = T.bind(activation(row))
             for vector, weight in enumerate(weights):
                 at = self._at(row, vector)
                 total = self.isa.multiply_add(load(self._buffer, at, lanes), repeated, weight)

@@ -41,13 +41,13 @@ Space = dict[str, tuple[int, ...]]
 
 
 def _tiles(isa: InstructionSet, rows: int, columns: int, limit: int = 14) -> set[int]:
-    """Register tiles whose accumulators, weight vectors and one broadcast fit the registers."""
+    """Register tiles that fit the registers."""
     widest = min(4, -(-columns // isa.lanes))
     return {
         tile_rows * _TILE + vectors
         for vectors in range(1, widest + 1)
         for tile_rows in range(1, min(rows, limit) + 1)
-        if tile_rows * vectors + vectors + 1 + isa.temporaries <= isa.registers
+        if isa.fits(tile_rows, vectors)
         # Tiles of few accumulators cannot hide the latency of a multiply-add.
         if tile_rows * vectors >= min(4, rows * widest)
     }

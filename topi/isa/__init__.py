@@ -28,14 +28,22 @@ class InstructionSet:
     """(buffer int16, index) -> the ``pair`` values at index, repeated in every lane."""
     temporaries: int = 0
     """Registers that one multiply-add needs besides its operands: 1 where multiplying and adding are two steps."""
+    row_steps: int = 1
+    """Reduction steps whose activations one vector load brings, where multiply-adds take them from its lanes."""
+    element: Callable | None = None
+    """(row vector, step) -> its activations of that step, repeated in every lane; where ``row_steps`` > 1."""
     byte_permute: bool = False
     """Has ``vpermi2b``, a look-up in a table of 128 bytes (AVX512-VBMI)."""
+
+    def fits(self, rows: int, vectors: int) -> bool:
+        """Whether accumulators, the weight vectors of one step and the activations fit the registers."""
+        activations = rows if self.row_steps > 1 else 1
+        return rows * vectors + vectors + activations + self.temporaries <= self.registers
 
     def tile(self, rows: int, columns: int, row_length: int | None = None) -> tuple[int, int]:
         """(rows, vectors) of the register tile for an output of ``rows`` x ``columns``.
 
-        All accumulators, the weight vectors of one step and one broadcast must fit the registers. ``row_length``
-        is given where a tile may not cross a row of pixels (convolution).
+        ``row_length`` is given where a tile may not cross a row of pixels (convolution).
         """
         best, best_cost = (1, 1), float("inf")
         length = row_length or rows
@@ -43,13 +51,12 @@ class InstructionSet:
             if vectors > 1 and (vectors - 1) * self.lanes >= columns:
                 break
             for tile_rows in range(1, min(length, 14) + 1):
-                if tile_rows * vectors + vectors + 1 + self.temporaries > self.registers:
+                if not self.fits(tile_rows, vectors):
                     continue
                 steps = -(-length // tile_rows) * -(-columns // (vectors * self.lanes))
-                # One multiply-add each, plus the loads: vectors of weights and tile_rows broadcasts a step.
-                cost = steps * (
-                    tile_rows * vectors + 0.5 * max(vectors + tile_rows - tile_rows * vectors / 2, 0) + 1.5
-                )
+                # One multiply-add each, plus the loads of a step: vectors of weights, and the activations.
+                loads = vectors + tile_rows / self.row_steps
+                cost = steps * (tile_rows * vectors + 0.5 * max(loads - tile_rows * vectors / 2, 0) + 1.5)
                 if cost < best_cost:
                     best, best_cost = (tile_rows, vectors), cost
         return best
