@@ -19,7 +19,7 @@ from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
     balanced_blocks,
-    decode_run,
+    decode_operand,
     for_each_panel,
     overlapped_start,
     round_up,
@@ -61,26 +61,37 @@ def emit_gemm(
     parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
 
     by_rows = parallel and schedule.parallel_rows
-    most = max(tile_rows, schedule.scratch_bytes // (2 * depth))
+    most = max(tile_rows, schedule.scratch_bytes // (isa.operand_bytes * depth))
     if by_rows:
         most = min(most, -(-shape.rows // threads))
     block_rows, blocks = balanced_blocks(shape.rows, most, tile_rows)
 
     def decode_block(first_row, scratch) -> None:
+        parts = isa.split.activation if isa.split else None
+
+        def decode(source_at, target_at, length: int) -> None:
+            decode_operand(
+                isa, shape.activation, parts, x, source_at, scratch, target_at, length, block_rows * depth
+            )
+
         if depth == shape.depth:
-            decode_run(isa, shape.activation, x, first_row * depth, scratch, 0, block_rows * depth)
+            decode(first_row * depth, 0, block_rows * depth)
             return
         with T.serial(0, block_rows) as row:
-            decode_run(
-                isa, shape.activation, x, (first_row + row) * shape.depth, scratch, row * depth, shape.depth
-            )
-            zero_run(isa, scratch, row * depth + shape.depth, depth - shape.depth)
+            decode((first_row + row) * shape.depth, row * depth, shape.depth)
+            for product in range(isa.products):
+                end = (product * block_rows + row) * depth + shape.depth
+                zero_run(isa, scratch, end, depth - shape.depth)
 
     def tile(scratch, first_row, row_in_block, weights: PanelWeights) -> None:
         registers = RegisterTile(isa, tile_rows, vectors)
+        for product in range(isa.products):
+            starts = [(product * block_rows + row_in_block + i) * depth for i in range(tile_rows)]
 
-        starts = [(row_in_block + i) * depth for i in range(tile_rows)]
-        registers.reduce(scratch, starts, depth // isa.pair, schedule.unroll, weights.load)
+            def load_weights(step, vector, product=product):
+                return weights.load(step, vector, product)
+
+            registers.reduce(scratch, starts, depth // isa.pair, schedule.unroll, load_weights, product)
         for i in range(tile_rows):
             for j, valid in enumerate(weights.valid):
                 epilogue(registers.value(i, j), first_row + row_in_block + i, weights.column(j), valid)
@@ -94,7 +105,7 @@ def emit_gemm(
 
     def block(index) -> None:
         first_row = overlapped_start(index, block_rows, shape.rows)
-        scratch = T.alloc_buffer((block_rows * depth,), "int16", align=64)
+        scratch = T.alloc_buffer((isa.products * block_rows * depth,), isa.operand_dtype, align=64)
         decode_block(first_row, scratch)
 
         def walk_panels(body: Callable, loop=T.serial) -> None:

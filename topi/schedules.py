@@ -94,7 +94,7 @@ class GemmSchedule:
     @classmethod
     def space(cls, isa: InstructionSet, shape: GemmShape, threads: int) -> Space:
         default = cls.default(isa, shape, threads)
-        few, one_tile = shape.rows <= 16, shape.rows <= default.tile_rows
+        few, one_tile = shape.rows <= 16 and isa.split is None, shape.rows <= default.tile_rows
         return _with_default(
             default.decisions(),
             {

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+from tvm_qfp8.format import Layout
+from tvm_qfp8.topi.split import Split, split_of
+
 
 @dataclass(frozen=True)
 class InstructionSet:
@@ -19,7 +22,7 @@ class InstructionSet:
     lanes: int
     """int32 or float32 lanes of one vector register."""
     pair: int
-    """int16 products that one multiply-add sums into each int32 lane."""
+    """Products that one multiply-add sums into each int32 lane."""
     registers: int
     """Vector registers."""
     multiply_add: Callable
@@ -34,6 +37,38 @@ class InstructionSet:
     """(row vector, step) -> its activations of that step, repeated in every lane; where ``row_steps`` > 1."""
     byte_permute: bool = False
     """Has ``vpermi2b``, a look-up in a table of 128 bytes (AVX512-VBMI)."""
+    byte_products: InstructionSet | None = None
+    """The same machine's multiply-add of int8 values, where it does so many more that split values pay."""
+    extension: str = ""
+    """What a multiply-add of bytes needs besides ``name``."""
+    split: Split | None = None
+    """The int8 parts that this multiply-add takes; None where it takes int16 grid values."""
+
+    @property
+    def label(self) -> str:
+        """``name`` with its extension."""
+        return f"{self.name}+{self.extension}" if self.extension else self.name
+
+    @property
+    def operand_dtype(self) -> str:
+        """What decoded operands are kept as."""
+        return "int8" if self.split else "int16"
+
+    @property
+    def products(self) -> int:
+        """Passes over the operands: the byte products that make one product of grid values."""
+        return self.split.products if self.split else 1
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of one decoded value."""
+        return self.products if self.split else 2
+
+    def in_bytes(self, activation: Layout, weight: Layout) -> InstructionSet:
+        """The variant that multiplies the int8 parts of these layouts; itself where there is none."""
+        if self.byte_products is None:
+            return self
+        return replace(self.byte_products, split=split_of(activation, weight))
 
     def fits(self, rows: int, vectors: int) -> bool:
         """Whether accumulators, the weight vectors of one step and the activations fit the registers."""
@@ -67,10 +102,12 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
 
     ``features`` are LLVM's names of the target's features; some widen what an instruction set can do.
     """
-    from tvm_qfp8.topi.isa import avx2, avx512, neon, sse2
+    from tvm_qfp8.topi.isa import avx2, avx512, neon, neon_dotprod, sse2
 
     if name == "generic":
         # The same plain vector code, without the look-up instructions that "neon" stands for.
         return replace(neon.INSTRUCTION_SET, name="generic")
+    if name == "neon" and "dotprod" in features:
+        return replace(neon.INSTRUCTION_SET, byte_products=neon_dotprod.INSTRUCTION_SET)
     sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon}
     return replace(sets[name].INSTRUCTION_SET, byte_permute="avx512vbmi" in features)
