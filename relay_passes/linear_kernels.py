@@ -48,13 +48,13 @@ def _scaled(a, bias, finish: Callable) -> Callable:
 
 
 def _in_bytes(
-    isa: InstructionSet, rows: int, codes: np.ndarray, activation: Layout, weight: Layout
+    isa: InstructionSet, rows: int, codes: np.ndarray, activation: Layout, weight: Layout, dense: bool = True
 ) -> InstructionSet:
     """The variant of the instruction set that multiplies int8 parts, where it is faster and no sum overflows.
 
     With few rows decoding weights takes the time, and a value has more parts than halves.
     """
-    variant = isa.in_bytes(activation, weight)
+    variant = isa.in_bytes(activation, weight, dense)
     if variant.split is None or rows <= REGISTER_DECODE_ROWS:
         return isa
     grid = decode_grid(codes, weight)
@@ -142,7 +142,7 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         return _float_linear(call, shape, codes, isa, threads, operands)
     operands.tensor(x)
     pixels = shape.batch * shape.out_height * shape.out_width
-    in_bytes = _in_bytes(isa, pixels, codes, *shape.layouts())
+    in_bytes = _in_bytes(isa, pixels, codes, *shape.layouts(), dense=shape.is_pointwise)
     if operands.memory is not None and in_bytes.split is None:
         plan = plan_winograd(shape, codes)
         if plan is not None and winograd_is_faster(plan):

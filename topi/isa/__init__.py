@@ -37,8 +37,12 @@ class InstructionSet:
     """(row vector, step) -> its activations of that step, repeated in every lane; where ``row_steps`` > 1."""
     byte_permute: bool = False
     """Has ``vpermi2b``, a look-up in a table of 128 bytes (AVX512-VBMI)."""
+    row_group: int = 1
+    """Rows that one multiply-add takes: 2 where it multiplies matrices, see ``topi/matrix_kernel.py``."""
     byte_products: InstructionSet | None = None
     """The same machine's multiply-add of int8 values, where it does so many more that split values pay."""
+    matrix_products: InstructionSet | None = None
+    """The same for matrices of int8 values; for dense layers, whose rows can be interleaved."""
     extension: str = ""
     """What a multiply-add of bytes needs besides ``name``."""
     split: Split | None = None
@@ -64,33 +68,33 @@ class InstructionSet:
         """Bytes of one decoded value."""
         return self.products if self.split else 2
 
-    def in_bytes(self, activation: Layout, weight: Layout) -> InstructionSet:
+    def in_bytes(self, activation: Layout, weight: Layout, dense: bool) -> InstructionSet:
         """The variant that multiplies the int8 parts of these layouts; itself where there is none."""
-        if self.byte_products is None:
-            return self
-        return replace(self.byte_products, split=split_of(activation, weight))
+        variant = (dense and self.matrix_products) or self.byte_products
+        return replace(variant, split=split_of(activation, weight)) if variant else self
 
     def fits(self, rows: int, vectors: int) -> bool:
         """Whether accumulators, the weight vectors of one step and the activations fit the registers."""
-        activations = rows if self.row_steps > 1 else 1
-        return rows * vectors + vectors + activations + self.temporaries <= self.registers
+        weights = vectors * self.row_group
+        activations = rows / self.row_group if self.row_steps > 1 or self.row_group > 1 else 1
+        return rows * vectors + weights + activations + self.temporaries <= self.registers
 
     def tile(self, rows: int, columns: int, row_length: int | None = None) -> tuple[int, int]:
         """(rows, vectors) of the register tile for an output of ``rows`` x ``columns``.
 
         ``row_length`` is given where a tile may not cross a row of pixels (convolution).
         """
-        best, best_cost = (1, 1), float("inf")
+        best, best_cost = (self.row_group, 1), float("inf")
         length = row_length or rows
         for vectors in (1, 2, 3, 4):
             if vectors > 1 and (vectors - 1) * self.lanes >= columns:
                 break
-            for tile_rows in range(1, min(length, 14) + 1):
+            for tile_rows in range(self.row_group, min(length, 14) + 1, self.row_group):
                 if not self.fits(tile_rows, vectors):
                     continue
                 steps = -(-length // tile_rows) * -(-columns // (vectors * self.lanes))
                 # One multiply-add each, plus the loads of a step: vectors of weights, and the activations.
-                loads = vectors + tile_rows / self.row_steps
+                loads = vectors * self.row_group + tile_rows / (self.row_steps * self.row_group)
                 cost = steps * (tile_rows * vectors + 0.5 * max(loads - tile_rows * vectors / 2, 0) + 1.5)
                 if cost < best_cost:
                     best, best_cost = (tile_rows, vectors), cost
@@ -102,12 +106,16 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
 
     ``features`` are LLVM's names of the target's features; some widen what an instruction set can do.
     """
-    from tvm_qfp8.topi.isa import avx2, avx512, neon, neon_dotprod, sse2
+    from tvm_qfp8.topi.isa import avx2, avx512, neon, neon_dotprod, neon_i8mm, sse2
 
     if name == "generic":
         # The same plain vector code, without the look-up instructions that "neon" stands for.
         return replace(neon.INSTRUCTION_SET, name="generic")
     if name == "neon" and "dotprod" in features:
-        return replace(neon.INSTRUCTION_SET, byte_products=neon_dotprod.INSTRUCTION_SET)
+        return replace(
+            neon.INSTRUCTION_SET,
+            byte_products=neon_dotprod.INSTRUCTION_SET,
+            matrix_products=neon_i8mm.INSTRUCTION_SET if "i8mm" in features else None,
+        )
     sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon}
     return replace(sets[name].INSTRUCTION_SET, byte_permute="avx512vbmi" in features)
