@@ -241,8 +241,8 @@ def emit_conv2d(
         fill_slab(image, first_out_row, group, slab)
         if isa.split is not None:
             codes = slab
-            slab = T.alloc_buffer((isa.products * slab_size,), "int8", align=64)
-            parts = isa.split.activation
+            slab = T.alloc_buffer((isa.activation_parts * slab_size,), "int8", align=64)
+            parts = isa.split.activation_parts
             decode_operand(isa, activation, parts, codes, 0, slab, 0, slab_size, slab_size)
         group_panels = (
             T.decl_buffer((panel_codes,), "uint8", data=panels.data, elem_offset=group * panel_codes)

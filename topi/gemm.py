@@ -74,12 +74,12 @@ def emit_gemm(
         return row if stored_rows == block_rows else T.bind(tirx.min(row, block_rows - 1))
 
     def decode_block(first_row, scratch) -> None:
-        parts = isa.split.activation if isa.split else None
+        parts = isa.split.activation_parts if isa.split else None
 
         if isa.split is not None and isa.row_group > 1:
             with T.serial(0, stored_rows) as row:
                 source = (first_row + row_of(row)) * shape.depth
-                split = isa.split, isa.split.activation
+                split = isa.split, isa.split.activation_parts
                 decode_row_of_pair(
                     shape.activation, *split, x, source, scratch, row, shape.depth, depth, part_size
                 )
@@ -93,15 +93,16 @@ def emit_gemm(
             return
         with T.serial(0, block_rows) as row:
             decode((first_row + row) * shape.depth, row * depth, shape.depth)
-            for product in range(isa.products):
-                end = product * part_size + row * depth + shape.depth
+            for part in range(isa.activation_parts):
+                end = part * part_size + row * depth + shape.depth
                 zero_run(isa, scratch, end, depth - shape.depth)
 
     def tile(scratch, first_row, row_in_block, weights: PanelWeights) -> None:
         registers = register_tile(isa, tile_rows, vectors)
         for product in range(isa.products):
             groups = range(0, tile_rows, isa.row_group)
-            starts = [product * part_size + (row_in_block + i) * depth for i in groups]
+            first = isa.activation_part(product) * part_size
+            starts = [first + (row_in_block + i) * depth for i in groups]
 
             def load_weights(step, vector, product=product):
                 return weights.load(step, vector, product)
@@ -121,7 +122,7 @@ def emit_gemm(
 
     def block(index) -> None:
         first_row = overlapped_start(index, block_rows, shape.rows)
-        scratch = T.alloc_buffer((isa.products * part_size,), isa.operand_dtype, align=64)
+        scratch = T.alloc_buffer((isa.activation_parts * part_size,), isa.operand_dtype, align=64)
         decode_block(first_row, scratch)
 
         def walk_panels(body: Callable, loop=T.serial) -> None:

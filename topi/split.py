@@ -41,6 +41,15 @@ class Split:
     def products(self) -> int:
         return len(self.factors)
 
+    @property
+    def activation_parts(self) -> tuple[str, ...]:
+        """Each part of the activation once, in the order of first use."""
+        return tuple(dict.fromkeys(self.activation))
+
+    def activation_part(self, product: int) -> int:
+        """Which of ``activation_parts`` a product takes."""
+        return self.activation_parts.index(self.activation[product])
+
     def part(self, name: str, grid: np.ndarray) -> np.ndarray:
         """The part of integer grid values, int64."""
         values = np.asarray(grid, np.int64)

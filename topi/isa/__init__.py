@@ -65,8 +65,17 @@ class InstructionSet:
 
     @property
     def operand_bytes(self) -> int:
-        """Bytes of one decoded value."""
-        return self.products if self.split else 2
+        """Bytes of one decoded activation."""
+        return self.activation_parts if self.split else 2
+
+    @property
+    def activation_parts(self) -> int:
+        """Forms in which each decoded activation is kept."""
+        return len(self.split.activation_parts) if self.split else 1
+
+    def activation_part(self, product: int) -> int:
+        """Which of those forms a product takes."""
+        return self.split.activation_part(product) if self.split else 0
 
     def in_bytes(self, activation: Layout, weight: Layout, dense: bool) -> InstructionSet:
         """The variant that multiplies the int8 parts of these layouts; itself where there is none."""
