@@ -19,14 +19,8 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
 from tvm_qfp8.topi.prim_func import load
-from tvm_qfp8.topi.rows import (
-    Row,
-    emit_layer_norm,
-    emit_log_softmax,
-    emit_rms_norm,
-    emit_softmax,
-    for_each_row,
-)
+from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_rms_norm, for_each_row
+from tvm_qfp8.topi.softmax import emit_log_softmax, emit_softmax
 
 
 def _take(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
@@ -68,26 +62,29 @@ def _softmax(call, isa: InstructionSet, threads: int, operands: Operands, max_er
     log_table = build_table("log", max_error=max_error / 4)
 
     def body(inputs, finish) -> None:
-        def one(index) -> None:
-            row = Row(
-                isa,
-                length,
-                lambda offset, lanes: load(inputs[at], index * length + offset, lanes),
-                pad=float("-inf"),
-            )
+        def row_at(index) -> Row:
+            def read(offset, lanes):
+                return load(inputs[at], index * length + offset, lanes)
 
-            def exp(v):
-                return bind(emit_table(exp_table, v, isa))
+            return Row(isa, length, read, pad=float("-inf"))
 
-            def write(value, offset, lanes) -> None:
-                finish(value, index, offset, lanes, lanes)
+        def exp(v):
+            return bind(emit_table(exp_table, v, isa))
 
-            if logarithmic:
-                emit_log_softmax(row, exp, lambda v: bind(emit_table(log_table, v, isa)), write)
-            else:
-                emit_softmax(row, exp, write)
+        def write(index, value, offset, lanes) -> None:
+            finish(value, index, offset, lanes, lanes)
 
-        for_each_row(rows, length, threads, one)
+        if logarithmic:
+
+            def log(v):
+                return bind(emit_table(log_table, v, isa))
+
+            def one(index) -> None:
+                emit_log_softmax(row_at(index), exp, log, lambda *value: write(index, *value))
+
+            for_each_row(rows, length, threads, one)
+        else:
+            emit_softmax(row_at, rows, length, threads, exp, write)
 
     return body, (op_name(call), rows, length, max_error)
 

@@ -72,19 +72,25 @@ def exp_flush(table: Table, x, ops):
 
     Quadratics are (r + a)**2 + b: one operation less than Horner's rule, and a constant factor cancels in softmax.
     """
-    # Rows are padded and masked with -infinity, which has no fraction.
-    t = ops.maximum(ops.const(-127.0), ops.mul(x, ops.const(table.scale)))
-    magic = ops.const(MAGIC)
-    shifted = ops.add(t, magic)
-    fraction = ops.sub(t, ops.sub(shifted, magic))
-    factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
-    factor = ops.select(ops.less(t, ops.const(-126.0)), ops.const(0.0), ops.from_bits(factor))
+    t = ops.mul(x, ops.const(table.scale))
+    if ops.scales_by_powers:
+        # The fraction of -infinity is NaN; its result is flushed.
+        shifted, whole = None, ops.rint(t)
+        fraction = ops.sub(t, whole)
+    else:
+        # Rows are padded and masked with -infinity, which has no fraction.
+        t = ops.maximum(ops.const(-127.0), t)
+        shifted, whole, fraction = _round(t, ops)
     if table.reduction == "exp_square":
         root = ops.add(fraction, ops.const(table.coefficients[1][0]))
         mantissa = ops.add(ops.mul(root, root), ops.const(table.coefficients[0][0]))
     else:
         mantissa = horner(table, None, fraction, ops)
-    return ops.mul(mantissa, factor)
+    flushed, zero = ops.less(t, ops.const(-126.0)), ops.const(0.0)
+    if ops.scales_by_powers:
+        return ops.select(flushed, zero, ops.scale(mantissa, whole))
+    factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
+    return ops.mul(mantissa, ops.select(flushed, zero, ops.from_bits(factor)))
 
 
 def exp_split(table: Table, x, ops):
