@@ -36,6 +36,8 @@ def interpolate(x: torch.Tensor, function: str, max_error: float) -> torch.Tenso
     """
     if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
         return _interpolate(x, function, max_error)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return apply_table(function, max_error, x)
     return _Interpolate.apply(x, function, max_error)
 
 

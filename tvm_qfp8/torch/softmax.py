@@ -33,6 +33,8 @@ def softmax_last(x: torch.Tensor, max_error: float) -> torch.Tensor:
     """
     if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
         return _softmax(x, max_error)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _compute(x, max_error)
     return _Softmax.apply(x, max_error)
 
 
