@@ -10,6 +10,7 @@ except ImportError as error:
     ) from error
 
 from tvm_qfp8.torch import functional
+from tvm_qfp8.torch.batchnorm import Recalibration, recalibrate_batchnorm
 from tvm_qfp8.torch.modules import (
     CELU,
     ELU,
@@ -34,11 +35,13 @@ __all__ = [
     "Hardsigmoid",
     "Hardswish",
     "Mish",
+    "Recalibration",
     "SiLU",
     "Sigmoid",
     "Softmax",
     "Softplus",
     "Tanh",
     "functional",
+    "recalibrate_batchnorm",
     "replace_activations",
 ]
