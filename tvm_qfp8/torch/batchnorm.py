@@ -86,7 +86,7 @@ def recalibrate_batchnorm(
                     if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 and len(held_out) < MOST_HELD_OUT:
                         held_out.append(batch)
                     else:
-                        _call(model, batch)
+                        call_model(model, batch)
                         used += 1
                     if not index:
                         first = batch
@@ -169,7 +169,7 @@ def _likelihood(model: nn.Module, layers: list[_BatchNorm], batches: list[Any]) 
     hooks = [layer.register_forward_pre_hook(score) for layer in layers]
     try:
         for batch in batches:
-            _call(model, batch)
+            call_model(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -181,7 +181,7 @@ def _set(layer: _BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:
     layer.running_var.copy_(variance)
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, dict):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
