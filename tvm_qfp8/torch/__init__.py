@@ -25,6 +25,7 @@ from tvm_qfp8.torch.modules import (
     Softplus,
     Tanh,
 )
+from tvm_qfp8.torch.prepare import QATConfig, prepare_qat
 from tvm_qfp8.torch.replace import replace_activations
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Hardsigmoid",
     "Hardswish",
     "Mish",
+    "QATConfig",
     "Recalibration",
     "SiLU",
     "Sigmoid",
@@ -42,6 +44,7 @@ __all__ = [
     "Softplus",
     "Tanh",
     "functional",
+    "prepare_qat",
     "recalibrate_batchnorm",
     "replace_activations",
 ]

@@ -1,8 +1,8 @@
 """Rounding to an 8-bit layout in a torch graph, with straight-through gradients.
 
 The values are those of ``format.decode(format.encode(x))`` to the bit, on any device. The gradient of ``x`` passes
-where the layout reaches and is 0 beyond; that of the scale is LSQ's (Esser et al., Learned Step Size Quantization,
-2020): rounded minus exact value, in steps, over ``sqrt(values per scale * largest grid value)``.
+where the layout reaches and is 0 beyond. That of the scale is rounded minus exact value, in steps, and the largest
+grid value beyond (Esser et al., Learned Step Size Quantization, 2020).
 """
 
 from __future__ import annotations
@@ -70,8 +70,7 @@ def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         grid = grid_values(x.float(), wide, layout)
         each = grad.float() * torch.where(inside, grid - value, grid)
-        summed = each.sum() if ctx.axis == PER_TENSOR else each.transpose(0, ctx.axis).flatten(1).sum(1)
-        of_scale = summed * (x.numel() / max(scale.numel(), 1) * layout.max_grid) ** -0.5
+        of_scale = each.sum() if ctx.axis == PER_TENSOR else each.transpose(0, ctx.axis).flatten(1).sum(1)
     return grad * inside, of_scale, None, None
 
 

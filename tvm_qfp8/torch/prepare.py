@@ -85,7 +85,7 @@ def prepare_qat(
     InputError
         An unknown layout or bias, a weight that is not finite.
     CalibrationError
-        A layer's input was not finite, or there was no batch.
+        There was no batch.
     """
     config = config or QATConfig()
     _check(config)
@@ -106,12 +106,17 @@ def prepare_qat(
             layer.norm = module.get_submodule(norm_name)
             module.set_submodule(norm_name, nn.Identity())
     if config.max_error is not None:
-        found |= {name: f"interpolated {kind}" for name, kind in replace_activations(module, config.max_error).items()}
+        found |= {
+            name: f"interpolated {kind}"
+            for name, kind in replace_activations(module, config.max_error).items()
+        }
     if batches is not None:
         _choose_activations(module, prepared, config, batches)
     for name, layer in prepared.items():
         source = getattr(layer, "input_quantizer", None)
-        found[name] = config.weights if source is None else f"{config.weights}, input {source.layout or 'float32'}"
+        found[name] = (
+            config.weights if source is None else f"{config.weights}, input {source.layout or 'float32'}"
+        )
     return found
 
 
@@ -145,12 +150,22 @@ def _norms_behind(module: nn.Module, layers: dict[str, nn.Module]) -> dict[str, 
             continue
         norm = module.get_submodule(node.target)
         (source,) = node.args[:1] or (None,)
-        if not isinstance(source, torch.fx.Node) or source.op != "call_module" or not norm.track_running_stats:
+        if (
+            not isinstance(source, torch.fx.Node)
+            or source.op != "call_module"
+            or not norm.track_running_stats
+        ):
             continue
         once = calls[str(source.target)] == calls[str(node.target)] == 1 and len(source.users) == 1
-        if once and str(source.target) in layers and type(layers[str(source.target)]) is not nn.Embedding:
+        if once and _can_fold(layers.get(str(source.target))):
             pairs[str(source.target)] = str(node.target)
     return pairs
+
+
+def _can_fold(layer: nn.Module | None) -> bool:
+    if isinstance(layer, nn.ConvTranspose2d):
+        return layer.groups == 1  # groups share their scales
+    return isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
 
 
 def _choose_activations(

@@ -35,16 +35,17 @@ class _Quantized(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Torch's layer on rounded tensors."""
         exporting = torch.compiler.is_exporting()
-        exact = self.input_quantizer.layout is not None and self._norm_is_frozen()
-        if exact and not (self.training or exporting or torch.is_grad_enabled()):
+        inference = not (self.training or exporting or torch.is_grad_enabled())
+        if inference and self.input_quantizer.layout is not None and self._norm_is_folded(input):
             with torch.autocast(input.device.type, enabled=False):
                 return self._as_compiled(input).to(input.dtype)
         weight = self.weight_quantizer(self.weight)
         y = self.apply_weight(self.input_quantizer(input), weight, self.bias)
         return y if self.norm is None else self.norm(y)
 
-    def _norm_is_frozen(self) -> bool:
-        return self.norm is None or not self.norm.training
+    def _norm_is_folded(self, x: torch.Tensor) -> bool:
+        # Behind a Linear of more than two dimensions a BatchNorm's channels are not the features.
+        return self.norm is None or not (self.norm.training or (self.channel_axis == -1 and x.dim() != 2))
 
     def _as_compiled(self, x: torch.Tensor) -> torch.Tensor:
         grid, weight = self.input_quantizer.grid(x), self.weight_quantizer.grid(self.weight)
@@ -52,7 +53,7 @@ class _Quantized(nn.Module):
         sums = self.apply_weight(grid.double(), weight.double(), None).float()
         scale, bias = self._scale_and_bias()
         channels = sums.shape[self.channel_axis]
-        factor = scale.repeat(channels // scale.numel()) * self.input_quantizer.positive_scale()
+        factor = scale.repeat(channels // scale.numel()) * self.input_quantizer.scale
         shape = [1] * sums.dim()
         shape[self.channel_axis] = -1
         y = sums * factor.reshape(shape)
@@ -60,7 +61,7 @@ class _Quantized(nn.Module):
 
     def _scale_and_bias(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight's scales times BatchNorm's factors, and its shift: folded in float64, as the compiler does."""
-        scale, norm = self.weight_quantizer.positive_scale().reshape(-1), self.norm
+        scale, norm = self.weight_quantizer.scale.reshape(-1), self.norm
         if norm is None:
             return scale, self.bias
         shift = torch.zeros_like(norm.running_mean, dtype=torch.float64)
@@ -117,14 +118,10 @@ class QATEmbedding(nn.Embedding):
         quantizer = self.weight_quantizer
         if torch.compiler.is_exporting():
             return functional.embedding(input, quantizer(self.weight), self.padding_idx)
-        rows = super().forward(input.reshape(-1))
-        scale = quantizer.scale[input.reshape(-1)]
-        if self.training and not quantizer.learned:
-            with torch.no_grad():
-                scale = quantizer.better_scale(rows.detach().float(), scale)
-                quantizer.scale[input.reshape(-1)] = scale
         assert quantizer.layout is not None
-        rounded = fake_quantize(rows, scale, quantizer.layout, 0)
+        used = input.reshape(-1)
+        rows = super().forward(used)
+        rounded = fake_quantize(rows, quantizer.next_row_scale(rows, used), quantizer.layout, 0)
         return rounded.reshape(*input.shape, self.embedding_dim)
 
 
@@ -141,7 +138,9 @@ LAYERS: dict[type[nn.Module], tuple[type[nn.Module], int]] = {
 def reason_to_skip(layer: nn.Module) -> str | None:
     """Why a layer of these types keeps its float arithmetic, or None."""
     if layer.weight.dtype != torch.float32:
-        return f"its weight is {layer.weight.dtype}; prepare the model in float32, and train it under autocast"
+        return (
+            f"its weight is {layer.weight.dtype}; prepare the model in float32, and train it under autocast"
+        )
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         return f"padding_mode is {layer.padding_mode!r}; 'zeros' is supported"
     if getattr(layer, "max_norm", None) is not None:
@@ -149,7 +148,9 @@ def reason_to_skip(layer: nn.Module) -> str | None:
     return None
 
 
-def to_qat(layer: nn.Module, weights: str, per_channel: bool, learned: bool, find: Callable[..., Any]) -> None:
+def to_qat(
+    layer: nn.Module, weights: str, per_channel: bool, learned: bool, find: Callable[..., Any]
+) -> None:
     """Turn a layer of ``LAYERS`` into ours, in place: parameters, hooks and optimizers that hold them stay.
 
     ``find(array, axis=..., layout=...)`` is ``tvm_qfp8.quantize``.

@@ -10,8 +10,8 @@ from torch import nn
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.torch.fake_quantize import PER_TENSOR, fake_quantize, grid_values, spread
 
-STEP = 2.0 ** (1 / 16)
-"""A tracked scale moves by one sixteenth of an octave at a time, the step of the search that it began with."""
+MOVES = tuple(2.0 ** (sixteenths / 16) for sixteenths in (0, -1, 1, -4, 4))
+"""What a tracked scale may be multiplied by: nothing, the step of the search that it began with, or four of these."""
 MOST_TRACKED = 1 << 14
 """Values of an activation that decide where its scale moves."""
 
@@ -19,8 +19,9 @@ MOST_TRACKED = 1 << 14
 class Quantizer(nn.Module):
     """Rounds a tensor to a layout; passes it on as it is while no layout is set.
 
-    The scale is a buffer that takes a step towards less squared error at each call in training (``tracked``), or a
-    parameter with LSQ's gradient (``learned``). Layout and scale are part of the state dict.
+    In training each call moves the scale a step towards less squared error (tracked), or sets it to ``2 ** -bias`` of
+    a parameter ``bias``, the format's dynamic bias (learned). Otherwise it is that of the last call in training.
+    Layout and scale are part of the state dict.
     """
 
     scale: torch.Tensor
@@ -30,33 +31,52 @@ class Quantizer(nn.Module):
         self.layout: str | None = None
         self.axis = axis
         self.learned = learned
+        self.register_buffer("scale", torch.ones(shape))
         if learned:
-            self.scale = nn.Parameter(torch.ones(shape))
-        else:
-            self.register_buffer("scale", torch.ones(shape))
+            self.bias = nn.Parameter(torch.zeros(shape))
 
     def start(self, layout: str, scale: Any) -> None:
         """Set layout and scale."""
         self.layout = get_layout(layout).name
         with torch.no_grad():
             self.scale.copy_(torch.as_tensor(scale, dtype=torch.float32).reshape(self.scale.shape))
+            if self.learned:
+                self.bias.copy_(-self.scale.log2())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` rounded, in its own dtype."""
         if self.layout is None:
             return x
-        if self.training and not self.learned and not torch.compiler.is_exporting():
-            self.track(x)
-        return fake_quantize(x, self.positive_scale(), self.layout, self.axis)
+        return fake_quantize(x, self.next_scale(x), self.layout, self.axis)
 
-    def positive_scale(self) -> torch.Tensor:
-        """The scale, kept positive where an optimizer moves it."""
-        return self.scale.clamp(min=torch.finfo(torch.float32).tiny) if self.learned else self.scale
+    def next_scale(self, x: torch.Tensor) -> torch.Tensor:
+        """The scale to round ``x`` with, noted as the current one."""
+        if not self.training or torch.compiler.is_exporting():
+            return self.scale
+        if not self.learned:
+            self.track(x)
+            return self.scale
+        scale = torch.exp2(-self.bias)
+        with torch.no_grad():
+            self.scale.copy_(scale)
+        return scale
+
+    def next_row_scale(self, rows: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+        """The scales of the rows ``used`` of a table, noted as their current ones; ``rows`` holds these rows."""
+        if not self.training:
+            return self.scale[used]
+        if self.learned:
+            scale = torch.exp2(-self.bias[used])
+        else:
+            scale = self.better_scale(rows.detach().float(), self.scale[used])
+        with torch.no_grad():
+            self.scale[used] = scale.detach()
+        return scale
 
     def grid(self, x: torch.Tensor) -> torch.Tensor:
         """The grid values of ``x``, float32."""
         assert self.layout is not None
-        wide = spread(self.positive_scale(), self.axis, x.dim())
+        wide = spread(self.scale, self.axis, x.dim())
         return grid_values(x.float(), wide, get_layout(self.layout))
 
     @torch.no_grad()
@@ -68,10 +88,10 @@ class Quantizer(nn.Module):
         self.scale.copy_(self.better_scale(x, self.scale))
 
     def better_scale(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Of ``scale`` and its neighbours, for each channel, the one of least squared error."""
+        """Of ``scale`` times each of ``MOVES``, for each channel, the one of least squared error."""
         assert self.layout is not None
         layout = get_layout(self.layout)
-        candidates = torch.stack([scale, scale / STEP, scale * STEP])
+        candidates = torch.stack([scale * move for move in MOVES])
         errors = []
         for candidate in candidates:
             wide = spread(candidate, self.axis, x.dim())
