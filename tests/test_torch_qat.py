@@ -112,6 +112,22 @@ def test_compiled_equals_trained_to_the_bit(options):
     assert "quantization-aware training" in str(module.report)
 
 
+def test_batchnorm_is_folded_to_the_bit():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 128, 3), nn.BatchNorm2d(128), nn.Flatten(), nn.Linear(512, 64), nn.BatchNorm1d(64)
+    )
+    x = torch.randn(5, 3, 4, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            model(3 * torch.randn(64, 3, 4, 4))
+    q.torch.prepare_qat(model, batches=[x])
+    for part in (model[:2], model):
+        (found,) = q.compile(torch.export.export(part.eval(), (x,)))(x.numpy())
+        with torch.no_grad():
+            np.testing.assert_array_equal(found, part(x).numpy())
+
+
 def test_with_gradients_the_arithmetic_differs_by_rounding_only():
     model = _trained()
     with torch.no_grad():
@@ -144,6 +160,21 @@ def test_batchnorm_of_a_model_that_cannot_be_traced_stays():
     x = torch.randn(4, 1, 8, 8)
     q.torch.prepare_qat(model, batches=[x])
     assert model.conv.norm is None and isinstance(model.norm, nn.BatchNorm2d)
+
+
+def test_batchnorm_is_recalibrated_behind_rounded_layers():
+    model = _trained()
+    batches = [_inputs(seed) for seed in range(6)]
+    norm = model.stem[0].norm
+    with torch.no_grad():
+        norm.running_var.mul_(0.2)
+    before = norm.running_var.clone()
+    done = q.torch.recalibrate_batchnorm(model, batches)
+    assert done.layers == 3 and not done.kept_old
+    assert (norm.running_var > before).all()
+    run, _ = _compiled(model)
+    with torch.no_grad():
+        assert torch.equal(run(*_inputs(0)), model(*_inputs(0)))
 
 
 def test_state_dict_round_trip_and_copies():

@@ -44,8 +44,13 @@ class _Quantized(nn.Module):
         return y if self.norm is None else self.norm(y)
 
     def _norm_is_folded(self, x: torch.Tensor) -> bool:
+        norm = self.norm
+        if norm is None:
+            return True
+        # Hooks see a BatchNorm's input only where it is called.
+        watched = norm.training or norm._forward_pre_hooks or norm._forward_hooks
         # Behind a Linear of more than two dimensions a BatchNorm's channels are not the features.
-        return self.norm is None or not (self.norm.training or (self.channel_axis == -1 and x.dim() != 2))
+        return not watched and (self.channel_axis == 1 or x.dim() == 2)
 
     def _as_compiled(self, x: torch.Tensor) -> torch.Tensor:
         grid, weight = self.input_quantizer.grid(x), self.weight_quantizer.grid(self.weight)
@@ -67,7 +72,9 @@ class _Quantized(nn.Module):
         shift = torch.zeros_like(norm.running_mean, dtype=torch.float64)
         if self.bias is not None:
             shift = shift + self.bias.double()
-        inverse = torch.sqrt(norm.running_var + norm.eps).double().reciprocal()
+        # torch's float32 root is not always the nearest number; float64's, rounded, is.
+        deviation = torch.sqrt((norm.running_var + norm.eps).double()).float()
+        inverse = deviation.double().reciprocal()
         shift = (shift - norm.running_mean.double()) * inverse
         factor = inverse
         if norm.weight is not None:
