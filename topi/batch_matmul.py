@@ -17,7 +17,7 @@ from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.float_contract import add, to_float, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.micro_kernel import RegisterTile, reduce_steps
+from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.overflow import INT32_LIMIT
 from tvm_qfp8.topi.panels import decode_run, overlapped_start, round_up, zero_run
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
@@ -137,17 +137,13 @@ def emit_batch_matmul(
         def block(first_step, count: int) -> RegisterTile:
             registers = RegisterTile(isa, tile_rows, vectors)
 
-            def one_step(k) -> None:
-                step = first_step + k
-                starts = [(first_row + i) * depth + step * isa.pair for i in range(tile_rows)]
-                base = (panel * steps + step) * panel_step
-                registers.accumulate(
-                    scratch,
-                    starts,
-                    lambda j: T.bind(load(panels, base + j * lanes * isa.pair, lanes * isa.pair)),
-                )
+            starts = [(first_row + i) * depth + first_step * isa.pair for i in range(tile_rows)]
+            base = (panel * steps + first_step) * panel_step
 
-            reduce_steps(count, schedule.unroll, one_step)
+            def load_weights(k, j):
+                return T.bind(load(panels, base + k * panel_step + j * lanes * isa.pair, lanes * isa.pair))
+
+            registers.reduce(scratch, starts, count, schedule.unroll, load_weights)
             return registers
 
         def add_block(first_step, count: int) -> None:

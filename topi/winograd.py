@@ -205,11 +205,14 @@ class _Kernel:
             registers = RegisterTile(isa, self.tiles, self.vectors)
             row = T.bind(position * self.position_step + first * self.depth)
             weights = T.bind((panel * POSITIONS + position) * (steps * self.width * isa.pair))
-            with T.serial(0, part_steps) as k:
-                step = part * part_steps + k
-                starts = [row + i * self.depth + step * isa.pair for i in range(self.tiles)]
-                at = weights + step * (self.width * isa.pair)
-                registers.accumulate(inputs, starts, lambda j: T.bind(load(panels, at + j * vector, vector)))
+            first = part * part_steps
+            starts = [row + i * self.depth + first * isa.pair for i in range(self.tiles)]
+
+            def load_weights(k, j, weights=weights):
+                at = weights + (first + k) * (self.width * isa.pair)
+                return T.bind(load(panels, at + j * vector, vector))
+
+            registers.reduce(inputs, starts, part_steps, 1, load_weights)
             for i in range(self.tiles):
                 for j in range(self.vectors):
                     target = (position * self.tiles + i) * self.width + j * isa.lanes
