@@ -15,7 +15,7 @@ FOLDER = "usr/share/datasets/fashion-mnist"
 MEAN, DEVIATION = 0.2860, 0.3530
 CLASSES = 10
 BATCH = 128
-EVALUATED = 250
+EVALUATED = 100
 """Images of a batch without gradients: exact sums of trained 8-bit layers take float64 arrays, best kept in cache."""
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
