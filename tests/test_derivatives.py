@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import tvm
@@ -142,3 +144,26 @@ def test_softmax_of_any_length(target):
         found = _run(kernel.prim_func, TARGETS[target], [x.reshape(-1), np.zeros(x.size, np.float32), length])
         e = np.exp(x.astype(np.float64) - x.max(1, keepdims=True))
         assert np.abs(found.reshape(x.shape) - e / e.sum(1, keepdims=True)).max() <= 5.1e-4
+
+
+@pytest.mark.aarch64
+@pytest.mark.parametrize("storage", ["float32", "uint16"])
+def test_aarch64_gradient_kernel_equals_its_twin(run_aarch64, storage):
+    table, random = build_table("mish'", 1e-3), np.random.default_rng(3)
+    grad, x = (random.normal(0, 3, 1003).astype(np.float32) for _ in range(2))
+    if storage == "uint16":
+        grad, x = _bfloat16(grad), _bfloat16(x)
+        expected = _bfloat16(_from_bfloat16(grad) * table(_from_bfloat16(x)))
+    else:
+        expected = grad * table(x)
+    kernel = ApplyTable(table, True, storage, False).prim_func(instruction_set("neon"))
+    module = tvm.compile(tvm.IRModule({"main": kernel}), target=parse_target("aarch64"))
+    (found,) = run_aarch64(module, [grad, x], function="main", outputs=[(x.shape, storage)])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_kernels_hold_no_fused_multiply_add():
+    target = parse_target("aarch64")
+    kernel = ApplyTable(build_table("gelu'", 1e-3), True, "float32", False).prim_func(instruction_set("neon"))
+    text = tvm.compile(tvm.IRModule({"main": kernel}), target=target).mod.inspect_source("asm")
+    assert not re.search(r"\bf(n?m(add|sub)|ml[as])\b", text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -137,7 +136,7 @@ def _norms_behind(module: nn.Module, layers: dict[str, nn.Module]) -> dict[str, 
     if not norms:
         return {}
     try:
-        graph = torch.fx.symbolic_trace(copy.deepcopy(module)).graph
+        graph = torch.fx.Tracer().trace(module)
     except Exception:  # what the model's own Python code does under a tracer
         return {}
     calls: dict[str, int] = {}
