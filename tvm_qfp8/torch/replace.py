@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch.nn import functional as exact
 from tvm_qfp8.torch import functional
 from tvm_qfp8.torch.modules import LAYERS
 
+MOST_AXES = 8
+"""A softmax over any axis up to this one can be tried."""
 _FUNCTIONS = {
     getattr(namespace, name): getattr(functional, name)
     for namespace in (exact, torch)
@@ -34,23 +38,41 @@ def replace_activations(model: nn.Module, max_error: float = functional.MAX_ERRO
 
     Raises
     ------
-    InputError
-        A softplus whose threshold no table keeps to.
+    InputError, TableError
+        A layer's argument or ``max_error`` that no table can have; nothing is swapped then.
     """
-    swapped: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=True):
+    layers: dict[str, nn.Module] = {}
+    attributes: dict[str, tuple[nn.Module, str, Any]] = {}
+    for name, module in model.named_modules():
         kind = LAYERS.get(type(module))
         if kind is not None:
-            module.__class__ = kind
-            module.max_error = max_error
-            swapped[name] = kind.__name__
-        for attribute, value in list(vars(module).items()):
+            _try(functools.partial(kind.forward, _swapped(copy.copy(module), kind, max_error)))
+            layers[name] = module
+        for attribute, value in vars(module).items():
             function = _function_for(value)
             if function is not None:
-                setattr(module, attribute, functools.partial(function, max_error=max_error))
-                swapped[f"{name}.{attribute}" if name else attribute] = function.__name__
-                _leave_fast_path(module)
-    return swapped
+                interpolated = functools.partial(function, max_error=max_error)
+                _try(interpolated)
+                attributes[f"{name}.{attribute}".lstrip(".")] = module, attribute, interpolated
+    for module in layers.values():
+        _swapped(module, LAYERS[type(module)], max_error)
+    for module, attribute, function in attributes.values():
+        setattr(module, attribute, function)
+        _leave_fast_path(module)
+    named = {name: type(module).__name__ for name, module in layers.items()}
+    return named | {name: function.func.__name__ for name, (_, _, function) in attributes.items()}
+
+
+def _swapped(module: nn.Module, kind: type[nn.Module], max_error: float) -> nn.Module:
+    module.__class__ = kind
+    module.max_error = max_error
+    return module
+
+
+def _try(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Both directions once, which builds the tables, compiles the kernels and shows what is impossible."""
+    with torch.enable_grad():
+        function(torch.zeros([1] * MOST_AXES, requires_grad=True)).sum().backward()
 
 
 def _function_for(value: Any) -> Any:
