@@ -63,7 +63,16 @@ def run_kernel(function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], folder
     main = 'extern "C" void run(void** values) {\n' + "\n".join(calls) + "\n}\n"
     (folder / "kernel.cc").write_text(f'#include "cuda_emulator.h"\n{body}\n{main}')
     library = folder / f"kernel{len(list(folder.glob('kernel*.so')))}.so"
-    command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-shared",
+        "-fPIC",
+        "-w",
+    ]
     include = f"-I{Path(__file__).parent}"
     subprocess.run([*command, include, "-o", library, folder / "kernel.cc"], check=True)
     pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))

@@ -141,9 +141,7 @@ def emit_batch_matmul(
             base = (panel * steps + first_step) * panel_step
 
             def load_weights(k, j):
-                return T.bind(
-                    load(panels, base + k * panel_step + j * lanes * isa.pair, lanes * isa.pair)
-                )
+                return T.bind(load(panels, base + k * panel_step + j * lanes * isa.pair, lanes * isa.pair))
 
             registers.reduce(scratch, starts, count, schedule.unroll, load_weights)
             return registers

@@ -42,7 +42,12 @@ class RegisterTile:
         return (row * self.vectors + vector) * self.isa.lanes
 
     def reduce(
-        self, activations, row_starts: list, steps: int, unroll: int, load_weights: Callable[..., tirx.PrimExpr]
+        self,
+        activations,
+        row_starts: list,
+        steps: int,
+        unroll: int,
+        load_weights: Callable[..., tirx.PrimExpr],
     ) -> None:
         """Add ``steps`` reduction steps: ``activations[row_starts[i]:]`` times ``load_weights(step, vector)``.
 

@@ -7,6 +7,9 @@ for ``(-1)^S * 2**(E-15) * (1 + M / 2**m)``, or for E = 0 ``(-1)^S * 2**-14 * M 
 
 from __future__ import annotations
 
+import zlib
+
+import numpy as np
 from tvm import tirx
 from tvm.backend.cuda.op import cuda_func_call
 
@@ -36,6 +39,26 @@ def mma(accumulators, index, left: list, right: list):
     return cuda_func_call(
         "qfp8_mma", tirx.address_of(accumulators[index]), *left, *right, source_code=_MMA, return_type="void"
     )
+
+
+def look_up(coefficients: list, index, _lanes: int) -> list:
+    """One coefficient of each list at ``index``, from tables that stay in the first-level cache."""
+    found = []
+    for values in coefficients:
+        bits = np.asarray(values, np.float32).view(np.uint32).tolist()
+        name = f"qfp8_table_{zlib.crc32(repr(bits).encode()):08x}"
+        body = ", ".join(f"0x{word:08x}u" for word in bits)
+        source = f"""
+__forceinline__ __device__ unsigned {name}(int i) {{
+  static const unsigned values[{len(bits)}] = {{{body}}};
+  return values[i];
+}}
+"""
+        # The index may have bits above those that count.
+        place = index & tirx.const(len(bits) - 1, "int32")
+        word = cuda_func_call(name, place, source_code=source, return_type="uint32")
+        found.append(tirx.reinterpret("float32", word))
+    return found
 
 
 def grid_exponent(layout: Layout) -> int:

@@ -24,7 +24,9 @@ def exact_steps(weights: np.ndarray, weight: Layout, activation: Layout, step: i
         Codes in the order of the reduction, ``depth`` a multiple of ``step``.
     """
     columns, depth = weights.shape
-    magnitudes = np.abs(decode_grid(weights, weight).astype(np.int64)).reshape(columns, depth // step, step).sum(2)
+    magnitudes = (
+        np.abs(decode_grid(weights, weight).astype(np.int64)).reshape(columns, depth // step, step).sum(2)
+    )
     bound = (EXACT - 1) // activation.max_grid
     count = depth // step
     while count:

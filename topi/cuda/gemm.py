@@ -38,7 +38,11 @@ class Accumulators:
 
     def value(self, index: int):
         """A sum as int32."""
-        return load(self.floats, index, 1) * self.scale if self.integers is None else load(self.integers, index, 1)
+        return (
+            load(self.floats, index, 1) * self.scale
+            if self.integers is None
+            else load(self.integers, index, 1)
+        )
 
     def empty(self) -> None:
         """Move the sums to int32."""
@@ -138,12 +142,14 @@ def _pixels(plan: ConvPlan, x, first_row) -> Callable:
             y = T.bind(top + tap // kernel_w * shape.dilation[0])
             column = T.bind(side + tap % kernel_w * shape.dilation[1])
             inside = T.bind(
-                tirx.And(
-                    tirx.And(y >= 0, y < shape.height), tirx.And(column >= 0, column < shape.width)
-                )
+                tirx.And(tirx.And(y >= 0, y < shape.height), tirx.And(column >= 0, column < shape.width))
             )
-            place = ((image * shape.height + y) * shape.width + column) * shape.channels + chunk % chunks * CHUNK
-            load_chunk(x, size, T.bind(tirx.Select(inside, place, tirx.const(0, "int32"))), aligned, target, at)
+            place = (
+                (image * shape.height + y) * shape.width + column
+            ) * shape.channels + chunk % chunks * CHUNK
+            load_chunk(
+                x, size, T.bind(tirx.Select(inside, place, tirx.const(0, "int32"))), aligned, target, at
+            )
             for word in range(2):
                 kept = tirx.Select(inside, load(target, at + word, 1), tirx.const(0, "uint32"))
                 store(target, at + word, kept, 1)
@@ -159,9 +165,7 @@ def _filters(plan: ConvPlan, weights, first_column) -> Callable:
 
     def reader(column) -> Callable:
         start = T.bind(tirx.min(first_column + column, plan.shape.out_channels - 1) * plan.depth)
-        return lambda chunk, target, at: load_chunk(
-            weights, size, start + chunk * CHUNK, CHUNK, target, at
-        )
+        return lambda chunk, target, at: load_chunk(weights, size, start + chunk * CHUNK, CHUNK, target, at)
 
     return reader
 
@@ -189,7 +193,9 @@ class _Operand:
         for i, place in enumerate(self.places):
             values = T.alloc_buffer((4,), "uint32", scope="local")
             for word in range(2):
-                for k, pair in enumerate(decode_pairs(T.bind(load(self.codes, 2 * i + word, 1)), self.layout)):
+                for k, pair in enumerate(
+                    decode_pairs(T.bind(load(self.codes, 2 * i + word, 1)), self.layout)
+                ):
                     store(values, 2 * word + k, pair, 1)
             store(self.shared, (half * self.rows + place) * WORDS + self.chunk * 4, load(values, 0, 4), 4)
 

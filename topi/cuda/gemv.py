@@ -122,7 +122,9 @@ def emit_gemv(plan: GemvPlan, x, weights, epilogue: Callable) -> None:
             _finish(plan, sums, block, thread, warp, group, place, epilogue)
 
 
-def _finish(plan: GemvPlan, sums: Accumulators, block, thread, warp, group, place, epilogue: Callable) -> None:
+def _finish(
+    plan: GemvPlan, sums: Accumulators, block, thread, warp, group, place, epilogue: Callable
+) -> None:
     """Add what the warps found; then a thread finishes one output."""
     shape = plan.shape
     patch = MMA_ROWS * MMA_COLUMNS
