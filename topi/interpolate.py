@@ -15,6 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.tables.evaluate import evaluate
 from tvm_qfp8.tables.table import Table
+from tvm_qfp8.topi.cuda.device import look_up
 from tvm_qfp8.topi.float_contract import add, bind, lanes_of, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, store
@@ -256,5 +257,6 @@ LOOK_UPS: dict[str, tuple[int, Callable]] = {
     "neon": (4, _table_neon),
     "sse2": (1, _select_bits),
     "generic": (1, _select_bits),
+    "cuda": (1, look_up),
 }
 """By instruction set: the lanes that a look-up works on (1: any), and the look-up."""
