@@ -18,7 +18,7 @@ from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import quantize
 from tvm_qfp8.torch.batchnorm import call_model
 from tvm_qfp8.torch.qat_layers import LAYERS, reason_to_skip, to_qat
-from tvm_qfp8.torch.replace import replace_activations
+from tvm_qfp8.torch.replace import leave_fast_path, replace_activations
 
 LARGEST_EXPONENT_BITS = 3
 
@@ -104,6 +104,8 @@ def prepare_qat(
         if norm_name is not None:
             layer.norm = module.get_submodule(norm_name)
             module.set_submodule(norm_name, nn.Identity())
+    for part in module.modules():
+        leave_fast_path(part)
     if config.max_error is not None:
         found |= {
             name: f"interpolated {kind}"
