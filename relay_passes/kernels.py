@@ -9,6 +9,7 @@ import numpy as np
 from tvm import relax, tirx
 from tvm.tirx.script.builder import ir as T
 
+from tvm_qfp8.relay_passes.cuda_kernels import CUDA_ANCHORS, elementwise_body
 from tvm_qfp8.relay_passes.epilogue import Epilogue, External
 from tvm_qfp8.relay_passes.fuse import Group, op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import LINEAR_ANCHORS
@@ -50,7 +51,9 @@ def write_kernel(
     name = op_name(anchor)
     operands = Operands(memory)
     if name in LINEAR_ANCHORS or name in ROW_ANCHORS:
-        if name in LINEAR_ANCHORS:
+        if isa.name == "cuda":
+            body, shape_key = CUDA_ANCHORS[name](anchor, operands, max_error)
+        elif name in LINEAR_ANCHORS:
             body, shape_key = LINEAR_ANCHORS[name](anchor, isa, threads, operands, choose)
         else:
             body, shape_key = ROW_ANCHORS[name](anchor, isa, threads, operands, max_error)
@@ -58,7 +61,11 @@ def write_kernel(
         start = anchor_var
     else:
         epilogue = Epilogue(group, isa, operands, skip=0)
-        body, shape_key = _elementwise_body(epilogue, isa, threads), ("elementwise", epilogue.shape)
+        if isa.name == "cuda":
+            body = elementwise_body(epilogue)
+        else:
+            body = _elementwise_body(epilogue, isa, threads)
+        shape_key = ("elementwise", epilogue.shape)
         start = None
     scalars = operands.finish()
     outputs = [TensorSpec(shape_of(var), storage_dtype(str(var.ty.dtype))) for var in group.outputs]

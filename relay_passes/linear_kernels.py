@@ -34,7 +34,7 @@ from tvm_qfp8.topi.winograd import emit_winograd, filter_function
 from tvm_qfp8.topi.winograd_plan import WinogradPlan, pack_winograd_weights, plan_winograd, winograd_is_faster
 
 
-def _scaled(a, bias, finish: Callable) -> Callable:
+def scaled(a, bias, finish: Callable) -> Callable:
     """fl32(acc) -> * a[c] -> + bias[c], the fixed start of every linear epilogue."""
 
     def epilogue(total, row, column, valid) -> None:
@@ -80,7 +80,7 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     operands.constant(pad_channels(array_of(bias)))
 
     def body(inputs, finish) -> None:
-        epilogue = _scaled(inputs[2], inputs[3], finish)
+        epilogue = scaled(inputs[2], inputs[3], finish)
         emit_gemm(isa, shape, inputs[0], inputs[1], epilogue, threads, schedule)
 
     return body, (shape, isa.label)
@@ -129,7 +129,7 @@ def _float_linear(
     operands.constant(pad_channels(array_of(call.args[3])))
 
     def body(inputs, finish) -> None:
-        emit_float_conv2d(isa, shape, inputs[0], inputs[1], _scaled(inputs[2], inputs[3], finish), threads)
+        emit_float_conv2d(isa, shape, inputs[0], inputs[1], scaled(inputs[2], inputs[3], finish), threads)
 
     return body, shape
 
@@ -167,7 +167,7 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     operands.constant(pad_channels(array_of(bias)))
 
     def body(inputs, finish) -> None:
-        epilogue = _scaled(inputs[2], inputs[3], finish)
+        epilogue = scaled(inputs[2], inputs[3], finish)
         emit(isa, described, inputs[0], inputs[1], epilogue, threads, schedule)
 
     return body, (described, isa.label)
@@ -189,19 +189,18 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
     def body(inputs, finish) -> None:
         x, packed, scale, shift = inputs[:4]
         emit_winograd(
-            isa, plan, x, packed, load(inputs[offset_at], 0, 1), _scaled(scale, shift, finish), threads
+            isa, plan, x, packed, load(inputs[offset_at], 0, 1), scaled(scale, shift, finish), threads
         )
 
     return body, plan
 
 
-def _batch_matmul(
-    call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser
-) -> Emitter:
+def batch_matmul_shape(call) -> BatchMatmulShape:
+    """The static description of a ``qfp8.batch_matmul`` call."""
     x, y = call.args
     x_shape, y_shape = shape_of(x), shape_of(y)
     transpose = bool(call.attrs["transpose_y"])
-    shape = BatchMatmulShape(
+    return BatchMatmulShape(
         int(np.prod(x_shape[:-2], dtype=np.int64)),
         x_shape[-2],
         y_shape[-2] if transpose else y_shape[-1],
@@ -210,6 +209,13 @@ def _batch_matmul(
         layout_of(y),
         transpose,
     )
+
+
+def _batch_matmul(
+    call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser
+) -> Emitter:
+    x, y = call.args
+    shape = batch_matmul_shape(call)
     x_at, y_at = operands.tensor(x), operands.tensor(y)
     scale = operands.scalar(float(call.attrs["scale"]))
 

@@ -22,6 +22,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from tvm_qfp8.relay_passes import cuda_kernels
 from tvm_qfp8.relay_passes.fuse import Group, Single, op_name, partition, shape_of, static_shape
 from tvm_qfp8.relay_passes.kernels import write_kernel
 from tvm_qfp8.relay_passes.operands import storage_dtype
@@ -90,8 +91,11 @@ class _Rewriter(MainRewriter):
         axis = int(value.attrs.axis) % len(specs[0].shape)
         key = repr(("concat", specs, axis))
         if key not in self._written:
-            function = concat_prim_func(self.options.isa, specs, axis).without_attr("global_symbol")
-            self._written[key] = self.builder.add_func(function, "concat")
+            if self.options.isa.name == "cuda":
+                function = cuda_kernels.concat_prim_func(specs, axis)
+            else:
+                function = concat_prim_func(self.options.isa, specs, axis)
+            self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), "concat")
         result = relax.TensorType(shape_of(var), specs[0].dtype)
         call = relax.call_tir(self._written[key], parts, result)
         self.variables[var] = self.builder.emit(call, var.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,8 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
 from tvm_qfp8.topi.prim_func import load
-from tvm_qfp8.topi.rows import (
-    Row,
-    emit_layer_norm,
-    emit_log_softmax,
-    emit_rms_norm,
-    emit_softmax,
-    for_each_row,
-)
+from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_rms_norm, for_each_row
+from tvm_qfp8.topi.softmax import emit_log_softmax, emit_softmax
 
 
 def _take(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
@@ -57,7 +52,41 @@ def _row_shape(x: relax.Expr) -> tuple[int, int]:
     return int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
 
 
-def _softmax(call, isa: InstructionSet, threads: int, operands: Operands, max_error: float) -> Emitter:
+@dataclass(frozen=True)
+class RowWalk:
+    """How a machine walks over the rows of a tensor; ``read(index, offset, lanes)`` loads."""
+
+    each: Callable
+    """``each(rows, length, read, body)``: ``body(row, index)`` for all rows."""
+    softmax: Callable
+    """``softmax(rows, length, read, exp, finish)``: ``finish(index, value, offset, lanes)`` stores."""
+
+
+def emit_row_operator(
+    call, isa: InstructionSet, operands: Operands, max_error: float, walk: RowWalk
+) -> Emitter:
+    """Softmax, log-softmax or a norm."""
+    if op_name(call) in ("relax.nn.softmax", "relax.nn.log_softmax"):
+        return _softmax(call, isa, operands, max_error, walk)
+    return _norm(call, operands, walk)
+
+
+def _on_cpu(call, isa: InstructionSet, threads: int, operands: Operands, max_error: float) -> Emitter:
+    pad = float("-inf") if "softmax" in op_name(call) else 0.0
+
+    def row_at(length: int, read: Callable, index) -> Row:
+        return Row(isa, length, lambda offset, lanes: read(index, offset, lanes), pad=pad)
+
+    def each(rows: int, length: int, read: Callable, body: Callable) -> None:
+        for_each_row(rows, length, threads, lambda index: body(row_at(length, read, index), index))
+
+    def softmax(rows: int, length: int, read: Callable, exp: Callable, finish: Callable) -> None:
+        emit_softmax(lambda index: row_at(length, read, index), rows, length, threads, exp, finish)
+
+    return emit_row_operator(call, isa, operands, max_error, RowWalk(each, softmax))
+
+
+def _softmax(call, isa: InstructionSet, operands: Operands, max_error: float, walk: RowWalk) -> Emitter:
     rows, length = _row_shape(call.args[0])
     at = operands.tensor(call.args[0])
     logarithmic = op_name(call) == "relax.nn.log_softmax"
@@ -67,32 +96,31 @@ def _softmax(call, isa: InstructionSet, threads: int, operands: Operands, max_er
         exp_table = build_softmax_exp(softmax_exp_error(max_error, length))
     log_table = build_table("log", max_error=max_error / 4)
 
+    def exp(v):
+        return bind(emit_table(exp_table, v, isa))
+
+    def log(v):
+        return bind(emit_table(log_table, v, isa))
+
     def body(inputs, finish) -> None:
-        def one(index) -> None:
-            row = Row(
-                isa,
-                length,
-                lambda offset, lanes: load(inputs[at], index * length + offset, lanes),
-                pad=float("-inf"),
-            )
+        def read(index, offset, lanes):
+            return load(inputs[at], index * length + offset, lanes)
 
-            def exp(v):
-                return bind(emit_table(exp_table, v, isa))
+        def write(index, value, offset, lanes) -> None:
+            finish(value, index, offset, lanes, lanes)
 
-            def write(value, offset, lanes) -> None:
-                finish(value, index, offset, lanes, lanes)
+        def one(row, index) -> None:
+            emit_log_softmax(row, exp, log, lambda *value: write(index, *value))
 
-            if logarithmic:
-                emit_log_softmax(row, exp, lambda v: bind(emit_table(log_table, v, isa)), write)
-            else:
-                emit_softmax(row, exp, write)
-
-        for_each_row(rows, length, threads, one)
+        if logarithmic:
+            walk.each(rows, length, read, one)
+        else:
+            walk.softmax(rows, length, read, exp, write)
 
     return body, (op_name(call), rows, length, max_error)
 
 
-def _norm(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+def _norm(call, operands: Operands, walk: RowWalk) -> Emitter:
     x, gamma, *beta = call.args
     rows, length = _row_shape(x)
     at = operands.tensor(x)
@@ -101,21 +129,38 @@ def _norm(call, isa: InstructionSet, threads: int, operands: Operands, _max_erro
     emit = emit_layer_norm if beta else emit_rms_norm
 
     def body(inputs, finish) -> None:
-        def one(index) -> None:
+        def one(row, index) -> None:
             def scaled(value, offset, lanes) -> None:
                 value = bind(mul(value, load(inputs[scale], offset, lanes)))
                 if shift is not None:
                     value = bind(add(value, load(inputs[shift], offset, lanes)))
                 finish(value, index, offset, lanes, lanes)
 
-            row = Row(
-                isa, length, lambda offset, lanes: load(inputs[at], index * length + offset, lanes), pad=0.0
-            )
             emit(row, float(call.attrs.epsilon), scaled)
 
-        for_each_row(rows, length, threads, one)
+        walk.each(
+            rows, length, lambda index, offset, lanes: load(inputs[at], index * length + offset, lanes), one
+        )
 
     return body, (op_name(call), rows, length)
+
+
+def pool_shape(call) -> PoolShape:
+    """The static description of a max_pool2d or avg_pool2d call."""
+    attrs = call.attrs
+    batch, height, width, channels = shape_of(call.args[0])
+    top, left, bottom, right = (int(v) for v in attrs.padding)
+    return PoolShape(
+        batch,
+        height,
+        width,
+        channels,
+        window=(int(attrs.pool_size[0]), int(attrs.pool_size[1])),
+        stride=(int(attrs.strides[0]), int(attrs.strides[1])),
+        padding=(top, left, bottom, right),
+        kind="max" if op_name(call) == "relax.nn.max_pool2d" else "mean",
+        count_include_pad=bool(attrs.count_include_pad),
+    )
 
 
 def _pool(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
@@ -128,20 +173,7 @@ def _pool(call, isa: InstructionSet, threads: int, operands: Operands, _max_erro
         def body(inputs, finish) -> None:
             emit_global_mean(isa, shape, inputs[at], lambda v, r, c, lanes: finish(v, r, c, lanes, lanes))
     else:
-        attrs = call.attrs
-        batch, height, width, channels = shape
-        top, left, bottom, right = (int(v) for v in attrs.padding)
-        pool = PoolShape(
-            batch,
-            height,
-            width,
-            channels,
-            window=(int(attrs.pool_size[0]), int(attrs.pool_size[1])),
-            stride=(int(attrs.strides[0]), int(attrs.strides[1])),
-            padding=(top, left, bottom, right),
-            kind="max" if op_name(call) == "relax.nn.max_pool2d" else "mean",
-            count_include_pad=bool(attrs.count_include_pad),
-        )
+        pool = pool_shape(call)
         described = pool
 
         def body(inputs, finish) -> None:
@@ -152,10 +184,10 @@ def _pool(call, isa: InstructionSet, threads: int, operands: Operands, _max_erro
 
 ROW_ANCHORS: dict[str, Callable] = {
     "relax.qfp8.take": _take,
-    "relax.nn.softmax": _softmax,
-    "relax.nn.log_softmax": _softmax,
-    "relax.nn.layer_norm": _norm,
-    "relax.nn.rms_norm": _norm,
+    "relax.nn.softmax": _on_cpu,
+    "relax.nn.log_softmax": _on_cpu,
+    "relax.nn.layer_norm": _on_cpu,
+    "relax.nn.rms_norm": _on_cpu,
     "relax.mean": _pool,
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,

@@ -64,7 +64,7 @@ def prove(name: str, folder: Path, probes: int = 2) -> dict[str, Any]:
             if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
                 raise ValueError(f"{name}: {theirs.dtype} {theirs.shape} from the bundle, {ours.shape} here")
             values += ours.size
-            different += int((_bits(ours) != _bits(theirs)).sum())
+            different += int((bits(ours) != bits(theirs)).sum())
     return {
         "module_bytes": (bundle / "model.so").stat().st_size,
         "runtime_bytes": sum(path.stat().st_size for path in (bundle / "lib").iterdir()),
@@ -91,7 +91,7 @@ def _compile(model: Any, target: str) -> tvm_qfp8.CompiledModule:
     return tvm_qfp8.compile(path, target, input_shapes=shapes, calibration=model.calibration(SAMPLES))
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
+def bits(array: np.ndarray) -> np.ndarray:
     """Values as unsigned integers, so that -0 differs from 0 and NaN equals itself."""
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import tvm_qfp8
 from tvm_qfp8.bundling.runtime_libraries import _extract
+from tvm_qfp8.cpu_features import HWCAP, Feature, missing_features, reported_features, used_features
 from tvm_qfp8.errors import ModelError, TargetError
 from tvm_qfp8.linker import linker
 from tvm_qfp8.runtime import read_metadata
@@ -148,9 +149,7 @@ def test_a_changed_manifest_is_refused(native_bundle, tmp_path, change, message)
 @LINUX_X86
 def test_a_bundle_says_which_machine_it_is_for(native_bundle, tmp_path):
     copy = shutil.copytree(native_bundle, tmp_path / "copy")
-    manifest = copy / "manifest.txt"
-    text = manifest.read_text().rpartition("end ")[0].replace("target x86_64", "target aarch64")
-    manifest.write_text(text + f"end {hashlib.sha256(text.encode()).hexdigest()}\n")
+    change_manifest(copy, lambda text: text.replace("target x86_64", "target aarch64"))
     for runner in ([sys.executable, copy / "run.py"], [copy / "run"]):
         if runner[-1].exists():
             finished = run([*runner, "x.npy"], tmp_path)
@@ -162,6 +161,49 @@ def test_a_bundle_for_another_machine_is_refused(compiled, tmp_path):
     with pytest.raises(TargetError, match="made for x86_64, rpi4 is aarch64"):
         tvm_qfp8.bundle(compiled[0] / "native.so", tmp_path / "b", "rpi4")
     assert not (tmp_path / "b").exists()
+
+
+def change_manifest(folder, change):
+    """Change the manifest's text and its hash with it."""
+    text = change((folder / "manifest.txt").read_text().rpartition("end ")[0])
+    (folder / "manifest.txt").write_text(text + f"end {hashlib.sha256(text.encode()).hexdigest()}\n")
+
+
+@LINUX_X86
+def test_a_module_for_a_greater_cpu_is_refused(tmp_path):
+    module = tvm_qfp8.compile(model(), "znver4")
+    module.export_library(tmp_path / "m.so")
+    assert {"avx512f", "avx512vnni"} <= set(read_metadata(tmp_path / "m.so")["cpu"]["features"])
+    with pytest.raises(TargetError, match="avx512f.*, which x86-64-v3 does not have.*--target x86-64-v3"):
+        tvm_qfp8.bundle(tmp_path / "m.so", tmp_path / "b", "x86-64-v3")
+    assert not (tmp_path / "b").exists()
+
+
+@LINUX_X86
+def test_a_cpu_without_the_modules_features_is_refused(compiled, native_bundle, tmp_path, monkeypatch):
+    copy = shutil.copytree(native_bundle, tmp_path / "copy")
+    assert "feature sse2\n" in (copy / "manifest.txt").read_text()
+    change_manifest(copy, lambda text: text + "feature avx1024\nfeature nosuch 16 40\nfeature sse2\n")
+    np.save(tmp_path / "x.npy", samples()[0]["x"])
+    for runner in ([sys.executable, copy / "run.py"], [copy / "run"]):
+        if runner[-1].exists():
+            finished = run([*runner, "x.npy"], tmp_path)
+            message = "compiled for x86-64 and uses avx1024, nosuch, which this CPU does not have"
+            assert finished.returncode == 1 and message in finished.stderr
+    monkeypatch.setattr("tvm_qfp8.cpu_features.cpuinfo_flags", lambda: {"fpu"})
+    with pytest.raises(ModelError, match="uses sse2.*, which this CPU does not have"):
+        tvm_qfp8.load(compiled[0] / "native.so")
+
+
+def test_features_are_read_from_both_places():
+    assert missing_features([Feature("avx2"), Feature("avx512f")], {"avx2"}) == ["avx512f"]
+    assert missing_features([Feature("avx2")], set()) == []  # no such file
+    assert missing_features([Feature("none", HWCAP, 63)], set()) == ["none"]
+    names = [f.name for f in reported_features("aarch64", used_features(parse_target("rpi5")))]
+    assert {"asimd", "asimddp", "asimdhp"} <= set(names) and "i8mm" not in names
+    assert "asimddp" not in [
+        f.name for f in reported_features("aarch64", used_features(parse_target("rpi4")))
+    ]
 
 
 def test_wheels_without_the_runtime_are_refused(tmp_path):
@@ -271,6 +313,9 @@ def test_an_aarch64_bundle_runs_under_qemu_with_the_same_bits(tmp_path):
     command = ["qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu", folder / "run", "x.npy"]
     finished = run(command, tmp_path)
     assert finished.returncode == 0, finished.stderr
+    change_manifest(folder, lambda text: text + "feature asimddp 16 20\n")
+    old = run([*command[:1], "-cpu", "cortex-a72", *command[1:]], tmp_path)
+    assert old.returncode == 1 and "uses asimddp, which this CPU does not have" in old.stderr
     here = tvm_qfp8.compile(model(), "x86-64", calibration=samples())
     for index, expected in enumerate(here.run({"x": x})):
         np.testing.assert_array_equal(np.load(tmp_path / f"output_{index}.npy"), expected)

@@ -49,7 +49,7 @@ class RegisterTile:
         row_starts: list,
         steps: int,
         unroll: int,
-        load_weights: Callable[[tirx.PrimExpr, int], tirx.PrimExpr],
+        load_weights: Callable[..., tirx.PrimExpr],
         product: int = 0,
     ) -> None:
         """Add ``steps`` reduction steps: ``activations[row_starts[i]:]`` times ``load_weights(step, vector)``.

@@ -38,8 +38,8 @@ class PoolShape:
         return (self.width + self.padding[1] + self.padding[3] - self.window[1]) // self.stride[1] + 1
 
 
-def emit_pool(isa: InstructionSet, shape: PoolShape, x, finish: Callable, threads: int) -> None:
-    """``finish(value, row, channel, lanes)`` for every output vector; a mean adds its window in 16 lanes."""
+def pooled(shape: PoolShape, x) -> Callable:
+    """``pixel(image, oy, ox, channel, lanes)``: one vector of the output; a mean adds its window in 16 lanes."""
     window_h, window_w = shape.window
     out_h, out_w = shape.out_height, shape.out_width
     reciprocals = np.zeros(shape.out_height * shape.out_width, np.float32)
@@ -89,6 +89,14 @@ def emit_pool(isa: InstructionSet, shape: PoolShape, x, finish: Callable, thread
         factor = T.bind(factor)
         return bind(mul(total, tirx.Broadcast(factor, lanes) if lanes > 1 else factor))
 
+    return pixel
+
+
+def emit_pool(isa: InstructionSet, shape: PoolShape, x, finish: Callable, threads: int) -> None:
+    """``finish(value, row, channel, lanes)`` for every output vector."""
+    pixel = pooled(shape, x)
+    out_h, out_w = shape.out_height, shape.out_width
+    size = shape.batch * shape.height * shape.width * shape.channels
     parallel = threads > 1 and size >= 65_536
     with (T.parallel if parallel else T.serial)(0, shape.batch * out_h) as row:
         image, oy = tirx.floordiv(row, out_h), tirx.floormod(row, out_h)
@@ -107,12 +115,12 @@ def _overlap(position, stride: int, padding: int, window: int, extent: int):
     return tirx.min(start + window, extent) - tirx.max(start, 0)
 
 
-def emit_global_mean(isa: InstructionSet, shape: tuple[int, ...], x, finish: Callable) -> None:
-    """Mean over height and width; pixel i is added in lane i mod 16 of its channel."""
-    batch, height, width, channels = shape
+def pixel_mean(shape: tuple[int, ...], x) -> Callable:
+    """``mean(image, channel, lanes)`` over height and width; pixel i is added in lane i mod 16 of its channel."""
+    _, height, width, channels = shape
     pixels = height * width
 
-    def one(image, channel, lanes: int) -> None:
+    def one(image, channel, lanes: int):
         vector = with_lanes("float32", lanes)
         sums = T.alloc_buffer((LANES * lanes,), "float32", scope="local", align=64)
         for lane in range(LANES):
@@ -129,8 +137,17 @@ def emit_global_mean(isa: InstructionSet, shape: tuple[int, ...], x, finish: Cal
         for lane in range(pixels % LANES):
             accumulate(pixels // LANES * LANES + lane, lane)
         total = tree_sum([bind(load(sums, lane * lanes, lanes)) for lane in range(LANES)])
-        mean = bind(mul(total, tirx.const(float(np.float32(1.0) / np.float32(pixels)), vector)))
-        finish(mean, image, channel, lanes)
+        return bind(mul(total, tirx.const(float(np.float32(1.0) / np.float32(pixels)), vector)))
 
-    with T.serial(0, batch) as image:
-        vector_runs(channels, isa.lanes, lambda channel, lanes: one(image, channel, lanes))
+    return one
+
+
+def emit_global_mean(isa: InstructionSet, shape: tuple[int, ...], x, finish: Callable) -> None:
+    """``finish(mean, image, channel, lanes)`` for every vector of channels."""
+    mean = pixel_mean(shape, x)
+    with T.serial(0, shape[0]) as image:
+        vector_runs(
+            shape[3],
+            isa.lanes,
+            lambda channel, lanes: finish(mean(image, channel, lanes), image, channel, lanes),
+        )

@@ -34,9 +34,10 @@ def build_prim_func(name: str, arguments: Sequence[TensorSpec], body: Callable) 
             T.func_name(name)
             T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
             buffers = [T.arg(f"p{i}", T.buffer(spec.shape, spec.dtype)) for i, spec in enumerate(arguments)]
+            # Generated CUDA calls its arguments by these names.
             flat = [
-                T.decl_buffer((spec.size,), spec.dtype, data=buffer.data)
-                for spec, buffer in zip(arguments, buffers, strict=True)
+                IRBuilder.name(f"p{i}", T.decl_buffer((spec.size,), spec.dtype, data=buffer.data))
+                for i, (spec, buffer) in enumerate(zip(arguments, buffers, strict=True))
             ]
             body(*flat)
     return builder.get()

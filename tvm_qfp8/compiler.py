@@ -16,8 +16,10 @@ from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration import Metric, Program, calibrate, first_samples, keep_within
 from tvm_qfp8.config import Config
+from tvm_qfp8.cpu_features import used_features
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.importers import load_model
+from tvm_qfp8.linker import architecture
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
 from tvm_qfp8.relay_passes.interpolate import Interpolate
 from tvm_qfp8.relay_passes.lower_dtype import LowerDtype
@@ -185,7 +187,9 @@ def compile(  # noqa: A001 - the public name
             lowered = _add_load(lowered, memory)
         # Only codes have no NaN: a network without quantized layers takes what float32 takes.
         quantized = any(layer.weight_layout or layer.activation_layout for layer in report.layers)
-        metadata = encode_metadata(inputs, outputs, report, versions, config.check_finite and quantized)
+        cpu = {"architecture": architecture(parsed), "features": used_features(parsed)}
+        check_finite = config.check_finite and quantized
+        metadata = encode_metadata(inputs, outputs, report, versions, check_finite, cpu)
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
         pipeline = tvm.transform.Sequential(build_passes())

@@ -11,7 +11,8 @@ from tvm.target import Target, codegen
 
 # LLVM names the CPU by family and model. A hypervisor may hide features of that model, and a model too new for
 # LLVM has features it does not list, so these are compared with what the kernel reports: LLVM name -> cpuinfo name.
-_REPORTED = {
+REPORTED = {
+    "sse2": "sse2",
     "sse3": "pni",
     "ssse3": "ssse3",
     "sse4.1": "sse4_1",
@@ -20,6 +21,8 @@ _REPORTED = {
     "bmi": "bmi1",
     "bmi2": "bmi2",
     "lzcnt": "abm",
+    "sse4a": "sse4a",
+    "movbe": "movbe",
     "avx": "avx",
     "f16c": "f16c",
     "fma": "fma",
@@ -86,7 +89,7 @@ def feature_corrections(known: set[str], flags: set[str]) -> list[str]:
     if not flags:
         return []
     corrections = []
-    for feature, flag in _REPORTED.items():
+    for feature, flag in REPORTED.items():
         if (feature in known) != (flag in flags):
             corrections.append(("-" if feature in known else "+") + feature)
     return corrections

@@ -1,6 +1,6 @@
 """The linker of modules: this machine's compiler, or one that links for another machine.
 
-For another machine, and where this one has no compiler, ``zig c++`` from the ``ziglang`` wheel is taken, which brings
+For another machine, and where this one has no compiler, ``zig cc`` from the ``ziglang`` wheel is taken, which brings
 the C library of every target and needs no system package; else GNU's cross compiler if it is on PATH.
 """
 
@@ -67,7 +67,8 @@ def linker(target: Target, command: str | None = None) -> Callable | None:
     if here and own is not None:
         return _link_by(shlex.split(own), machine)
     if importlib.util.find_spec("ziglang") is not None and machine in ZIG_TRIPLES:
-        return _link_by([*zig_compiler(machine)], machine)
+        # Modules are C; zig would first build a C++ library, which takes a minute.
+        return _link_by(zig_compiler(machine, "cc"), machine)
     gnu = "g++" if here else str(target.attrs["mtriple"]).replace("armv7a-", "arm-") + "-g++"
     if shutil.which(gnu) is None:
         raise TargetError(
@@ -77,9 +78,9 @@ def linker(target: Target, command: str | None = None) -> Callable | None:
     return _link_by([gnu], machine)
 
 
-def zig_compiler(machine: str) -> list[str]:
-    """The command line of ``zig c++`` for an architecture of ``ZIG_TRIPLES``."""
-    return [sys.executable, "-m", "ziglang", "c++", "-target", ZIG_TRIPLES[machine]]
+def zig_compiler(machine: str, language: str = "c++") -> list[str]:
+    """The command line of ``zig cc`` or ``zig c++`` for an architecture of ``ZIG_TRIPLES``."""
+    return [sys.executable, "-m", "ziglang", language, "-target", ZIG_TRIPLES[machine]]
 
 
 def run_compiler(command: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import platform
 import re
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from tvm_qfp8.report import Report
 from tvm_qfp8.shared_object import check_shared_object
 
 METADATA_FUNCTION = "qfp8_metadata"
-METADATA_FORMAT = 2
+METADATA_FORMAT = 3
 LOAD_FUNCTION = "qfp8_load"
 """Fills what kernels keep in memory; without it the first call does."""
 LOADED = "bytes of transformed 3x3 filters, in memory only"
@@ -64,8 +65,12 @@ def encode_metadata(
     report: Report,
     versions: dict[str, str],
     check_finite: bool,
+    cpu: Mapping[str, Any],
 ) -> np.ndarray:
-    """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant."""
+    """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant.
+
+    ``cpu`` is ``{"architecture": str, "features": [LLVM's names]}`` of the CPU that the module may run on.
+    """
     data = {
         "format": METADATA_FORMAT,
         "inputs": [[i.name, list(i.shape), i.dtype] for i in inputs],
@@ -73,6 +78,7 @@ def encode_metadata(
         "report": report.to_json(),
         "versions": versions,
         "check_finite": check_finite,
+        "cpu": dict(cpu),
     }
     return np.frombuffer(json.dumps(data).encode(), np.uint8).copy()
 
@@ -82,7 +88,7 @@ def tensor_infos(entries: list) -> list[TensorInfo]:
     return [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in entries]
 
 
-METADATA_START = b'{"format": %d, "inputs": ' % METADATA_FORMAT
+METADATA_START = re.compile(rb'\{"format": (\d+), "inputs": ')
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -94,11 +100,19 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         The file holds none.
     """
     data = Path(path).read_bytes()
-    start = data.find(METADATA_START)
-    if start < 0:
+    start = METADATA_START.search(data)
+    if start is None:
         raise ModelError(f"{path} was not written by tvm_qfp8: it holds no metadata")
-    text = data[start:].decode("utf-8", errors="replace")
+    _check_format(int(start[1]))
+    text = data[start.start() :].decode("utf-8", errors="replace")
     return json.JSONDecoder().raw_decode(text)[0]
+
+
+def _check_format(found: int) -> None:
+    if found != METADATA_FORMAT:
+        raise ModelError(
+            f"the module has format {found}, this version reads {METADATA_FORMAT}; compile it again"
+        )
 
 
 class CompiledModule:
@@ -118,14 +132,12 @@ class CompiledModule:
         target: tvm.target.Target | None = None,
     ) -> None:
         data = json.loads(metadata.tobytes().decode())
-        if data["format"] != METADATA_FORMAT:
-            raise ModelError(
-                f"the module has format {data['format']}, this version reads {METADATA_FORMAT}; compile it again"
-            )
+        _check_format(data["format"])
         self.inputs, self.outputs = tensor_infos(data["inputs"]), tensor_infos(data["outputs"])
         self.report = Report.from_json(data["report"])
         self.versions: dict[str, str] = data["versions"]
         self.check_finite: bool = data["check_finite"]
+        self.cpu: dict[str, Any] = data["cpu"]
         self._module, self._executable, self._target = module, executable, target
 
     @functools.cached_property
@@ -133,6 +145,7 @@ class CompiledModule:
         """TVM's virtual machine with this module, made at the first call."""
         from tvm.runtime.vm import VirtualMachine
 
+        self.check_cpu()
         try:
             machine = VirtualMachine(self._module, tvm.cpu())
             if LOADED in self.report.totals:
@@ -145,6 +158,24 @@ class CompiledModule:
             raise ModelError(
                 f"this machine cannot run a module for {self.report.target}; export it and run it there"
             ) from error
+
+    def check_cpu(self) -> None:
+        """Refuse a CPU without the features that the module's code uses.
+
+        Raises
+        ------
+        ModelError
+        """
+        from tvm_qfp8.cpu_features import missing_features, reported_features
+
+        if self.cpu["architecture"] != platform.machine():
+            return  # the loader refuses it
+        missing = missing_features(reported_features(self.cpu["architecture"], self.cpu["features"]))
+        if missing:
+            raise ModelError(
+                f"the module is compiled for {self.report.target} and uses {', '.join(missing)}, which this CPU "
+                "does not have; compile it with --target native"
+            )
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """Run on arrays in the order of ``inputs``; a list of arrays in the order of ``outputs``.
@@ -253,4 +284,6 @@ def load(path: str | os.PathLike) -> CompiledModule:
         metadata = VirtualMachine(module, tvm.cpu())[METADATA_FUNCTION]().numpy()
     except (AttributeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path} was not written by tvm_qfp8: it holds no metadata") from error
-    return CompiledModule(metadata, module)
+    compiled = CompiledModule(metadata, module)
+    compiled.check_cpu()
+    return compiled

@@ -111,12 +111,16 @@ class InstructionSet:
 
 
 def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet:
-    """The instruction set called ``avx512``, ``avx2``, ``sse2``, ``neon`` or ``generic``.
+    """The instruction set called ``avx512``, ``avx2``, ``sse2``, ``neon``, ``generic`` or ``cuda``.
 
     ``features`` are LLVM's names of the target's features; some widen what an instruction set can do.
     """
     from tvm_qfp8.topi.isa import avx2, avx512, neon, neon_dotprod, neon_i8mm, sse2
 
+    if name == "cuda":
+        from tvm_qfp8.topi.cuda import isa as cuda
+
+        return cuda.INSTRUCTION_SET
     if name == "generic":
         # The same plain vector code, without the look-up instructions that "neon" stands for.
         return replace(neon.INSTRUCTION_SET, name="generic")

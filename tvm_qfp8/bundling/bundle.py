@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tvm_qfp8.bundling.manifest import MODULE, write_manifest
 from tvm_qfp8.bundling.runtime_libraries import runtime_libraries
+from tvm_qfp8.cpu_features import reported_features
 from tvm_qfp8.errors import ModelError, TargetError
 from tvm_qfp8.linker import ZIG_TRIPLES, architecture, run_compiler, zig_compiler
 from tvm_qfp8.runtime import read_metadata, tensor_infos
 from tvm_qfp8.shared_object import machine_of
-from tvm_qfp8.targets import parse_target
+from tvm_qfp8.targets import cpu_features, parse_target
 
 BOARD = Path(__file__).parent / "board"
 SOURCES = ("qfp8_model.h", "sha256.h", "run.cc", "CMakeLists.txt")
@@ -44,7 +45,7 @@ def bundle(module: str | os.PathLike, output: str | os.PathLike, target: str | N
     ModelError
         The file is no module of this package, or the folder is not empty.
     TargetError
-        The module is made for another machine than the target's.
+        The module is made for another machine than the target's, or uses CPU features that the target lacks.
     """
     source, folder = Path(module), Path(output)
     if not source.is_file():
@@ -56,6 +57,13 @@ def bundle(module: str | os.PathLike, output: str | os.PathLike, target: str | N
         if wanted != machine:
             raise TargetError(
                 f"{source} is made for {machine}, {target} is {wanted}; compile it with --target {target}"
+            )
+        has = cpu_features(parse_target(target))
+        more = [name for name in metadata["cpu"]["features"] if name not in has]
+        if more:
+            raise TargetError(
+                f"{source} uses {', '.join(more)}, which {target} does not have: it was compiled for another CPU; "
+                f"compile it with --target {target}"
             )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"{folder} exists and is not empty; name a new folder")
@@ -86,7 +94,8 @@ def _fill(folder: Path, module: Path, machine: str, target: str, metadata: dict)
     built = _build_runner(folder, machine) if libraries else False
     files = [MODULE, *(f"lib/{library.name}" for library in libraries)]
     inputs, outputs = tensor_infos(metadata["inputs"]), tensor_infos(metadata["outputs"])
-    write_manifest(folder, target, machine, metadata["versions"], files, inputs, outputs)
+    features = reported_features(metadata["cpu"]["architecture"], metadata["cpu"]["features"])
+    write_manifest(folder, target, machine, metadata["versions"], features, files, inputs, outputs)
     (folder / "README.md").write_text(_readme(target, machine, bool(libraries), built, inputs))
 
 

@@ -5,12 +5,14 @@ One entry a line, the name last since it may hold spaces::
     format 1
     target aarch64 rpi4
     version apache-tvm 0.27.0.post1
+    feature asimd 16 1
     file 7c9f...e1 model.so
     input float32 4 1 3 224 224 image
     output float32 2 1 1000 logits
     end 51d0...7a
 
-The last line holds the SHA-256 of all text before it, so that a changed or cut-off manifest is found out.
+``feature`` is what the CPU must have: a word of ``/proc/cpuinfo``, or entry and bit of the auxiliary vector. The last
+line holds the SHA-256 of all text before it, so that a changed or cut-off manifest is found out.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tvm_qfp8.cpu_features import Feature
 from tvm_qfp8.runtime import TensorInfo
 
 NAME = "manifest.txt"
@@ -35,6 +38,7 @@ def write_manifest(
     target: str,
     machine: str,
     versions: Mapping[str, str],
+    features: Sequence[Feature],
     files: Sequence[str],
     inputs: Sequence[TensorInfo],
     outputs: Sequence[TensorInfo],
@@ -42,6 +46,7 @@ def write_manifest(
     """Write ``manifest.txt``; ``files`` are paths inside ``folder``, which get their hashes."""
     lines = ["format 1", f"target {machine} {target}"]
     lines += [f"version {name} {number}" for name, number in versions.items()]
+    lines += [f"feature {f.name}" + (f" {f.entry} {f.bit}" if f.entry is not None else "") for f in features]
     lines += [f"file {sha256(folder / name)} {name}" for name in files]
     for kind, tensors in (("input", inputs), ("output", outputs)):
         lines += [" ".join([kind, t.dtype, str(len(t.shape)), *map(str, t.shape), t.name]) for t in tensors]

@@ -12,6 +12,8 @@
 #include <tvm/ffi/extra/module.h>
 #include <tvm/ffi/function.h>
 
+#include <sys/auxv.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -48,6 +50,17 @@ struct TensorInfo {
     return count * ((type.bits * type.lanes + 7) / 8);
   }
 };
+
+// Whether the CPU has a feature: a word of /proc/cpuinfo or, where the line goes on, entry and bit of the auxiliary vector.
+inline bool HasFeature(const std::string& name, std::istringstream& place) {
+  unsigned long entry = 0, bit = 0;
+  if (place >> entry >> bit) return getauxval(entry) >> bit & 1;
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("flags", 0) == 0) return (line + " ").find(" " + name + " ") != std::string::npos;
+  }
+  return true;
+}
 
 class Model {
  public:
@@ -122,6 +135,7 @@ class Model {
       throw std::runtime_error("manifest.txt was changed or cut off; copy the bundle again");
     }
     std::istringstream lines(whole);
+    std::string target, missing;
     for (std::string text; std::getline(lines, text);) {
       std::istringstream line(text);
       std::string kind, rest;
@@ -129,6 +143,10 @@ class Model {
       if (kind == "target") {
         line >> rest;
         if (rest != kMachine) throw std::runtime_error("the bundle is made for " + rest + ", this runner for " + kMachine);
+        std::getline(line >> std::ws, target);
+      } else if (kind == "feature") {
+        line >> rest;
+        if (!HasFeature(rest, line)) missing += (missing.empty() ? "" : ", ") + rest;
       } else if (kind == "file") {
         std::string hash;
         line >> hash >> rest;
@@ -144,6 +162,10 @@ class Model {
         std::getline(line >> std::ws, info.name);
         (kind == "input" ? inputs : outputs).push_back(info);
       }
+    }
+    if (!missing.empty()) {
+      throw std::runtime_error("the network is compiled for " + target + " and uses " + missing +
+                               ", which this CPU does not have; compile it for this board");
     }
   }
 

@@ -25,6 +25,21 @@ def machine() -> str:
     return "armv7l" if name in ("aarch64", "armv8l") and sys.maxsize < 2**32 else name
 
 
+def has_feature(text: str) -> bool:
+    """Whether the CPU has "NAME", a word of /proc/cpuinfo, or "NAME ENTRY BIT" of the auxiliary vector."""
+    name, *place = text.split()
+    if place:
+        get = ctypes.CDLL(None).getauxval
+        get.restype = ctypes.c_ulong
+        return bool(get(ctypes.c_ulong(int(place[0]))) >> int(place[1]) & 1)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return True
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), None)
+    return flags is None or name in flags
+
+
 class Any(ctypes.Structure):
     """TVMFFIAny: a type index and eight bytes of value."""
 
@@ -176,6 +191,12 @@ class Model:
         made_for = found["target"].split()[0]
         if made_for != machine():
             raise RuntimeError(f"the bundle is made for {made_for}, this machine is {machine()}")
+        missing = [rest.split()[0] for kind, rest in lines if kind == "feature" and not has_feature(rest)]
+        if missing:
+            raise RuntimeError(
+                f"the network is compiled for {found['target'].split(' ', 1)[1]} and uses {', '.join(missing)}, which "
+                "this CPU does not have; compile it for this board"
+            )
         for kind, rest in lines:
             if kind == "file":
                 self._check_file(folder, *rest.split(" ", 1))

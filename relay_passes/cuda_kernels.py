@@ -1,0 +1,201 @@
+"""Which kernel of ``topi.cuda`` a group of layers gets; as ``linear_kernels`` and ``row_kernels`` do for CPUs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.relay_passes.epilogue import Epilogue
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of
+from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, scaled
+from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
+from tvm_qfp8.relay_passes.row_kernels import RowWalk, emit_row_operator, pool_shape
+from tvm_qfp8.topi.codec import decode_expr
+from tvm_qfp8.topi.conv2d import ConvShape
+from tvm_qfp8.topi.cuda.batch_matmul import emit_batch_matmul
+from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, pack_weights, plan_conv
+from tvm_qfp8.topi.cuda.direct_conv import emit_direct_conv, emit_float_conv, pack_direct_weights
+from tvm_qfp8.topi.cuda.gemm import emit_conv
+from tvm_qfp8.topi.cuda.gemv import GemvPlan, emit_gemv, plan_gemv
+from tvm_qfp8.topi.cuda.gemv import pack_weights as pack_gemv_weights
+from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
+from tvm_qfp8.topi.cuda.launch import for_each
+from tvm_qfp8.topi.cuda.rows import emit_softmax, for_each_row
+from tvm_qfp8.topi.float_contract import bind, mul, to_float
+from tvm_qfp8.topi.float_linear import FloatConvShape
+from tvm_qfp8.topi.gemm import GemmShape
+from tvm_qfp8.topi.panels import pad_channels
+from tvm_qfp8.topi.pooling import pixel_mean, pooled
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
+
+
+def _matmul(call, operands: Operands, _max_error: float) -> Emitter:
+    x, weight = call.args[:2]
+    rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
+    columns, depth = shape_of(weight)
+    codes = array_of(weight)
+    conv = ConvShape(
+        1, 1, rows, depth, columns, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, layout_of(x), layout_of(weight)
+    )
+    if conv.activation is not None and conv.weight is not None:
+        plan = plan_gemv(GemmShape(rows, columns, depth, conv.activation, conv.weight), codes)
+        if plan is not None:
+            return _with_scales(call, operands, plan, pack_gemv_weights(codes, plan.depth), emit_gemv)
+    return _conv(call, operands, conv, codes.reshape(columns, 1, 1, depth))
+
+
+def _conv2d(call, operands: Operands, _max_error: float) -> Emitter:
+    return _conv(call, operands, conv_shape(call), array_of(call.args[1]))
+
+
+def _conv(call, operands: Operands, shape: ConvShape, weights: np.ndarray) -> Emitter:
+    if shape.activation is None or shape.weight is None:
+        described = FloatConvShape(shape, shape.weight)
+        return _with_scales(call, operands, described, pack_direct_weights(weights), emit_float_conv)
+    plan = plan_conv(shape, weights)
+    if plan is None:
+        return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_direct_conv)
+    return _with_scales(call, operands, plan, pack_weights(weights, plan.depth), emit_conv)
+
+
+def _with_scales(
+    call,
+    operands: Operands,
+    described: ConvPlan | GemvPlan | ConvShape | FloatConvShape,
+    weights,
+    emit: Callable,
+) -> Emitter:
+    operands.tensor(call.args[0])
+    operands.constant(weights)
+    operands.constant(pad_channels(array_of(call.args[2])))
+    operands.constant(pad_channels(array_of(call.args[3])))
+
+    def body(inputs, finish) -> None:
+        emit(described, inputs[0], inputs[1], scaled(inputs[2], inputs[3], finish))
+
+    return body, described
+
+
+def _batch_matmul(call, operands: Operands, _max_error: float) -> Emitter:
+    shape = batch_matmul_shape(call)
+    x_at, y_at = (operands.tensor(argument) for argument in call.args)
+    scale = operands.scalar(float(call.attrs["scale"]))
+
+    def body(inputs, finish) -> None:
+        def epilogue(total, row, column, valid) -> None:
+            finish(bind(mul(total, load(inputs[-1], scale, 1))), row, column, 1, valid)
+
+        emit_batch_matmul(shape, inputs[x_at], inputs[y_at], epilogue)
+
+    return body, shape
+
+
+def _take(call, operands: Operands, _max_error: float) -> Emitter:
+    table, scale, indices = call.args
+    layout, (rows, width) = layout_of(table), shape_of(table)
+    assert layout is not None
+    count = int(np.prod(shape_of(indices), dtype=np.int64))
+    table_at, scale_at = operands.constant(array_of(table)), operands.constant(array_of(scale))
+    indices_at = operands.tensor(indices)
+
+    def body(inputs, finish) -> None:
+        def one(position) -> None:
+            row, column = T.bind(position // width), T.bind(position % width)
+            index = T.bind(load(inputs[indices_at], row, 1))
+            wrapped = tirx.Select(index < 0, index + rows, index)
+            picked = T.bind(tirx.max(tirx.min(wrapped, rows - 1), 0))
+            grid = to_float(decode_expr(load(inputs[table_at], picked * width + column, 1), layout, "int32"))
+            finish(bind(mul(grid, load(inputs[scale_at], picked, 1))), row, column, 1, 1)
+
+        for_each(count * width, one)
+
+    return body, ("embedding", layout, (rows, width), count)
+
+
+def _rows(call, operands: Operands, max_error: float) -> Emitter:
+    return emit_row_operator(call, INSTRUCTION_SET, operands, max_error, RowWalk(for_each_row, emit_softmax))
+
+
+def _pool(call, operands: Operands, _max_error: float) -> Emitter:
+    at = operands.tensor(call.args[0])
+    if op_name(call) == "relax.mean":
+        shape = shape_of(call.args[0])
+        channels = shape[3]
+
+        def mean_body(inputs, finish) -> None:
+            mean = pixel_mean(shape, inputs[at])
+
+            def one(index) -> None:
+                image, channel = T.bind(index // channels), T.bind(index % channels)
+                finish(mean(image, channel, 1), image, channel, 1, 1)
+
+            for_each(shape[0] * channels, one)
+
+        return mean_body, ("global_mean", shape)
+    pool = pool_shape(call)
+
+    def body(inputs, finish) -> None:
+        pixel = pooled(pool, inputs[at])
+
+        def one(index) -> None:
+            row, channel = T.bind(index // pool.channels), T.bind(index % pool.channels)
+            image, oy = T.bind(row // (pool.out_height * pool.out_width)), T.bind(row // pool.out_width)
+            value = pixel(image, T.bind(oy % pool.out_height), T.bind(row % pool.out_width), channel, 1)
+            finish(value, row, channel, 1, 1)
+
+        for_each(pool.batch * pool.out_height * pool.out_width * pool.channels, one)
+
+    return body, pool
+
+
+def elementwise_body(epilogue: Epilogue) -> Callable:
+    """The kernel of a group without an anchor of its own."""
+
+    def body(_inputs, finish) -> None:
+        columns = epilogue.columns
+        for_each(
+            math.prod(epilogue.shape),
+            lambda index: finish(None, T.bind(index // columns), T.bind(index % columns), 1, 1),
+        )
+
+    return body
+
+
+def concat_prim_func(parts: list[TensorSpec], axis: int) -> tirx.PrimFunc:
+    """``(parts ..., result) -> None``: parts of equal dtype joined along ``axis``."""
+    shape = list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    lengths = [math.prod(part.shape[axis:]) for part in parts]
+
+    def body(*buffers) -> None:
+        *sources, target = buffers
+        start = 0
+        for source, length in zip(sources, lengths, strict=True):
+
+            def copy(index, source=source, length=length, start=start) -> None:
+                at = index // length * sum(lengths) + start + index % length
+                store(target, at, load(source, index, 1), 1)
+
+            for_each(math.prod(shape[:axis]) * length, copy)
+            start += length
+
+    return build_prim_func("concat", [*parts, TensorSpec(tuple(shape), parts[0].dtype)], body)
+
+
+CUDA_ANCHORS: dict[str, Callable[..., Emitter]] = {
+    "relax.qfp8.matmul": _matmul,
+    "relax.qfp8.conv2d": _conv2d,
+    "relax.qfp8.batch_matmul": _batch_matmul,
+    "relax.qfp8.take": _take,
+    "relax.nn.softmax": _rows,
+    "relax.nn.log_softmax": _rows,
+    "relax.nn.layer_norm": _rows,
+    "relax.nn.rms_norm": _rows,
+    "relax.mean": _pool,
+    "relax.nn.max_pool2d": _pool,
+    "relax.nn.avg_pool2d": _pool,
+}

@@ -1,0 +1,169 @@
+// Enough of CUDA to run generated kernels on a CPU: thread blocks one after the other, their threads as fibers.
+//
+// A fiber gives way at __syncthreads and at a tensor core's step, which the warp's last thread computes for all.
+// Products of float16 are exact in float32; sums are kept in double, where they are exact too, and rounded at the end of
+// a step. Tensor cores round differently, so only sums that stay exact are the same there.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define __shared__ static
+#define uint unsigned int
+#define uchar unsigned char
+#define ushort unsigned short
+
+struct dim3 {
+  int x = 1, y = 1, z = 1;
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+using std::max;
+using std::min;
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+
+namespace emulator {
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = false;
+};
+struct Step {
+  float* c[32];
+  unsigned a[32][4], b[32][2];
+  int arrived = 0;
+  long generation = 0;
+};
+
+inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers;
+inline std::vector<Step> steps;
+inline int current = 0, running = 0, at_barrier = 0;
+inline long barrier = 0;
+inline void (*body)(void**) = nullptr;
+inline void** arguments = nullptr;
+
+inline void Yield() { swapcontext(&fibers[current].context, &scheduler); }
+
+inline float Half(unsigned bits) {
+  int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  float value = exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp(float(mantissa), -24);
+  return bits & 0x8000 ? -value : value;
+}
+inline float Half(const unsigned* words, int index) { return Half(words[index / 2] >> (16 * (index % 2)) & 0xFFFF); }
+
+// Fragments of mma.m16n8k16, row by column: PTX ISA, "Matrix fragments for mma.m16n8k16".
+inline void Compute(Step& step) {
+  static float left[16][16], right[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    int group = lane / 4, place = lane % 4;
+    for (int i = 0; i < 8; ++i) {
+      int row = group + (i / 2 % 2 ? 8 : 0), k = place * 2 + i % 2 + (i >= 4 ? 8 : 0);
+      left[row][k] = Half(step.a[lane], i);
+    }
+    for (int i = 0; i < 4; ++i) right[place * 2 + i % 2 + (i >= 2 ? 8 : 0)][group] = Half(step.b[lane], i);
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
+      double sum = step.c[lane][i];
+      for (int k = 0; k < 16; ++k) sum += double(left[row][k]) * right[k][column];
+      step.c[lane][i] = float(sum);
+    }
+  }
+}
+
+}  // namespace emulator
+
+inline dim3 threadIdx, blockIdx;
+
+inline void __syncthreads() {
+  using namespace emulator;
+  if (++at_barrier == running) {
+    at_barrier = 0;
+    ++barrier;
+    return;
+  }
+  for (long own = barrier; barrier == own;) Yield();
+}
+
+inline void emulated_mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  using namespace emulator;
+  int lane = current % 32;
+  Step& step = steps[current / 32];
+  step.c[lane] = c;
+  unsigned a[] = {a0, a1, a2, a3}, b[] = {b0, b1};
+  std::memcpy(step.a[lane], a, sizeof a);
+  std::memcpy(step.b[lane], b, sizeof b);
+  if (++step.arrived == 32) {
+    Compute(step);
+    step.arrived = 0;
+    ++step.generation;
+    return;
+  }
+  for (long own = step.generation; step.generation == own;) Yield();
+}
+
+namespace emulator {
+
+inline void Run() {
+  body(arguments);
+  fibers[current].done = true;
+  --running;
+  Yield();
+}
+
+inline void Launch(void (*kernel)(void**), void** values, dim3 grid, int threads) {
+  body = kernel;
+  arguments = values;
+  fibers.resize(threads);
+  steps.assign((threads + 31) / 32, Step());
+  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+        running = threads;
+        at_barrier = 0;
+        for (Fiber& fiber : fibers) {
+          fiber.done = false;
+          fiber.stack.resize(1 << 16);
+          getcontext(&fiber.context);
+          fiber.context.uc_stack.ss_sp = fiber.stack.data();
+          fiber.context.uc_stack.ss_size = fiber.stack.size();
+          fiber.context.uc_link = nullptr;
+          makecontext(&fiber.context, Run, 0);
+        }
+        while (running)
+          for (int i = 0; i < threads; ++i)
+            if (!fibers[i].done) {
+              current = i;
+              threadIdx.x = i;
+              swapcontext(&scheduler, &fibers[i].context);
+            }
+      }
+}
+
+}  // namespace emulator

@@ -1,0 +1,82 @@
+"""Functions in CUDA C that kernels call: decoding codes to float16, and one step of a tensor core.
+
+With ``m`` mantissa bits, float16's bits ``S 0..0 E..E M..M 0..0`` (exponent field E, mantissa M at its upper end) stand
+for ``(-1)^S * 2**(E-15) * (1 + M / 2**m)``, or for E = 0 ``(-1)^S * 2**-14 * M / 2**m``. Both are the grid value
+``G * 2**-(14+m)``, subnormal numbers included. Code 0x80 becomes -0.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+from tvm import tirx
+from tvm.backend.cuda.op import cuda_func_call
+
+from tvm_qfp8.format import Layout
+
+# One step multiplies 16 x 16 by 16 x 8 float16. A thread of a warp, with group = lane / 4 and place = lane % 4,
+# holds of the left operand the rows group and group + 8, of the right one the column group, and four values k of each;
+# of the result the columns 2 * place and 2 * place + 1 of these rows. Which k it holds does not matter as long as both
+# operands agree.
+_MMA = """
+__forceinline__ __device__ void qfp8_mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                         unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+"""
+MMA_ROWS, MMA_COLUMNS, MMA_DEPTH = 16, 8, 16
+
+
+def mma(accumulators, index, left: list, right: list):
+    """Add a product to the four float32 ``accumulators[index:]``; operands are float16 pairs in uint32.
+
+    ``left`` holds (row group, first pair), (row group + 8, first), (group, second), (group + 8, second); ``right``
+    the pairs of column ``group``.
+    """
+    return cuda_func_call(
+        "qfp8_mma", tirx.address_of(accumulators[index]), *left, *right, source_code=_MMA, return_type="void"
+    )
+
+
+def look_up(coefficients: list, index, _lanes: int) -> list:
+    """One coefficient of each list at ``index``, from tables that stay in the first-level cache."""
+    found = []
+    for values in coefficients:
+        bits = np.asarray(values, np.float32).view(np.uint32).tolist()
+        name = f"qfp8_table_{zlib.crc32(repr(bits).encode()):08x}"
+        body = ", ".join(f"0x{word:08x}u" for word in bits)
+        source = f"""
+__forceinline__ __device__ unsigned {name}(int i) {{
+  static const unsigned values[{len(bits)}] = {{{body}}};
+  return values[i];
+}}
+"""
+        # The index may have bits above those that count.
+        place = index & tirx.const(len(bits) - 1, "int32")
+        word = cuda_func_call(name, place, source_code=source, return_type="uint32")
+        found.append(tirx.reinterpret("float32", word))
+    return found
+
+
+def grid_exponent(layout: Layout) -> int:
+    """``k`` such that a decoded float16 value is ``G * 2**-k``."""
+    return 14 + layout.mantissa_bits
+
+
+def decode_pairs(codes, layout: Layout) -> tuple:
+    """Four codes (uint32) as two float16 pairs (uint32 each): codes 0 and 2, and codes 1 and 3."""
+    shift = 10 - layout.mantissa_bits
+    magnitude = 0x7F if layout.signed else 0xFF
+    mask = (magnitude << shift) * 0x10001
+    even = codes << tirx.const(shift, "uint32")
+    odd = codes >> tirx.const(8 - shift, "uint32")
+    pairs = []
+    for value, signs in ((even, codes << tirx.const(8, "uint32")), (odd, codes)):
+        pair = value & tirx.const(mask, "uint32")
+        if layout.signed:
+            pair = pair | (signs & tirx.const(0x80008000, "uint32"))
+        pairs.append(pair)
+    return tuple(pairs)

@@ -1,0 +1,90 @@
+"""Softmax and norms: 16 threads a row, one for each of the 16 accumulators that the float contract prescribes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.topi.cuda.launch import THREADS
+from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, sub, tree_sum
+from tvm_qfp8.topi.prim_func import load, store
+
+
+class ThreadRow:
+    """What ``topi.rows`` asks of a row, seen by one of its 16 threads; padding adds nothing."""
+
+    def __init__(self, length: int, read: Callable, place, lane) -> None:
+        self.length, self._read, self._place, self._lane = length, read, place, lane
+        self._groups = -(-length // LANES)
+
+    def set_padding(self, value) -> None:
+        """The padding is never read."""
+
+    def splat(self, scalar):
+        return scalar
+
+    def first_lane(self, value):
+        return value
+
+    def _each(self, body: Callable) -> None:
+        """``body(value, offset, inside)`` for the thread's elements; after the last one it is repeated, not inside."""
+        with T.serial(0, self._groups) as group:
+            at = T.bind(group * LANES + self._lane)
+            offset = T.bind(tirx.min(at, self.length - 1))
+            body(bind(self._read(offset, 1)), offset, at < self.length)
+
+    def _shared(self, value) -> list:
+        """The values that the row's 16 threads have."""
+        buffer = T.alloc_buffer((THREADS,), "float32", scope="shared")
+        store(buffer, self._place * LANES + self._lane, value, 1)
+        return [T.bind(load(buffer, self._place * LANES + lane, 1)) for lane in range(LANES)]
+
+    def largest(self):
+        found = T.alloc_buffer((1,), "float32", scope="local")
+        store(found, 0, tirx.const(float("-inf"), "float32"), 1)
+        self._each(lambda value, _offset, _inside: store(found, 0, tirx.max(load(found, 0, 1), value), 1))
+        values = self._shared(load(found, 0, 1))
+        while len(values) > 1:
+            values = [bind(tirx.max(a, b)) for a, b in zip(values[::2], values[1::2], strict=True)]
+        return values[0]
+
+    def sum(self, function: Callable = lambda v: v):
+        total = T.alloc_buffer((1,), "float32", scope="local")
+        store(total, 0, tirx.const(0.0, "float32"), 1)
+
+        def take(value, _offset, inside) -> None:
+            part = tirx.Select(inside, bind(function(value)), tirx.const(0.0, "float32"))
+            store(total, 0, add(load(total, 0, 1), part), 1)
+
+        self._each(take)
+        return tree_sum(self._shared(load(total, 0, 1)))
+
+    def finish(self, function: Callable, emit: Callable) -> None:
+        self._each(lambda value, offset, _inside: emit(bind(function(value)), offset, 1))
+
+
+def for_each_row(rows: int, length: int, read: Callable, body: Callable) -> None:
+    """``body(row, index)`` with a ``ThreadRow`` for each row; ``read(index, offset, lanes)`` loads."""
+    per_block = THREADS // LANES
+    with T.launch_thread("blockIdx.x", -(-rows // per_block)) as block:
+        with T.launch_thread("threadIdx.x", THREADS) as thread:
+            place, lane = T.bind(thread // LANES), T.bind(thread % LANES)
+            index = T.bind(tirx.min(block * per_block + place, rows - 1))
+            body(ThreadRow(length, lambda offset, lanes: read(index, offset, lanes), place, lane), index)
+
+
+def emit_softmax(rows: int, length: int, read: Callable, exp: Callable, finish: Callable) -> None:
+    """exp(x - max) / sum; the exponentials are computed twice, which costs less than to keep them."""
+
+    def one(row: ThreadRow, index) -> None:
+        largest = row.largest()
+
+        def exponential(v):
+            return exp(bind(sub(v, largest)))
+
+        factor = T.bind(tirx.const(1.0, "float32") / row.sum(exponential))
+        row.finish(lambda v: mul(bind(exponential(v)), factor), lambda *value: finish(index, *value))
+
+    for_each_row(rows, length, read, one)
