@@ -258,6 +258,12 @@ def test_what_cannot_be_is_refused():
         q.torch.prepare_qat(Net(), q.torch.QATConfig(bias="fixed"))
     with pytest.raises(CalibrationError, match="no batches"):
         q.torch.prepare_qat(Net(), batches=[])
+    damaged = Net()
+    with torch.no_grad():
+        damaged.head.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="weight of head holds NaN"):
+        q.torch.prepare_qat(damaged)
+    assert type(damaged.stem[0]) is nn.Conv2d and type(damaged.stem[2]) is nn.SiLU
     program = torch.export.export(_trained(), _inputs(0))
     with pytest.raises(CalibrationError, match="give no calibration data"):
         q.compile(program, calibration=[{"x": np.zeros((4, 1, 8, 8), np.float32)}])
