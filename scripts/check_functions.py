@@ -24,6 +24,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.tables import FUNCTIONS, Table, build_table
+from tvm_qfp8.tables.derivatives import DERIVATIVES
 from tvm_qfp8.tables.families import find_function
 from tvm_qfp8.tables.observe import errors
 from tvm_qfp8.targets import cpu_features, isa, parse_target
@@ -35,7 +36,10 @@ from zoo.machine import describe_machine
 REPOSITORY = Path(__file__).resolve().parent.parent
 BLOCK = 1 << 20
 BLOCKS = 2**32 // BLOCK
-NAMES = (*FUNCTIONS, "elu(0.5)", "celu(1.3)", "pow(1.7)")
+NAMES = (
+    *(*FUNCTIONS, "elu(0.5)", "celu(1.3)", "pow(1.7)"),
+    *(*DERIVATIVES, "elu'", "elu(0.5)'", "selu'", "celu(1.3)'"),
+)
 TWIN_STRIDE = 61
 """The NumPy twin is compared on every so manieth block."""
 
