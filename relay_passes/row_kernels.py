@@ -60,7 +60,7 @@ def _row_shape(x: relax.Expr) -> tuple[int, int]:
 def emit_row_operator(
     call, isa: InstructionSet, operands: Operands, max_error: float, for_each: Callable
 ) -> Emitter:
-    """Softmax, log-softmax or a norm; ``for_each(rows, length, read, body)`` calls ``body(row, index)`` for all rows."""
+    """Softmax or a norm; ``for_each(rows, length, read, body)`` calls ``body(row, index)`` for each row."""
     if op_name(call) in ("relax.nn.softmax", "relax.nn.log_softmax"):
         return _softmax(call, isa, operands, max_error, for_each)
     return _norm(call, operands, for_each)

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from board_proof import ARM, SAMPLES, X86, bits, run_bundle
+
 from zoo.machine import describe_machine
 
 MODELS = ("mobilenetv2", "minilm")

@@ -1,9 +1,9 @@
 """Compiled code for GPUs: nvcc's output in place of CUDA C in exported modules.
 
-TVM's wheel writes CUDA C. Where it finds a GPU's driver it has that compiled by a callback; elsewhere the module it makes
-holds the source, to be compiled on the machine that loads it. Exported modules shall not need a compiler there, so
-their device code is compiled here and put into the packed module in the source's place (``tvm/src/backend/cuda/runtime``:
-a CUDA module is saved as format, functions, code, each with its length).
+TVM's wheel writes CUDA C. Where it finds a GPU's driver it has that compiled by a callback; elsewhere the module it
+makes holds the source, to be compiled on the machine that loads it. Exported modules shall not need a compiler there,
+so their device code is compiled here and put into the packed module in the source's place (TVM's cuda_module.cc: a
+module is saved as format, functions and code, each with its length).
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def compile_cuda(source: str, arch: str, code_format: str = "fatbin") -> bytes:
     Parameters
     ----------
     code_format : str
-        ``"ptx"``, assembly for this and newer GPUs; ``"cubin"``, machine code for exactly this generation; ``"fatbin"``,
-        both.
+        ``"ptx"``, assembly for this and newer GPUs; ``"cubin"``, machine code for this generation; ``"fatbin"``, both.
 
     Raises
     ------

@@ -33,7 +33,7 @@ ZIG_TRIPLES = {
 
 
 def architecture(target: Target) -> str:
-    """The first part of the triple of the target or, for a GPU, of its host: ``aarch64``, ``x86_64``, ``armv7a``, ``riscv64`` ..."""
+    """The first part of the triple of the target or, for a GPU, its host: ``aarch64``, ``x86_64``, ``armv7a`` ..."""
     triple = host_of(target).attrs.get("mtriple") or codegen.llvm_get_system_triple()
     return str(triple).partition("-")[0]
 

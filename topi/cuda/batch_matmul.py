@@ -19,7 +19,7 @@ from tvm_qfp8.topi.prim_func import load, store
 
 
 def emit_batch_matmul(shape: BatchMatmulShape, x, y, epilogue: Callable) -> None:
-    """``epilogue(sum, row, column, valid)`` with ``row`` counted over all batches; codes or, without layouts, float32."""
+    """``epilogue(sum, row, column, valid)``, ``row`` counted over all batches; codes or, without layouts, float32."""
 
     def one(index) -> None:
         row, column = T.bind(index // shape.columns), T.bind(index % shape.columns)

@@ -53,7 +53,8 @@ def bundle(module: str | os.PathLike, output: str | os.PathLike, target: str | N
     machine, metadata = machine_of(source), read_metadata(source)
     if metadata["device"] != "cpu":
         raise ModelError(
-            f"{source} is compiled for an NVIDIA GPU; bundles are for CPUs: copy the file and load it with tvm_qfp8.load"
+            f"{source} is compiled for an NVIDIA GPU; bundles are for CPUs: copy the file and load it there with "
+            "tvm_qfp8.load"
         )
     if target is not None:
         wanted = architecture(parse_target(target))
