@@ -13,7 +13,7 @@ from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, scaled
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
-from tvm_qfp8.relay_passes.row_kernels import emit_row_operator, pool_shape
+from tvm_qfp8.relay_passes.row_kernels import RowWalk, emit_row_operator, pool_shape
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.batch_matmul import emit_batch_matmul
@@ -24,7 +24,7 @@ from tvm_qfp8.topi.cuda.gemv import GemvPlan, emit_gemv, plan_gemv
 from tvm_qfp8.topi.cuda.gemv import pack_weights as pack_gemv_weights
 from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
 from tvm_qfp8.topi.cuda.launch import for_each
-from tvm_qfp8.topi.cuda.rows import for_each_row
+from tvm_qfp8.topi.cuda.rows import emit_softmax, for_each_row
 from tvm_qfp8.topi.float_contract import bind, mul, to_float
 from tvm_qfp8.topi.float_linear import FloatConvShape
 from tvm_qfp8.topi.gemm import GemmShape
@@ -117,7 +117,7 @@ def _take(call, operands: Operands, _max_error: float) -> Emitter:
 
 
 def _rows(call, operands: Operands, max_error: float) -> Emitter:
-    return emit_row_operator(call, INSTRUCTION_SET, operands, max_error, for_each_row)
+    return emit_row_operator(call, INSTRUCTION_SET, operands, max_error, RowWalk(for_each_row, emit_softmax))
 
 
 def _pool(call, operands: Operands, _max_error: float) -> Emitter:

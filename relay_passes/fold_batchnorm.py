@@ -13,6 +13,7 @@ After::
     lv = R.nn.conv2d(x, weight * scale)
     lv3 = R.add(lv, bias * scale + shift)
 
+Between a layer and its chain may stand the mark of its training (``trained``), whose scales are multiplied likewise.
 A value that is also read elsewhere ends the chain. Weights keep float32; the arithmetic is float64.
 """
 
@@ -51,7 +52,8 @@ class _Rewriter(MainRewriter):
         if axis is None:
             self.keep(var, value)
             return
-        chain, scale, shift = self._chain(var)
+        mark = self._mark(var)
+        chain, scale, shift = self._chain(var if mark is None else mark)
         if not chain or (len(chain) == 1 and np.all(scale == 1)):
             self.keep(var, value)
             return
@@ -59,6 +61,12 @@ class _Rewriter(MainRewriter):
         scaled = relax.const((weight * _along_weights(value, weight, scale, axis)).astype(np.float32))
         call = relax.Call(value.op, [self.expression(value.args[0]), scaled], value.attrs, value.ty_args)
         result = self.builder.emit(call, var.name)
+        if mark is not None:
+            made = self.definition[mark]
+            scales = made.args[1].value.numpy() * np.abs(scale)
+            arguments = [result, relax.const(scales.astype(np.float32))]
+            result = self.builder.emit(relax.Call(made.op, arguments, made.attrs), mark.name)
+            self.folded.add(mark)
         if shift.any():
             bias = relax.const(shift.astype(np.float32))
             result = self.builder.emit(relax.op.add(result, bias), chain[-1].name)
@@ -68,6 +76,18 @@ class _Rewriter(MainRewriter):
     def keep(self, var: relax.Var, value: relax.Expr) -> None:
         if var not in self.folded:
             super().keep(var, value)
+
+    def _mark(self, linear: relax.Var) -> relax.Var | None:
+        """The mark that alone reads a layer, with a scale for each channel or one for all."""
+        readers = self.readers.get(linear, ())
+        if self.uses.get(linear) != 1 or len(readers) != 1:
+            return None
+        value = self.definition[readers[0]]
+        fits = op_name(value) == "relax.qfp8.trained" and shape_of(value.args[1])[0] in (
+            1,
+            shape_of(linear)[-1],
+        )
+        return readers[0] if fits else None
 
     def _output_axis(self, value: relax.Expr) -> int | None:
         """The axis of the weights that runs over output channels, None if this is no canonical linear layer."""

@@ -140,6 +140,12 @@ def elementwise(rewriter: Rewriter, var: relax.Var, value: relax.Call) -> relax.
     return relax.Call(value.op, arguments, value.attrs, value.ty_args)
 
 
+def trained(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call:
+    """The mark of a layer follows its result; its scales have no layout."""
+    y = rewriter.channels_last(value.args[0], _rank(value))
+    return relax.Call(value.op, [y, *value.args[1:]], value.attrs)
+
+
 def prelu(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
     """A slope per channel, which is the last axis then."""
     rank = _rank(value)
@@ -254,6 +260,7 @@ FOLLOWS: dict[str, Callable] = {
     **{f"relax.{name}": elementwise for name in ELEMENTWISE},
     **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(AXIS_OPERATORS, along_axis),
+    "relax.qfp8.trained": trained,
     "relax.nn.prelu": prelu,
     "relax.nn.max_pool1d": pooling,
     "relax.nn.max_pool2d": pooling,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from tvm import tirx
 
+from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, emit_batch_matmul
@@ -17,9 +18,11 @@ from tvm_qfp8.topi.float_linear import FloatConvShape, emit_float_conv2d, pack_f
 from tvm_qfp8.topi.float_matmul import emit_float_batch_matmul
 from tvm_qfp8.topi.gemm import GemmShape, emit_gemm
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.overflow import INT32_LIMIT
 from tvm_qfp8.topi.panels import pack_panels, pad_channels
 from tvm_qfp8.topi.prim_func import load
 from tvm_qfp8.topi.schedules import (
+    REGISTER_DECODE_ROWS,
     BatchMatmulSchedule,
     ConvSchedule,
     DepthwiseSchedule,
@@ -44,6 +47,20 @@ def scaled(a, bias, finish: Callable) -> Callable:
     return epilogue
 
 
+def _in_bytes(
+    isa: InstructionSet, rows: int, codes: np.ndarray, activation: Layout, weight: Layout, dense: bool = True
+) -> InstructionSet:
+    """The variant of the instruction set that multiplies int8 parts, where it is faster and no sum overflows.
+
+    With few rows decoding weights takes the time, and a value has more parts than halves.
+    """
+    variant = isa.in_bytes(activation, weight, dense)
+    if variant.split is None or rows <= REGISTER_DECODE_ROWS:
+        return isa
+    grid = decode_grid(codes, weight)
+    return variant if variant.split.largest_sum(grid, activation) < INT32_LIMIT else isa
+
+
 def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
     x, weight, a, bias = call.args
     rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
@@ -55,6 +72,7 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose:
             call, one_row, array_of(weight).reshape(columns, 1, 1, depth), isa, threads, operands
         )
     shape = GemmShape(rows, columns, depth, activation, layout)
+    isa = _in_bytes(isa, rows, array_of(weight), activation, layout)
     schedule = choose(GemmSchedule, isa, shape, threads)
     operands.tensor(x)
     operands.constant(pack_panels(array_of(weight), schedule.vectors * isa.lanes, isa.pair))
@@ -65,7 +83,7 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         epilogue = scaled(inputs[2], inputs[3], finish)
         emit_gemm(isa, shape, inputs[0], inputs[1], epilogue, threads, schedule)
 
-    return body, shape
+    return body, (shape, isa.label)
 
 
 def conv_shape(call) -> ConvShape:
@@ -123,13 +141,15 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     if shape.activation is None:
         return _float_linear(call, shape, codes, isa, threads, operands)
     operands.tensor(x)
-    if operands.memory is not None:
+    pixels = shape.batch * shape.out_height * shape.out_width
+    in_bytes = _in_bytes(isa, pixels, codes, *shape.layouts(), dense=shape.is_pointwise)
+    if operands.memory is not None and in_bytes.split is None:
         plan = plan_winograd(shape, codes)
         if plan is not None and winograd_is_faster(plan):
             return _winograd(call, plan, isa, threads, operands)
     if shape.is_pointwise:
-        rows = shape.batch * shape.height * shape.width
-        dense = GemmShape(rows, shape.out_channels, shape.channels, *shape.layouts())
+        isa = in_bytes
+        dense = GemmShape(pixels, shape.out_channels, shape.channels, *shape.layouts())
         schedule = choose(GemmSchedule, isa, dense, threads)
         packed = pack_panels(codes.reshape(shape.out_channels, -1), schedule.vectors * isa.lanes, isa.pair)
         emit: Callable = emit_gemm
@@ -139,6 +159,7 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         packed = pack_depthwise_weights(isa, shape, codes, schedule)
         emit, described = emit_depthwise, shape
     else:
+        isa = in_bytes
         schedule = choose(ConvSchedule, isa, shape, threads)
         packed, emit, described = pack_conv_weights(isa, shape, codes, schedule), emit_conv2d, shape
     operands.constant(packed)
@@ -149,7 +170,7 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         epilogue = scaled(inputs[2], inputs[3], finish)
         emit(isa, described, inputs[0], inputs[1], epilogue, threads, schedule)
 
-    return body, described
+    return body, (described, isa.label)
 
 
 def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, operands: Operands) -> Emitter:

@@ -21,6 +21,7 @@ from tvm_qfp8.relay_passes.recognize import Recognize
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
 from tvm_qfp8.relay_passes.sink_reshapes import SinkReshapes
+from tvm_qfp8.relay_passes.trained import ClaimTrained
 
 
 def prepare_passes() -> list:
@@ -30,6 +31,8 @@ def prepare_passes() -> list:
         relax.transform.DecomposeOpsForInference(),
         relax.transform.CanonicalizeBindings(),
         FoldConstants(),
+        # -- what quantization-aware training decided becomes a mark on each layer
+        ClaimTrained(),
         # -- bounds in one form, nothing that does nothing
         LiftClip(),
         Canonicalize(),

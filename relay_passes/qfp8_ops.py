@@ -15,6 +15,8 @@ qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc
 qfp8.take           table codes ``(rows, width)``, scale       float32: rows of an embedding table, each with its
                     ``(rows,)``, indices                       own scale
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
+qfp8.fake_quantize  x float32, scale                           x rounded to ``layout``; ``ClaimTrained`` takes it
+qfp8.trained        a linear layer's result, weight scales     the same: how the layer was trained (``trained``)
 qfp8.mish, selu     x float32                                  float32; until ``Interpolate`` only
 qfp8.elu, celu      x float32, alpha                           the same
 ==================  =========================================  ==================================================
@@ -77,7 +79,7 @@ _OPERATORS = {
     "batch_matmul": _batch_matmul_type,
     "take": _take_type,
     "interpolate": _same_type,
-    **dict.fromkeys(("mish", "selu", "elu", "celu"), _same_type),
+    **dict.fromkeys(("fake_quantize", "trained", "mish", "selu", "elu", "celu"), _same_type),
 }
 
 
@@ -146,6 +148,24 @@ def batch_matmul(x, y, scale: float, *, transpose_y: bool) -> relax.Call:
 def take(table, scale, indices) -> relax.Call:
     """Rows ``indices`` of an embedding table of codes."""
     return _call("take", [table, scale, indices])
+
+
+def fake_quantize(x, scale, layout: str, axis: int) -> relax.Call:
+    """``x`` rounded to a layout, with a scale for each index of ``axis``, or one for all if it is -1."""
+    return _call("fake_quantize", [x, scale], layout=layout, axis=int(axis))
+
+
+def trained(
+    y, weight_scale, weight_layout: str, activation_layout: str, activation_scale: float
+) -> relax.Call:
+    """``y`` of a linear layer that was trained so; no activation layout where only its weight is quantized."""
+    return _call(
+        "trained",
+        [y, weight_scale],
+        weight_layout=weight_layout,
+        activation_layout=activation_layout,
+        activation_scale=float(activation_scale),
+    )
 
 
 def activation(name: str, x, *parameters: float) -> relax.Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,8 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
 from tvm_qfp8.topi.prim_func import load
-from tvm_qfp8.topi.rows import (
-    Row,
-    emit_layer_norm,
-    emit_log_softmax,
-    emit_rms_norm,
-    emit_softmax,
-    for_each_row,
-)
+from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_rms_norm, for_each_row
+from tvm_qfp8.topi.softmax import emit_log_softmax, emit_softmax
 
 
 def _take(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
@@ -57,28 +52,41 @@ def _row_shape(x: relax.Expr) -> tuple[int, int]:
     return int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
 
 
+@dataclass(frozen=True)
+class RowWalk:
+    """How a machine walks over the rows of a tensor; ``read(index, offset, lanes)`` loads."""
+
+    each: Callable
+    """``each(rows, length, read, body)``: ``body(row, index)`` for all rows."""
+    softmax: Callable
+    """``softmax(rows, length, read, exp, finish)``: ``finish(index, value, offset, lanes)`` stores."""
+
+
 def emit_row_operator(
-    call, isa: InstructionSet, operands: Operands, max_error: float, for_each: Callable
+    call, isa: InstructionSet, operands: Operands, max_error: float, walk: RowWalk
 ) -> Emitter:
-    """Softmax or a norm; ``for_each(rows, length, read, body)`` calls ``body(row, index)`` for each row."""
+    """Softmax, log-softmax or a norm."""
     if op_name(call) in ("relax.nn.softmax", "relax.nn.log_softmax"):
-        return _softmax(call, isa, operands, max_error, for_each)
-    return _norm(call, operands, for_each)
+        return _softmax(call, isa, operands, max_error, walk)
+    return _norm(call, operands, walk)
 
 
 def _on_cpu(call, isa: InstructionSet, threads: int, operands: Operands, max_error: float) -> Emitter:
     pad = float("-inf") if "softmax" in op_name(call) else 0.0
 
-    def for_each(rows: int, length: int, read: Callable, body: Callable) -> None:
-        def one(index) -> None:
-            body(Row(isa, length, lambda offset, lanes: read(index, offset, lanes), pad=pad), index)
+    def row_at(length: int, read: Callable, index) -> Row:
+        return Row(isa, length, lambda offset, lanes: read(index, offset, lanes), pad=pad)
 
-        for_each_row(rows, length, threads, one)
+    def each(rows: int, length: int, read: Callable, body: Callable) -> None:
+        for_each_row(rows, length, threads, lambda index: body(row_at(length, read, index), index))
 
-    return emit_row_operator(call, isa, operands, max_error, for_each)
+    def softmax(rows: int, length: int, read: Callable, exp: Callable, finish: Callable) -> None:
+        emit_softmax(lambda index: row_at(length, read, index), rows, length, threads, exp, finish)
+
+    return emit_row_operator(call, isa, operands, max_error, RowWalk(each, softmax))
 
 
-def _softmax(call, isa: InstructionSet, operands: Operands, max_error: float, for_each: Callable) -> Emitter:
+def _softmax(call, isa: InstructionSet, operands: Operands, max_error: float, walk: RowWalk) -> Emitter:
     rows, length = _row_shape(call.args[0])
     at = operands.tensor(call.args[0])
     logarithmic = op_name(call) == "relax.nn.log_softmax"
@@ -91,24 +99,28 @@ def _softmax(call, isa: InstructionSet, operands: Operands, max_error: float, fo
     def exp(v):
         return bind(emit_table(exp_table, v, isa))
 
+    def log(v):
+        return bind(emit_table(log_table, v, isa))
+
     def body(inputs, finish) -> None:
+        def read(index, offset, lanes):
+            return load(inputs[at], index * length + offset, lanes)
+
+        def write(index, value, offset, lanes) -> None:
+            finish(value, index, offset, lanes, lanes)
+
         def one(row, index) -> None:
-            def write(value, offset, lanes) -> None:
-                finish(value, index, offset, lanes, lanes)
+            emit_log_softmax(row, exp, log, lambda *value: write(index, *value))
 
-            if logarithmic:
-                emit_log_softmax(row, exp, lambda v: bind(emit_table(log_table, v, isa)), write)
-            else:
-                emit_softmax(row, exp, write)
-
-        for_each(
-            rows, length, lambda index, offset, lanes: load(inputs[at], index * length + offset, lanes), one
-        )
+        if logarithmic:
+            walk.each(rows, length, read, one)
+        else:
+            walk.softmax(rows, length, read, exp, write)
 
     return body, (op_name(call), rows, length, max_error)
 
 
-def _norm(call, operands: Operands, for_each: Callable) -> Emitter:
+def _norm(call, operands: Operands, walk: RowWalk) -> Emitter:
     x, gamma, *beta = call.args
     rows, length = _row_shape(x)
     at = operands.tensor(x)
@@ -126,7 +138,7 @@ def _norm(call, operands: Operands, for_each: Callable) -> Emitter:
 
             emit(row, float(call.attrs.epsilon), scaled)
 
-        for_each(
+        walk.each(
             rows, length, lambda index, offset, lanes: load(inputs[at], index * length + offset, lanes), one
         )
 

@@ -81,7 +81,7 @@ class _Rewriter(MainRewriter):
             x, weight = arguments
             dense = isinstance(weight, GenericConst) and len(shape_of(weight)) == 2
             return [self.sources[x], weight] if dense and x in self.sources else None
-        if op_name(value) not in ELEMENTWISE and op_name(value) not in FUNCTIONS:
+        if op_name(value) not in (*ELEMENTWISE, *FUNCTIONS, "relax.qfp8.trained"):
             return None
         shapes = {shape_of(self.sources[a]) for a in arguments if a in self.sources}
         if len(shapes) != 1:

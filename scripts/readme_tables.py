@@ -103,6 +103,22 @@ def kernels() -> str:
     return _table(["layers, times as fast as", "found", "asked", "met"], rows)
 
 
+def cycles() -> str:
+    """Dense tiles on Arm CPUs by llvm-mca."""
+    record = _load("bench_cycles.json")
+    if record is None:
+        return ""
+    rows = [
+        [
+            tile["cpu"],
+            tile["activation"],
+            *(f"{tile[k]:.2f}" for k in ("macs_per_cycle", "float32_macs_per_cycle", "ratio")),
+        ]
+        for tile in record["tiles"]
+    ]
+    return _table(["CPU's model", "activations", "QFP8", "float32", "QFP8 / float32"], rows)
+
+
 def layouts() -> str:
     """The layouts of the format module."""
     from tvm_qfp8.format import LAYOUTS
@@ -136,6 +152,7 @@ TABLES = {
     "accuracy": accuracy,
     "latency": latency,
     "kernels": kernels,
+    "cycles": cycles,
     "layouts": layouts,
 }
 

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import tvm
+from assembly import fused_multiply_adds
 from quantized_programs import TARGETS, machine_runs
 from tvm.tirx.script.builder import ir as T
 
@@ -261,11 +262,13 @@ def test_kernels_equal_the_numpy_twin(name):
     isa = instruction_set(isa_of(target))
     x, tables = _kernel_inputs(1 << 16), _all_tables()
     module = tvm.compile(_kernels(tables, x.size, isa, isa.lanes), target=target)
-    assert not re.search(r"vfn?m(add|sub)\w*[ps]s", _text(module))
+    assert not fused_multiply_adds(_text(module))
     out = tvm.runtime.tensor(np.zeros_like(x))
     for function, table in tables.items():
         module.mod[function](tvm.runtime.tensor(x), out)
-        assert _equal_bits(out.numpy(), table(x)), function
+        # Softmax has subtracted the greatest value: its exponential is made for what is left.
+        inside = x <= 0 if table.reduction in ("exp_flush", "exp_square") else slice(None)
+        assert _equal_bits(out.numpy()[inside], table(x)[inside]), function
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 4, 8, 16])
@@ -286,7 +289,7 @@ def test_aarch64_code_looks_up_registers_and_rounds_each_step():
     tables = {"gelu": build_table("gelu"), "silu": build_table("silu", 1e-5)}
     text = _text(tvm.compile(_kernels(tables, 64, isa, isa.lanes), target=parse_target("aarch64")))
     assert "tbl" in text
-    assert not re.search(r"\bf(n?m(add|sub)|ml[as])\b", text)
+    assert not fused_multiply_adds(text)
 
 
 @pytest.mark.aarch64

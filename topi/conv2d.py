@@ -22,6 +22,8 @@ from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
     balanced_blocks,
+    copy_run,
+    decode_operand,
     decode_run,
     for_each_panel,
     overlapped_start,
@@ -129,13 +131,23 @@ def emit_conv2d(
         block_h = min(block_h, -(-out_h // (2 * threads)))
     block_h, blocks = balanced_blocks(out_h, block_h)
     slab_h = (block_h - 1) * stride_h + reach
+    slab_size = slab_h * slab_row
+
+    # Byte products take several parts of each value: those are made of the padded codes, in one run.
+    slab_dtype = "uint8" if isa.split else "int16"
+
+    def bring(source_at, target, target_at, length: int) -> None:
+        if isa.split:
+            copy_run(isa, x, source_at, target, target_at, length)
+        else:
+            decode_run(isa, activation, x, source_at, target, target_at, length)
 
     def interleave_planes(image, source_row, slab, start) -> None:
         """One row of an NCHW image: the planes' pixels next to each other, zeros as the channels missing."""
-        planes = T.alloc_buffer((slab_channels * shape.width,), "int16", align=64)
+        planes = T.alloc_buffer((slab_channels * shape.width,), slab_dtype, align=64)
         for channel in range(channels):
             source = ((image * channels + channel) * shape.height + source_row) * shape.width
-            decode_run(isa, activation, x, source, planes, channel * shape.width, shape.width)
+            bring(source, planes, channel * shape.width, shape.width)
         zero_run(isa, planes, channels * shape.width, (slab_channels - channels) * shape.width)
 
         def emit(offset, lanes) -> None:
@@ -146,18 +158,18 @@ def emit_conv2d(
 
         vector_runs(shape.width, isa.lanes, emit)
 
-    def decode_row(image, source_row, group, slab, slab_at) -> None:
+    def fill_row(image, source_row, group, slab, slab_at) -> None:
         source = ((image * shape.height + source_row) * shape.width) * shape.channels + group * channels
         left = shape.padding[1] * slab_channels
         zero_run(isa, slab, slab_at, left)
         if shape.channels_first:
             interleave_planes(image, source_row, slab, slab_at + left)
         elif shape.input_dilation[1] == 1 and shape.groups == 1 and slab_channels == channels:
-            decode_run(isa, activation, x, source, slab, slab_at + left, shape.width * channels)
+            bring(source, slab, slab_at + left, shape.width * channels)
         elif shape.input_dilation[1] == 1 and shape.groups == 1:
             # Decode the row in one run, then spread the pixels to their padded length.
-            row = T.alloc_buffer((shape.width * channels,), "int16", align=64)
-            decode_run(isa, activation, x, source, row, 0, shape.width * channels)
+            row = T.alloc_buffer((shape.width * channels,), slab_dtype, align=64)
+            bring(source, row, 0, shape.width * channels)
             with T.serial(0, shape.width) as pixel:
                 at = slab_at + left + pixel * slab_channels
                 for c in range(channels):
@@ -169,12 +181,12 @@ def emit_conv2d(
                 zero_run(isa, slab, slab_at, slab_row)
             with T.serial(0, shape.width) as pixel:
                 at = slab_at + left + pixel * pixel_step
-                decode_run(isa, activation, x, source + pixel * shape.channels, slab, at, channels)
+                bring(source + pixel * shape.channels, slab, at, channels)
                 zero_run(isa, slab, at + channels, slab_channels - channels)
         right = shape.padding[3] * slab_channels
         zero_run(isa, slab, slab_at + slab_row - right, right)
 
-    def decode_slab(image, first_out_row, group, slab) -> None:
+    def fill_slab(image, first_out_row, group, slab) -> None:
         with T.serial(0, slab_h) as r:
             slab_at = T.bind(first_out_row * stride_h + r - shape.padding[0])
             step = shape.input_dilation[0]
@@ -184,7 +196,7 @@ def emit_conv2d(
                 inside = tirx.And(inside, tirx.floormod(slab_at, step) == 0)
             with T.If(inside):
                 with T.Then():
-                    decode_row(image, source_row, group, slab, r * slab_row)
+                    fill_row(image, source_row, group, slab, r * slab_row)
                 with T.Else():
                     zero_run(isa, slab, r * slab_row, slab_row)
 
@@ -192,18 +204,26 @@ def emit_conv2d(
         registers = RegisterTile(isa, tile_rows, vectors)
         corner = T.bind((row_in_block * stride_h) * slab_row + first_pixel * (stride_w * slab_channels))
 
-        def tap(kh, kw) -> None:
-            offset = T.bind(corner + kh * (dilation_h * slab_row) + kw * (dilation_w * slab_channels))
+        def tap(kh, kw, product: int) -> None:
+            offset = T.bind(
+                product * slab_size
+                + corner
+                + kh * (dilation_h * slab_row)
+                + kw * (dilation_w * slab_channels)
+            )
             starts = [offset + i * (stride_w * slab_channels) for i in range(tile_rows)]
             steps = slab_channels // isa.pair
             first = (kh * kernel_w + kw) * steps
-            registers.reduce(
-                slab, starts, steps, schedule.unroll, lambda step, j: weights.load(first + step, j)
-            )
 
-        with T.serial(0, kernel_h) as kh:
-            with T.serial(0, kernel_w) as kw:
-                tap(kh, kw)
+            def load_weights(step, vector):
+                return weights.load(first + step, vector, product)
+
+            registers.reduce(slab, starts, steps, schedule.unroll, load_weights, product)
+
+        for product in range(isa.products):
+            with T.serial(0, kernel_h) as kh:
+                with T.serial(0, kernel_w) as kw:
+                    tap(kh, kw, product)
         for i in range(tile_rows):
             for j, valid in enumerate(weights.valid):
                 column = group * out_channels + weights.column(j)
@@ -217,8 +237,13 @@ def emit_conv2d(
 
     def block(image, index, group) -> None:
         first_out_row = overlapped_start(index, block_h, out_h)
-        slab = T.alloc_buffer((slab_h * slab_row,), "int16", align=64)
-        decode_slab(image, first_out_row, group, slab)
+        slab = T.alloc_buffer((slab_size,), slab_dtype, align=64)
+        fill_slab(image, first_out_row, group, slab)
+        if isa.split is not None:
+            codes = slab
+            slab = T.alloc_buffer((isa.activation_parts * slab_size,), "int8", align=64)
+            parts = isa.split.activation_parts
+            decode_operand(isa, activation, parts, codes, 0, slab, 0, slab_size, slab_size)
         group_panels = (
             T.decl_buffer((panel_codes,), "uint8", data=panels.data, elem_offset=group * panel_codes)
             if shape.groups > 1

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.micro_kernel import RegisterTile
+from tvm_qfp8.topi.matrix_kernel import decode_row_of_pair, register_tile
 from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
     balanced_blocks,
-    decode_run,
+    decode_operand,
     for_each_panel,
     overlapped_start,
     round_up,
@@ -61,40 +62,67 @@ def emit_gemm(
     parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
 
     by_rows = parallel and schedule.parallel_rows
-    most = max(tile_rows, schedule.scratch_bytes // (2 * depth))
+    most = max(tile_rows, schedule.scratch_bytes // (isa.operand_bytes * depth))
     if by_rows:
         most = min(most, -(-shape.rows // threads))
     block_rows, blocks = balanced_blocks(shape.rows, most, tile_rows)
+    # Where rows go in pairs, an odd block computes its last row twice.
+    stored_rows = round_up(block_rows, isa.row_group)
+    part_size = stored_rows * depth
+
+    def row_of(row):
+        return row if stored_rows == block_rows else T.bind(tirx.min(row, block_rows - 1))
 
     def decode_block(first_row, scratch) -> None:
+        parts = isa.split.activation_parts if isa.split else None
+
+        if isa.split is not None and isa.row_group > 1:
+            with T.serial(0, stored_rows) as row:
+                source = (first_row + row_of(row)) * shape.depth
+                split = isa.split, isa.split.activation_parts
+                decode_row_of_pair(
+                    shape.activation, *split, x, source, scratch, row, shape.depth, depth, part_size
+                )
+            return
+
+        def decode(source_at, target_at, length: int) -> None:
+            decode_operand(isa, shape.activation, parts, x, source_at, scratch, target_at, length, part_size)
+
         if depth == shape.depth:
-            decode_run(isa, shape.activation, x, first_row * depth, scratch, 0, block_rows * depth)
+            decode(first_row * depth, 0, block_rows * depth)
             return
         with T.serial(0, block_rows) as row:
-            decode_run(
-                isa, shape.activation, x, (first_row + row) * shape.depth, scratch, row * depth, shape.depth
-            )
-            zero_run(isa, scratch, row * depth + shape.depth, depth - shape.depth)
+            decode((first_row + row) * shape.depth, row * depth, shape.depth)
+            for part in range(isa.activation_parts):
+                end = part * part_size + row * depth + shape.depth
+                zero_run(isa, scratch, end, depth - shape.depth)
 
     def tile(scratch, first_row, row_in_block, weights: PanelWeights) -> None:
-        registers = RegisterTile(isa, tile_rows, vectors)
+        registers = register_tile(isa, tile_rows, vectors)
+        for product in range(isa.products):
+            groups = range(0, tile_rows, isa.row_group)
+            first = isa.activation_part(product) * part_size
+            starts = [first + (row_in_block + i) * depth for i in groups]
 
-        starts = [(row_in_block + i) * depth for i in range(tile_rows)]
-        registers.reduce(scratch, starts, depth // isa.pair, schedule.unroll, weights.load)
+            def load_weights(step, vector, product=product):
+                return weights.load(step, vector, product)
+
+            registers.reduce(scratch, starts, depth // isa.pair, schedule.unroll, load_weights, product)
         for i in range(tile_rows):
             for j, valid in enumerate(weights.valid):
-                epilogue(registers.value(i, j), first_row + row_in_block + i, weights.column(j), valid)
+                row = first_row + row_of(row_in_block + i)
+                epilogue(registers.value(i, j), row, weights.column(j), valid)
 
     def tiles_of_block(body: Callable, prefetch: Callable = lambda part, parts: None) -> None:
-        tiles = -(-block_rows // tile_rows)
+        tiles = -(-stored_rows // tile_rows)
         with T.serial(0, tiles) as t:
             if schedule.prefetch:
                 prefetch(t, tiles)
-            body(overlapped_start(t, tile_rows, block_rows))
+            body(overlapped_start(t, tile_rows, stored_rows))
 
     def block(index) -> None:
         first_row = overlapped_start(index, block_rows, shape.rows)
-        scratch = T.alloc_buffer((block_rows * depth,), "int16", align=64)
+        scratch = T.alloc_buffer((isa.activation_parts * part_size,), isa.operand_dtype, align=64)
         decode_block(first_row, scratch)
 
         def walk_panels(body: Callable, loop=T.serial) -> None:

@@ -88,6 +88,15 @@ class TirOps:
     def mul(self, a, b):
         return bind(mul(a, b))
 
+    def add_on_multipliers(self, a, b):
+        """a + b, as a * 1 + b: the same bits from the units that multiply, where those that add are the busier ones."""
+        if not self.scales_by_powers:
+            return self.add(a, b)
+        one, rounding = tirx.const(1.0, self._float), tirx.const(4, "int32")
+        return bind(
+            tirx.call_llvm_pure_intrin(self._float, "llvm.x86.avx512.vfmadd.ps.512", a, one, b, rounding)
+        )
+
     def divide(self, a, b):
         return bind(a / b)
 
@@ -103,10 +112,6 @@ class TirOps:
     def rint(self, x):
         """The nearest integer, ties to even: vrndscaleps."""
         return bind(_masked_avx512("rndscale", x, tirx.const(8, "int32")))
-
-    def fraction(self, x):
-        """x - rint(x), 0 for an infinity: vreduceps."""
-        return bind(_masked_avx512("reduce", x, tirx.const(0, "int32")))
 
     def scale(self, x, power):
         """x * 2**power, rounded once; right for infinities and denormals: vscalefps."""

@@ -1,9 +1,10 @@
 """The register tile of every integer kernel: ``rows x (vectors * lanes)`` int32 accumulators.
 
-One reduction step reads ``pair`` int16 grid values of each row, repeats them over a vector, and multiplies and
+One reduction step reads ``pair`` grid values of each row, repeats them over a vector, and multiplies and
 adds them to ``vectors`` weight vectors. The accumulators live in a local buffer with constant indices, which LLVM
-keeps in registers. Exactness: products and sums are int32, and the caller has proved that no partial sum
-overflows (``overflow.py``).
+keeps in registers. Where the instruction set multiplies int8 parts, every product of parts has accumulators of its own
+and is summed in a pass of its own. Exactness: products and sums are int32, and the caller has proved that no partial
+sum overflows (``overflow.py``).
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ class RegisterTile:
 
     def __init__(self, isa: InstructionSet, rows: int, vectors: int) -> None:
         self.isa, self.rows, self.vectors = isa, rows, vectors
-        self._buffer = T.alloc_buffer((rows * vectors * isa.lanes,), "int32", scope="local")
+        count = rows * vectors * isa.products
+        self._buffer = T.alloc_buffer((count * isa.lanes,), "int32", scope="local")
         zero = tirx.const(0, with_lanes("int32", isa.lanes))
-        for index in range(rows * vectors):
+        for index in range(count):
             store(self._buffer, index * isa.lanes, zero, isa.lanes)
 
-    def _at(self, row: int, vector: int) -> int:
-        return (row * self.vectors + vector) * self.isa.lanes
+    def _at(self, row: int, vector: int, product: int = 0) -> int:
+        return ((product * self.rows + row) * self.vectors + vector) * self.isa.lanes
 
     def reduce(
         self,
@@ -48,6 +50,7 @@ class RegisterTile:
         steps: int,
         unroll: int,
         load_weights: Callable[..., tirx.PrimExpr],
+        product: int = 0,
     ) -> None:
         """Add ``steps`` reduction steps: ``activations[row_starts[i]:]`` times ``load_weights(step, vector)``.
 
@@ -57,7 +60,7 @@ class RegisterTile:
 
         def one_step(step) -> None:
             starts = [start + step * isa.pair for start in row_starts]
-            self._multiply(step, lambda row: isa.broadcast(activations, starts[row]), load_weights)
+            self._multiply(step, lambda row: isa.broadcast(activations, starts[row]), load_weights, product)
 
         if element is None:
             reduce_steps(steps, unroll, one_step)
@@ -68,17 +71,19 @@ class RegisterTile:
             lanes = isa.row_steps * isa.pair
             rows = [T.bind(load(activations, start + first * isa.pair, lanes)) for start in row_starts]
             for step in range(isa.row_steps):
-                self._multiply(first + step, lambda row: element(rows[row], step), load_weights)
+                self._multiply(
+                    first + step, lambda row, step=step: element(rows[row], step), load_weights, product
+                )
         for rest in range(whole * isa.row_steps, steps):
             one_step(rest)
 
-    def _multiply(self, step, activation: Callable, load_weights: Callable) -> None:
+    def _multiply(self, step, activation: Callable, load_weights: Callable, product: int) -> None:
         lanes = self.isa.lanes
         weights = [load_weights(step, vector) for vector in range(self.vectors)]
         for row in range(self.rows):
             repeated = T.bind(activation(row))
             for vector, weight in enumerate(weights):
-                at = self._at(row, vector)
+                at = self._at(row, vector, product)
                 total = self.isa.multiply_add(load(self._buffer, at, lanes), repeated, weight)
                 store(self._buffer, at, total, lanes)
 
@@ -90,5 +95,9 @@ class RegisterTile:
         )
 
     def value(self, row: int, vector: int):
-        """The int32 accumulator vector of one row."""
-        return load(self._buffer, self._at(row, vector), self.isa.lanes)
+        """The int32 dot products of one row."""
+        products = [
+            load(self._buffer, self._at(row, vector, product), self.isa.lanes)
+            for product in range(self.isa.products)
+        ]
+        return self.isa.split.combine(products) if self.isa.split else products[0]

@@ -7,7 +7,7 @@ and decoding keeps the order, so a panel is decoded into cache by one straight r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.codec import decode_expr
+from tvm_qfp8.topi.codec_parts import decode_parts
 from tvm_qfp8.topi.float_contract import with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, prefetch_run, store, vector_runs
@@ -81,11 +82,48 @@ def decode_run(
     vector_runs(length, 2 * isa.lanes, emit)
 
 
-def zero_run(isa: InstructionSet, target, target_at, length: int) -> None:
-    """Write ``length`` int16 zeros."""
+def decode_operand(
+    isa: InstructionSet,
+    layout: Layout,
+    parts: Sequence[str] | None,
+    source,
+    source_at,
+    target,
+    target_at,
+    length: int,
+    part_size: int,
+) -> None:
+    """Decode ``length`` neighbouring codes into what the instruction set multiplies.
+
+    That is int16, or the int8 ``parts`` of its split, each ``part_size`` elements behind the one before it.
+    """
+    if isa.split is None or parts is None:
+        decode_run(isa, layout, source, source_at, target, target_at, length)
+        return
+    split = isa.split
 
     def emit(offset, lanes):
-        store(target, target_at + offset, tirx.const(0, with_lanes("int16", lanes)), lanes)
+        codes = load(source, source_at + offset, lanes)
+        for index, part in enumerate(decode_parts(codes, layout, split, parts)):
+            store(target, target_at + index * part_size + offset, part, lanes)
+
+    vector_runs(length, 4 * isa.lanes, emit)
+
+
+def copy_run(isa: InstructionSet, source, source_at, target, target_at, length: int) -> None:
+    """Copy ``length`` neighbouring bytes."""
+
+    def emit(offset, lanes):
+        store(target, target_at + offset, load(source, source_at + offset, lanes), lanes)
+
+    vector_runs(length, 4 * isa.lanes, emit)
+
+
+def zero_run(isa: InstructionSet, target, target_at, length: int) -> None:
+    """Write ``length`` zeros."""
+
+    def emit(offset, lanes):
+        store(target, target_at + offset, tirx.const(0, with_lanes(str(target.dtype), lanes)), lanes)
 
     if length:
         vector_runs(length, 2 * isa.lanes, emit)
@@ -106,7 +144,7 @@ class PanelWeights:
     """The weights of one panel as a micro-kernel sees them."""
 
     load: Callable
-    """(step, vector) -> int16 vector of ``lanes * pair`` grid values."""
+    """(step, vector, product) -> vector of ``lanes * pair`` grid values, or of the parts in that product."""
     column: Callable
     """(vector) -> index of its first output channel."""
     prefetch_next: Callable
@@ -138,15 +176,18 @@ def for_each_panel(
         first_column = overlapped_start(panel, width, shape.columns)
         if in_registers:
 
-            def load_weights(step, vector):
+            def load_weights(step, vector, product=0):
                 codes = load(panels, start + step * (width * isa.pair) + vector * vector_codes, vector_codes)
                 return T.bind(decode_expr(codes, shape.weight, "int16", isa))
         else:
-            decoded = T.alloc_buffer((shape.depth * width,), "int16", align=64)
-            decode_run(isa, shape.weight, panels, start, decoded, 0, shape.depth * width)
+            size = shape.depth * width
+            decoded = T.alloc_buffer((isa.products * size,), isa.operand_dtype, align=64)
+            parts = isa.split.weight if isa.split else None
+            decode_operand(isa, shape.weight, parts, panels, start, decoded, 0, size, size)
 
-            def load_weights(step, vector):
-                return T.bind(load(decoded, step * (width * isa.pair) + vector * vector_codes, vector_codes))
+            def load_weights(step, vector, product=0):
+                at = product * size + step * (width * isa.pair) + vector * vector_codes
+                return T.bind(load(decoded, at, vector_codes))
 
         def prefetch_next(part, parts: int) -> None:
             length = -(-shape.depth * width // parts)

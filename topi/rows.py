@@ -1,4 +1,4 @@
-"""Operators that reduce the last axis: softmax, log-softmax, LayerNorm and RMSNorm, passes over a row in cache.
+"""Operators that reduce the last axis, as passes over a row in cache; LayerNorm and RMSNorm.
 
 Reductions use 16 lane accumulators whatever the vector width, element i in lane i mod 16, combined in a fixed
 tree, so that every target gives the same bits.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import LANES, add, bind, lanes_of, mul, sub, tree_sum, with_lanes
+from tvm_qfp8.topi.float_contract import LANES, add, bind, lanes_of, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, store
 
@@ -31,8 +31,6 @@ class Row:
         self._read = read
         self._full = length // LANES
         self._rest = length % LANES
-        groups = -(-length // LANES)
-        self._scratch = T.alloc_buffer((groups * LANES,), "float32", align=64)
         self._tail = T.alloc_buffer((LANES,), "float32", align=64) if self._rest else None
         self._vector = with_lanes("float32", self.lanes)
         for lane in range(LANES if self._rest else 0):
@@ -52,6 +50,10 @@ class Row:
         """A scalar in every lane."""
         return scalar if self.lanes == 1 else tirx.Broadcast(scalar, self.lanes)
 
+    def first_lane(self, vector):
+        """The first lane of a vector of ``lanes``, a scalar."""
+        return vector if self.lanes == 1 else bind(tirx.Shuffle([vector], [tirx.const(0, "int32")]))
+
     def _groups(self, body: Callable) -> None:
         """``body(source, offset)`` for each group; ``source(lane)`` is a vector of the row, padding included."""
         if self._full:
@@ -61,8 +63,13 @@ class Row:
         if self._rest:
             body(lambda lane: bind(load(self._tail, lane, self.lanes)), self._full * LANES)
 
+    def vector(self, offset, lane: int):
+        """The vector at ``lane`` of the group at ``offset``, padding included."""
+        in_tail = isinstance(offset, int) and offset >= self._full * LANES
+        return load(self._tail, lane, self.lanes) if in_tail else self._read(offset + lane, self.lanes)
+
     def largest(self):
-        """The greatest value, a float32 scalar. The order does not matter, so several vectors are compared at once."""
+        """The greatest value in every lane. The order does not matter, so several vectors are compared at once."""
         width = next(w for w in (4, 2, 1) if self._full % w == 0)
         accumulators = T.alloc_buffer((width * LANES,), "float32", scope="local", align=64)
         lanes = range(0, width * LANES, self.lanes)
@@ -79,19 +86,25 @@ class Row:
         if self._rest:
             for lane in range(0, LANES, self.lanes):
                 take(lane, load(self._tail, lane, self.lanes))
-        vectors = [bind(load(accumulators, lane, self.lanes)) for lane in lanes]
+        return self.greatest_of([bind(load(accumulators, lane, self.lanes)) for lane in lanes])
+
+    def greatest_of(self, vectors: list):
+        """The greatest value of vectors, in every lane."""
         while len(vectors) > 1:
             vectors = [bind(tirx.max(a, b)) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
-        store(accumulators, 0, vectors[0], self.lanes)
-        values = [bind(load(accumulators, lane, 1)) for lane in range(self.lanes)]
-        while len(values) > 1:
-            values = [bind(tirx.max(a, b)) for a, b in zip(values[::2], values[1::2], strict=True)]
-        return values[0]
+        greatest, distance = vectors[0], self.lanes // 2
+        while distance:
+            greatest = bind(tirx.max(greatest, _rotated(greatest, distance)))
+            distance //= 2
+        return greatest
 
-    def sum(self, function: Callable = lambda v: v, keep: bool = False):
+    def sum(
+        self, function: Callable = lambda v: v, keep: tuple | None = None, beside: Callable | None = None
+    ):
         """Of ``function(vector)``, by 16 lane accumulators combined in the tree 8-4-2-1; a float32 scalar.
 
-        With ``keep`` the values are kept for ``finish``.
+        With ``keep``, a buffer and a start in it, the values are kept there. ``beside(offset)`` is emitted next to
+        each group of 16.
         """
         accumulators = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
         parts = range(0, LANES, self.lanes)
@@ -99,28 +112,57 @@ class Row:
             store(accumulators, lane, self.constant(0.0), self.lanes)
 
         def body(source, offset) -> None:
+            # Its loads come first: rows are often 4 KiB apart, where a load seems to follow a store of this group.
+            if beside is not None:
+                beside(offset)
             for lane in parts:
                 value = bind(function(source(lane)))
-                if keep:
-                    store(self._scratch, offset + lane, value, self.lanes)
+                if keep is not None:
+                    store(keep[0], keep[1] + offset + lane, value, self.lanes)
                 store(accumulators, lane, add(load(accumulators, lane, self.lanes), value), self.lanes)
 
         self._groups(body)
-        return tree_sum([T.bind(load(accumulators, lane, 1)) for lane in range(LANES)])
+        return self._tree_sum([bind(load(accumulators, lane, self.lanes)) for lane in parts])
 
-    def finish(self, function: Callable, emit: Callable, kept: bool = False) -> None:
-        """``emit(function(vector), offset, lanes)`` over the row or what ``sum`` kept."""
-        read = (lambda offset, lanes: load(self._scratch, offset, lanes)) if kept else self._read
-        full = self.length // self.lanes
-        if full:
-            with T.serial(0, full) as i:
-                value = bind(function(bind(read(i * self.lanes, self.lanes))))
-                emit(value, i * self.lanes, self.lanes)
-        offset = full * self.lanes
-        while offset < self.length:
-            part = 1 << ((self.length - offset).bit_length() - 1)
-            emit(bind(function(bind(read(offset, part)))), offset, part)
-            offset += part
+    def _tree_sum(self, vectors: list):
+        """The tree 8-4-2-1 on whole vectors; which of two is the first does not matter to a sum."""
+        while len(vectors) > 1:
+            half = len(vectors) // 2
+            vectors = [bind(add(vectors[i], vectors[i + half])) for i in range(half)]
+        total, distance = vectors[0], self.lanes // 2
+        while distance:
+            total = bind(add(total, _rotated(total, distance)))
+            distance //= 2
+        return self.first_lane(total)
+
+    def pieces(self, offset) -> list[tuple]:
+        """(offset, lanes) of the vectors that cover the group at ``offset``, its padding not."""
+        in_tail = isinstance(offset, int) and offset >= self._full * LANES
+        end = self._rest if in_tail else LANES
+        found, at = [], 0
+        while at < end:
+            lanes = min(self.lanes, 1 << ((end - at).bit_length() - 1))
+            found.append((offset + at, lanes))
+            at += lanes
+        return found
+
+    def finish(self, function: Callable, emit: Callable) -> None:
+        """``emit(function(vector), offset, lanes)`` over the row."""
+
+        def piece(offset, lanes: int) -> None:
+            emit(bind(function(bind(self._read(offset, lanes)))), offset, lanes)
+
+        if self._full:
+            with T.serial(0, self._full * LANES // self.lanes) as i:
+                piece(i * self.lanes, self.lanes)
+        for offset, lanes in self.pieces(self._full * LANES) if self._rest else []:
+            piece(offset, lanes)
+
+
+def _rotated(vector, distance: int):
+    lanes = lanes_of(vector)
+    order = [tirx.const((lane + distance) % lanes, "int32") for lane in range(lanes)]
+    return tirx.Shuffle([vector], order)
 
 
 def for_each_row(rows: int, length: int, threads: int, body: Callable) -> None:
@@ -128,23 +170,6 @@ def for_each_row(rows: int, length: int, threads: int, body: Callable) -> None:
     parallel = threads > 1 and rows > 1 and rows * length >= MIN_PARALLEL_ELEMENTS
     with (T.parallel if parallel else T.serial)(0, rows) as row:
         body(row)
-
-
-def emit_softmax(row: Row, exp: Callable, finish: Callable) -> None:
-    """exp(x - max) / sum; ``exp`` gives 0 for -infinity, the row's padding. NaN for a row of only -infinity."""
-    largest = row.splat(row.largest())
-    total = row.sum(lambda v: exp(bind(sub(v, largest))), keep=True)
-    factor = T.bind(tirx.const(1.0, "float32") / total)
-    row.finish(lambda v: mul(v, like_scalar(factor, v)), finish, kept=True)
-
-
-def emit_log_softmax(row: Row, exp: Callable, log: Callable, finish: Callable) -> None:
-    """x - max - log(sum)."""
-    largest = T.bind(row.largest())
-    wide = row.splat(largest)
-    total = row.sum(lambda v: exp(bind(sub(v, wide))))
-    shift = T.bind(log(total))
-    row.finish(lambda v: sub(bind(sub(v, like_scalar(largest, v))), like_scalar(shift, v)), finish)
 
 
 def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
@@ -164,7 +189,9 @@ def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
     variance = T.bind(mul(row.sum(square), inverse))
     deviation = T.bind(tirx.sqrt(add(variance, tirx.const(epsilon, "float32"))))
     factor = T.bind(tirx.const(1.0, "float32") / deviation)
-    row.finish(lambda v: mul(bind(sub(v, like_scalar(mean, v))), like_scalar(factor, v)), finish)
+    row.finish(
+        lambda v: mul(bind(sub(v, like_scalar(mean, lanes_of(v)))), like_scalar(factor, lanes_of(v))), finish
+    )
 
 
 def emit_rms_norm(row: Row, epsilon: float, finish: Callable) -> None:
@@ -173,10 +200,9 @@ def emit_rms_norm(row: Row, epsilon: float, finish: Callable) -> None:
     square = T.bind(mul(total, tirx.const(1.0 / row.length, "float32")))
     deviation = T.bind(tirx.sqrt(add(square, tirx.const(epsilon, "float32"))))
     factor = T.bind(tirx.const(1.0, "float32") / deviation)
-    row.finish(lambda v: mul(v, like_scalar(factor, v)), finish)
+    row.finish(lambda v: mul(v, like_scalar(factor, lanes_of(v))), finish)
 
 
-def like_scalar(scalar, vector):
-    """A scalar in as many lanes as ``vector`` has."""
-    lanes = lanes_of(vector)
+def like_scalar(scalar, lanes: int):
+    """A scalar in every lane."""
     return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)

@@ -46,7 +46,7 @@ def _tiles(isa: InstructionSet, rows: int, columns: int, limit: int = 14) -> set
     return {
         tile_rows * _TILE + vectors
         for vectors in range(1, widest + 1)
-        for tile_rows in range(1, min(rows, limit) + 1)
+        for tile_rows in range(isa.row_group, min(rows, limit) + 1, isa.row_group)
         if isa.fits(tile_rows, vectors)
         # Tiles of few accumulators cannot hide the latency of a multiply-add.
         if tile_rows * vectors >= min(4, rows * widest)
@@ -94,7 +94,7 @@ class GemmSchedule:
     @classmethod
     def space(cls, isa: InstructionSet, shape: GemmShape, threads: int) -> Space:
         default = cls.default(isa, shape, threads)
-        few, one_tile = shape.rows <= 16, shape.rows <= default.tile_rows
+        few, one_tile = shape.rows <= 16 and isa.split is None, shape.rows <= default.tile_rows
         return _with_default(
             default.decisions(),
             {

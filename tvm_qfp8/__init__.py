@@ -35,6 +35,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "torch":
+        return importlib.import_module("tvm_qfp8.torch")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'tvm_qfp8' has no attribute {name!r}")
     return getattr(importlib.import_module(f"tvm_qfp8.{_PUBLIC[name]}"), name)

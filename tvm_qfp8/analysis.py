@@ -13,6 +13,7 @@ from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.importers import load_model
 from tvm_qfp8.relay_passes.prepare import prepare
+from tvm_qfp8.relay_passes.trained import take_trained
 
 
 def sensitivity(
@@ -40,9 +41,9 @@ def sensitivity(
         As ``compile``; CalibrationError without samples.
     """
     config = config or Config()
-    canonical = prepare(load_model(mod, params=params, input_shapes=input_shapes).mod)
+    canonical, trained = take_trained(prepare(load_model(mod, params=params, input_shapes=input_shapes).mod))
     batches, first = first_samples(calibration, Program(canonical).inputs, samples)
     if not first:
         raise CalibrationError("sensitivity needs calibration samples: a model's errors depend on its inputs")
-    plan = calibrate(canonical, batches, config, progress)
+    plan = calibrate(canonical, batches, config, progress) if trained is None else trained
     return layer_effects(canonical, plan, first, config.max_error, progress)

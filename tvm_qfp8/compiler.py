@@ -29,6 +29,7 @@ from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
+from tvm_qfp8.relay_passes.trained import take_trained
 from tvm_qfp8.reporting import describe
 from tvm_qfp8.runtime import (
     AT_LOAD,
@@ -148,7 +149,7 @@ def compile(  # noqa: A001 - the public name
     stage("import", 0, 1)
     imported = load_model(mod, params=params, input_shapes=input_shapes)
     try:
-        canonical = prepare(imported.mod)
+        canonical, trained = take_trained(prepare(imported.mod))
     except Exception:  # passes raise whatever they do on tensors of unknown shape, the cause worth naming
         check_static_shapes(imported.mod)
         raise
@@ -156,8 +157,12 @@ def compile(  # noqa: A001 - the public name
     stage("import", 1, 1)
     if (max_drop is None) != (metric is None):
         raise CalibrationError("max_drop and metric belong together: give both or neither")
+    if trained is not None and calibration is not None:
+        raise CalibrationError(
+            "the model was trained with its own layouts and scales; give no calibration data"
+        )
     samples, first = first_samples(calibration, Program(canonical).inputs, SENSITIVITY_SAMPLES)
-    plan = calibrate(canonical, samples, config, progress)
+    plan = calibrate(canonical, samples, config, progress) if trained is None else trained
     if metric is not None and max_drop is not None:
         plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)
     keep_sums_in_int32(plan)

@@ -31,3 +31,7 @@ class TuningError(QFP8Error):
 
 class TableError(QFP8Error):
     """A table with the asked error bound cannot be built."""
+
+
+class MissingPackageError(QFP8Error, ImportError):
+    """A part of this package needs an optional one that is not installed."""

@@ -28,7 +28,9 @@ def describe(
 ) -> Report:
     """The report of a compilation."""
     report = Report(target=str(target), notes=list(notes))
-    if plan.samples == 0:
+    if plan.trained:
+        report.notes.append("layouts and scales are those of quantization-aware training")
+    elif plan.samples == 0:
         report.notes.append("no calibration data: only weights are quantized, activations stay float32")
     for block in canonical["main"].body.blocks:
         for binding in block.bindings:

@@ -31,14 +31,29 @@ def runner(
     case: Case, choose: ScheduleChooser = default_schedule, winograd: bool = True, target: str = "native"
 ) -> Run:
     """The compiled case on random codes; a call leaves its result inside the virtual machine."""
+    memory = StaticMemory() if winograd else None
+    compiled = executable(case, target, ACTIVATIONS[type(case)], choose, memory)
+    codes = np.random.default_rng(0).integers(0, 127, input_shape(case), dtype=np.uint8)
+    return _on_machine(compiled, codes)
+
+
+def input_shape(case: Case) -> tuple[int, ...]:
+    """Of the codes that enter the case."""
+    return (case.rows, case.depth) if isinstance(case, Dense) else (1, case.size, case.size, case.channels)
+
+
+def executable(
+    case: Case,
+    target: str,
+    activations: str,
+    choose: ScheduleChooser = default_schedule,
+    memory: StaticMemory | None = None,
+):
+    """The case compiled for a target, activations as codes of this layout."""
     rng = np.random.default_rng(0)
-    layout = get_layout(ACTIVATIONS[type(case)])
-    if isinstance(case, Dense):
-        shape: tuple[int, ...] = (case.rows, case.depth)
-    else:
-        shape = (1, case.size, case.size, case.channels)
+    layout = get_layout(activations)
     builder = relax.BlockBuilder()
-    x = relax.Var("x", relax.TensorType(shape, layout.ir_dtype))
+    x = relax.Var("x", relax.TensorType(input_shape(case), layout.ir_dtype))
     with builder.function("main", [x]):
         with builder.dataflow():
             value: relax.Expr = x
@@ -49,8 +64,7 @@ def runner(
                 value = builder.emit(qfp8_ops.encode(value, layout, 0.05))
             output = builder.emit_output(value)
         builder.emit_func_output(output)
-    codes = rng.integers(0, 127, shape, dtype=np.uint8)
-    return _on_machine(builder.get(), codes, choose, StaticMemory() if winograd else None, target)
+    return _compile(builder.get(), target, choose, memory)
 
 
 def _layer(case: Case, index: int, x: relax.Expr, rng: np.random.Generator) -> relax.Expr:
@@ -82,19 +96,16 @@ def tuned_schedules() -> LoggedSchedules:
     return LoggedSchedules(parse_target("native"), default_roots())
 
 
-def _on_machine(
-    mod: tvm.IRModule,
-    x: np.ndarray,
-    choose: ScheduleChooser = default_schedule,
-    memory: StaticMemory | None = None,
-    name: str = "native",
-) -> Run:
+def _compile(mod: tvm.IRModule, name: str, choose: ScheduleChooser, memory: StaticMemory | None):
     target = parse_target(name)
     with target:
         instructions = instruction_set(isa(target), cpu_features(target))
         mod = LowerGroups(instructions, 1, choose=choose, memory=memory)(mod)
         pipeline = tvm.transform.Sequential(build_passes())
-        executable = tvm.compile(mod, target=target, relax_pipeline=pipeline)
+        return tvm.compile(mod, target=target, relax_pipeline=pipeline)
+
+
+def _on_machine(executable, x: np.ndarray) -> Run:
     machine = relax.VirtualMachine(executable, tvm.cpu())
     machine.set_input("main", tvm.runtime.tensor(x))
     return lambda: machine.invoke_stateful("main")
@@ -109,4 +120,4 @@ def empty_runner() -> Run:
         with builder.dataflow():
             output = builder.emit_output(qfp8_ops.encode(x, layout, 1.0))
         builder.emit_func_output(output)
-    return _on_machine(builder.get(), np.ones(16, np.float32))
+    return _on_machine(_compile(builder.get(), "native", default_schedule, None), np.ones(16, np.float32))

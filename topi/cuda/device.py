@@ -15,7 +15,8 @@ from tvm.backend.cuda.op import cuda_func_call
 
 from tvm_qfp8.format import Layout
 
-# One step multiplies 16 x 16 by 16 x 8 float16 values. A thread, with group = lane / 4 and place = lane % 4, holds of the left operand the rows group and group + 8, of the right one the column group, four values k of each, and
+# One step multiplies 16 x 16 by 16 x 8 float16. A thread of a warp, with group = lane / 4 and place = lane % 4,
+# holds of the left operand the rows group and group + 8, of the right one the column group, and four values k of each;
 # of the result the columns 2 * place and 2 * place + 1 of these rows. Which k it holds does not matter as long as both
 # operands agree.
 _MMA = """

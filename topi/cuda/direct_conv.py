@@ -87,7 +87,7 @@ def emit_direct_conv(shape: ConvShape, x, weights, epilogue: Callable) -> None:
 
 
 def emit_float_conv(shape: FloatConvShape, x, weights, epilogue: Callable) -> None:
-    """float32 activations, in the order of ``float_linear``: 16 accumulators over channels or, depthwise, taps."""
+    """float32 activations, summed in ``float_linear``'s order: 16 accumulators over channels or, depthwise, taps."""
     conv = shape.conv
     channels, outputs = conv.channels // conv.groups, conv.out_channels // conv.groups
 

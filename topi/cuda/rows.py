@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.cuda.launch import THREADS
-from tvm_qfp8.topi.float_contract import LANES, add, bind, tree_sum
+from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, sub, tree_sum
 from tvm_qfp8.topi.prim_func import load, store
 
 
@@ -18,13 +18,15 @@ class ThreadRow:
     def __init__(self, length: int, read: Callable, place, lane) -> None:
         self.length, self._read, self._place, self._lane = length, read, place, lane
         self._groups = -(-length // LANES)
-        self._kept: Callable = lambda v: v
 
     def set_padding(self, value) -> None:
         """The padding is never read."""
 
     def splat(self, scalar):
         return scalar
+
+    def first_lane(self, value):
+        return value
 
     def _each(self, body: Callable) -> None:
         """``body(value, offset, inside)`` for the thread's elements; after the last one it is repeated, not inside."""
@@ -48,9 +50,7 @@ class ThreadRow:
             values = [bind(tirx.max(a, b)) for a, b in zip(values[::2], values[1::2], strict=True)]
         return values[0]
 
-    def sum(self, function: Callable = lambda v: v, keep: bool = False):
-        if keep:
-            self._kept = function
+    def sum(self, function: Callable = lambda v: v):
         total = T.alloc_buffer((1,), "float32", scope="local")
         store(total, 0, tirx.const(0.0, "float32"), 1)
 
@@ -61,13 +61,8 @@ class ThreadRow:
         self._each(take)
         return tree_sum(self._shared(load(total, 0, 1)))
 
-    def finish(self, function: Callable, emit: Callable, kept: bool = False) -> None:
-        """What ``sum`` kept is computed again."""
-
-        def one(value, offset, _inside) -> None:
-            emit(bind(function(bind(self._kept(value)) if kept else value)), offset, 1)
-
-        self._each(one)
+    def finish(self, function: Callable, emit: Callable) -> None:
+        self._each(lambda value, offset, _inside: emit(bind(function(value)), offset, 1))
 
 
 def for_each_row(rows: int, length: int, read: Callable, body: Callable) -> None:
@@ -78,3 +73,18 @@ def for_each_row(rows: int, length: int, read: Callable, body: Callable) -> None
             place, lane = T.bind(thread // LANES), T.bind(thread % LANES)
             index = T.bind(tirx.min(block * per_block + place, rows - 1))
             body(ThreadRow(length, lambda offset, lanes: read(index, offset, lanes), place, lane), index)
+
+
+def emit_softmax(rows: int, length: int, read: Callable, exp: Callable, finish: Callable) -> None:
+    """exp(x - max) / sum; the exponentials are computed twice, which costs less than to keep them."""
+
+    def one(row: ThreadRow, index) -> None:
+        largest = row.largest()
+
+        def exponential(v):
+            return exp(bind(sub(v, largest)))
+
+        factor = T.bind(tirx.const(1.0, "float32") / row.sum(exponential))
+        row.finish(lambda v: mul(bind(exponential(v)), factor), lambda *value: finish(index, *value))
+
+    for_each_row(rows, length, read, one)

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+from tvm_qfp8.format import Layout
+from tvm_qfp8.topi.split import Split, split_of
+
 
 @dataclass(frozen=True)
 class InstructionSet:
@@ -19,7 +22,7 @@ class InstructionSet:
     lanes: int
     """int32 or float32 lanes of one vector register."""
     pair: int
-    """int16 products that one multiply-add sums into each int32 lane."""
+    """Products that one multiply-add sums into each int32 lane."""
     registers: int
     """Vector registers."""
     multiply_add: Callable
@@ -34,28 +37,73 @@ class InstructionSet:
     """(row vector, step) -> its activations of that step, repeated in every lane; where ``row_steps`` > 1."""
     byte_permute: bool = False
     """Has ``vpermi2b``, a look-up in a table of 128 bytes (AVX512-VBMI)."""
+    row_group: int = 1
+    """Rows that one multiply-add takes: 2 where it multiplies matrices, see ``topi/matrix_kernel.py``."""
+    byte_products: InstructionSet | None = None
+    """The same machine's multiply-add of int8 values, where it does so many more that split values pay."""
+    matrix_products: InstructionSet | None = None
+    """The same for matrices of int8 values; for dense layers, whose rows can be interleaved."""
+    extension: str = ""
+    """What a multiply-add of bytes needs besides ``name``."""
+    split: Split | None = None
+    """The int8 parts that this multiply-add takes; None where it takes int16 grid values."""
+
+    @property
+    def label(self) -> str:
+        """``name`` with its extension."""
+        return f"{self.name}+{self.extension}" if self.extension else self.name
+
+    @property
+    def operand_dtype(self) -> str:
+        """What decoded operands are kept as."""
+        return "int8" if self.split else "int16"
+
+    @property
+    def products(self) -> int:
+        """Passes over the operands: the byte products that make one product of grid values."""
+        return self.split.products if self.split else 1
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of one decoded activation."""
+        return self.activation_parts if self.split else 2
+
+    @property
+    def activation_parts(self) -> int:
+        """Forms in which each decoded activation is kept."""
+        return len(self.split.activation_parts) if self.split else 1
+
+    def activation_part(self, product: int) -> int:
+        """Which of those forms a product takes."""
+        return self.split.activation_part(product) if self.split else 0
+
+    def in_bytes(self, activation: Layout, weight: Layout, dense: bool) -> InstructionSet:
+        """The variant that multiplies the int8 parts of these layouts; itself where there is none."""
+        variant = (dense and self.matrix_products) or self.byte_products
+        return replace(variant, split=split_of(activation, weight)) if variant else self
 
     def fits(self, rows: int, vectors: int) -> bool:
         """Whether accumulators, the weight vectors of one step and the activations fit the registers."""
-        activations = rows if self.row_steps > 1 else 1
-        return rows * vectors + vectors + activations + self.temporaries <= self.registers
+        weights = vectors * self.row_group
+        activations = rows / self.row_group if self.row_steps > 1 or self.row_group > 1 else 1
+        return rows * vectors + weights + activations + self.temporaries <= self.registers
 
     def tile(self, rows: int, columns: int, row_length: int | None = None) -> tuple[int, int]:
         """(rows, vectors) of the register tile for an output of ``rows`` x ``columns``.
 
         ``row_length`` is given where a tile may not cross a row of pixels (convolution).
         """
-        best, best_cost = (1, 1), float("inf")
+        best, best_cost = (self.row_group, 1), float("inf")
         length = row_length or rows
         for vectors in (1, 2, 3, 4):
             if vectors > 1 and (vectors - 1) * self.lanes >= columns:
                 break
-            for tile_rows in range(1, min(length, 14) + 1):
+            for tile_rows in range(self.row_group, min(length, 14) + 1, self.row_group):
                 if not self.fits(tile_rows, vectors):
                     continue
                 steps = -(-length // tile_rows) * -(-columns // (vectors * self.lanes))
                 # One multiply-add each, plus the loads of a step: vectors of weights, and the activations.
-                loads = vectors + tile_rows / self.row_steps
+                loads = vectors * self.row_group + tile_rows / (self.row_steps * self.row_group)
                 cost = steps * (tile_rows * vectors + 0.5 * max(loads - tile_rows * vectors / 2, 0) + 1.5)
                 if cost < best_cost:
                     best, best_cost = (tile_rows, vectors), cost
@@ -67,7 +115,7 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
 
     ``features`` are LLVM's names of the target's features; some widen what an instruction set can do.
     """
-    from tvm_qfp8.topi.isa import avx2, avx512, neon, sse2
+    from tvm_qfp8.topi.isa import avx2, avx512, neon, neon_dotprod, neon_i8mm, sse2
 
     if name == "cuda":
         from tvm_qfp8.topi.cuda import isa as cuda
@@ -76,5 +124,11 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
     if name == "generic":
         # The same plain vector code, without the look-up instructions that "neon" stands for.
         return replace(neon.INSTRUCTION_SET, name="generic")
+    if name == "neon" and "dotprod" in features:
+        return replace(
+            neon.INSTRUCTION_SET,
+            byte_products=neon_dotprod.INSTRUCTION_SET,
+            matrix_products=neon_i8mm.INSTRUCTION_SET if "i8mm" in features else None,
+        )
     sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon}
     return replace(sets[name].INSTRUCTION_SET, byte_permute="avx512vbmi" in features)

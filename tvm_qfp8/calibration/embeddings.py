@@ -26,14 +26,24 @@ def quantized_embeddings(program: Program, skip: Iterable[str] = ()) -> dict[str
     }
 
 
-def _is_embedding(step: Step) -> bool:
+def embedding_tables(program: Program) -> dict[str, np.ndarray]:
+    """By variable name, all constant float32 tables ``(rows, width)`` that ``take`` reads rows of."""
+    return {step.name: step.arguments[0] for step in program.steps if _is_look_up(step)}
+
+
+def _is_look_up(step: Step) -> bool:
     if step.operator != "relax.take" or not isinstance(step.arguments[1], Name):
         return False
     table = step.arguments[0]
     is_table = isinstance(table, np.ndarray) and table.ndim == 2 and table.dtype == np.float32
-    return (
-        is_table and table.size >= SMALLEST_TABLE and step.attrs.axis == 0 and bool(np.isfinite(table).all())
-    )
+    return is_table and step.attrs.axis == 0
+
+
+def _is_embedding(step: Step) -> bool:
+    if not _is_look_up(step):
+        return False
+    table = step.arguments[0]
+    return table.size >= SMALLEST_TABLE and bool(np.isfinite(table).all())
 
 
 def embedding_steps(

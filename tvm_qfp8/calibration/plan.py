@@ -52,6 +52,8 @@ class QuantizationPlan:
         Tables that a ``take`` reads rows of, one scale per row.
     samples : int
         Number of calibration samples seen; 0 means weights only.
+    trained : bool
+        All decisions come from quantization-aware training.
     """
 
     linear: dict[str, LinearQuantization] = field(default_factory=dict)
@@ -59,3 +61,4 @@ class QuantizationPlan:
     skipped: dict[str, str] = field(default_factory=dict)
     embeddings: dict[str, QTensor] = field(default_factory=dict)
     samples: int = 0
+    trained: bool = False

@@ -29,7 +29,7 @@ def from_exported_program(program: Any, input_shapes: Mapping[str, tuple[int, ..
             program,
             keep_params_as_input=False,
             unwrap_unit_return_tuple=True,
-            custom_convert_map={"elu.default": _elu},
+            custom_convert_map={"elu.default": _elu, "fake_quantize.default": _fake_quantize},
         )
     except Exception as error:  # the front end raises whatever its converters do
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
@@ -53,6 +53,13 @@ def _elu(node: Any, importer: Any) -> Any:
     below = emit(relax.op.multiply, emit(relax.op.minimum, x, 0.0), input_scale)
     curve = emit(relax.op.multiply, emit(relax.op.subtract, emit(relax.op.exp, below), 1.0), alpha * scale)
     return emit(relax.op.add, emit(relax.op.multiply, emit(relax.op.maximum, x, 0.0), scale), curve)
+
+
+def _fake_quantize(node: Any, importer: Any) -> Any:
+    """tvm_qfp8.fake_quantize(x, scale, layout, axis), from quantization-aware training."""
+    from tvm_qfp8.relay_passes import qfp8_ops
+
+    return importer.block_builder.emit(qfp8_ops.fake_quantize(*importer.retrieve_args(node)))
 
 
 def _array(tensor: Any) -> np.ndarray:

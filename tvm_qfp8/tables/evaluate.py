@@ -12,6 +12,8 @@ odd         sign(x) * p(|x|): tanh, erf
 logistic    0.5 + sign(x) * p(|x|): sigmoid
 hinge       slope * max(x, hinge) + p(clamp(x)): Mish, ELU, CELU, SELU
 direct      p(clamp(x)): any function on its domain
+symmetric   p(|x|): derivatives of tanh and sigmoid
+step        slope above 0, else p(clamp(x)): derivatives of ELU, CELU, SELU
 exp         2**n * p(t - n), n = rint(t), t = x * log2(e) or, for exp2, x
 exp_flush   the same for x <= 0, but 0 where t < -126: log-softmax
 exp_square  the same times a constant, with p(r) = (r + a)**2 + b: softmax
@@ -66,6 +68,15 @@ def _direct(table: Table, x, ops):
     return interpolate(table, signed_argument(table, x, ops), ops)
 
 
+def _symmetric(table: Table, x, ops):
+    return interpolate(table, argument(table, ops.absolute(x), ops), ops)
+
+
+def _step(table: Table, x, ops):
+    below = interpolate(table, signed_argument(table, x, ops), ops)
+    return ops.select(ops.less(ops.const(0.0), x), ops.const(table.slope), below)
+
+
 def _reciprocal(_table: Table, x, ops):
     return ops.divide(ops.const(1.0), x)
 
@@ -88,6 +99,20 @@ def _hardswish(table: Table, x, ops):
     return ops.mul(ops.maximum(ops.const(-3.0), x), _hardsigmoid(table, x, ops))
 
 
+def _hardsigmoid_slope(_table: Table, x, ops):
+    magnitude = ops.absolute(x)
+    # NaN is neither below 3 nor above 1.
+    outside = ops.select(ops.less(ops.const(1.0), magnitude), ops.const(0.0), x)
+    return ops.select(ops.less(magnitude, ops.const(3.0)), ops.const(1.0 / 6.0), outside)
+
+
+def _hardswish_slope(_table: Table, x, ops):
+    inside = ops.add(ops.mul(x, ops.const(1.0 / 3.0)), ops.const(0.5))
+    low = ops.select(ops.less(ops.const(-3.0), x), inside, ops.const(0.0))
+    high = ops.select(ops.less(ops.const(1.0), x), ops.const(1.0), x)
+    return ops.select(ops.less(x, ops.const(3.0)), low, high)
+
+
 def _product(table: Table, x, ops):
     exponent = table.scale
     base = ops.divide(ops.const(1.0), x) if exponent < 0 else x
@@ -108,6 +133,8 @@ REDUCTIONS = {
     "logistic": _logistic,
     "hinge": _hinge,
     "direct": _direct,
+    "symmetric": _symmetric,
+    "step": _step,
     "exp": exp,
     "exp_flush": exp_flush,
     "exp_square": exp_flush,
@@ -122,4 +149,6 @@ REDUCTIONS = {
     "rsqrt": _rsqrt,
     "hardsigmoid": _hardsigmoid,
     "hardswish": _hardswish,
+    "hardsigmoid_slope": _hardsigmoid_slope,
+    "hardswish_slope": _hardswish_slope,
 }

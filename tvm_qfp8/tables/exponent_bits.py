@@ -32,7 +32,8 @@ def _has_normal_results(table: Table) -> bool:
 def _round(t, ops):
     """(a sum with rint(t) in its low bits, rint(t), t - rint(t))."""
     if ops.scales_by_powers:
-        return None, ops.rint(t), ops.fraction(t)
+        whole = ops.rint(t)
+        return None, whole, ops.sub(t, whole)
     magic = ops.const(MAGIC)
     shifted = ops.add(t, magic)
     whole = ops.sub(shifted, magic)
@@ -57,14 +58,12 @@ def _times_power_of_two(mantissa, shifted, whole, ops, normal: bool):
 def exp(table: Table, x, ops):
     """Reduction ``exp``."""
     normal = _has_normal_results(table)
-    t = x
-    if normal or not ops.scales_by_powers:
-        # Without bounds of its own the instruction gives the same: 0 and infinity beyond the table's.
-        t = _clamped(table, x, ops)
+    t = _clamped(table, x, ops)
     if table.scale != 1.0:
         t = ops.mul(t, ops.const(table.scale))
     shifted, whole, fraction = _round(t, ops)
-    return _times_power_of_two(horner(table, None, fraction, ops), shifted, whole, ops, normal)
+    mantissa = horner(table, None, fraction, ops, ops.add_on_multipliers)
+    return _times_power_of_two(mantissa, shifted, whole, ops, normal)
 
 
 def exp_flush(table: Table, x, ops):
@@ -72,19 +71,21 @@ def exp_flush(table: Table, x, ops):
 
     Quadratics are (r + a)**2 + b: one operation less than Horner's rule, and a constant factor cancels in softmax.
     """
-    # Rows are padded and masked with -infinity, which has no fraction.
-    t = ops.maximum(ops.const(-127.0), ops.mul(x, ops.const(table.scale)))
-    magic = ops.const(MAGIC)
-    shifted = ops.add(t, magic)
-    fraction = ops.sub(t, ops.sub(shifted, magic))
-    factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
-    factor = ops.select(ops.less(t, ops.const(-126.0)), ops.const(0.0), ops.from_bits(factor))
+    t = ops.mul(x, ops.const(table.scale))
+    if not ops.scales_by_powers:
+        # Rows are padded and masked with -infinity, whose fraction is NaN. Beside vscalefps its result is flushed.
+        t = ops.maximum(ops.const(-127.0), t)
+    shifted, whole, fraction = _round(t, ops)
     if table.reduction == "exp_square":
-        root = ops.add(fraction, ops.const(table.coefficients[1][0]))
-        mantissa = ops.add(ops.mul(root, root), ops.const(table.coefficients[0][0]))
+        root = ops.add_on_multipliers(fraction, ops.const(table.coefficients[1][0]))
+        mantissa = ops.add_on_multipliers(ops.mul(root, root), ops.const(table.coefficients[0][0]))
     else:
-        mantissa = horner(table, None, fraction, ops)
-    return ops.mul(mantissa, factor)
+        mantissa = horner(table, None, fraction, ops, ops.add_on_multipliers)
+    flushed, zero = ops.less(t, ops.const(-126.0)), ops.const(0.0)
+    if ops.scales_by_powers:
+        return ops.select(flushed, zero, ops.scale(mantissa, whole))
+    factor = (ops.bits(shifted) << ops.int_const(23)) + ops.int_const(127 << 23)
+    return ops.mul(mantissa, ops.select(flushed, zero, ops.from_bits(factor)))
 
 
 def exp_split(table: Table, x, ops):

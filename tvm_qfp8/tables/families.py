@@ -1,4 +1,4 @@
-"""Functions with a parameter, by names such as ``elu(0.5)``, ``celu(1.3)`` and ``pow(1.7)``."""
+"""Functions with a parameter, by names such as ``elu(0.5)``, ``celu(1.3)`` and ``pow(1.7)``; derivatives, ``gelu'``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from tvm_qfp8.errors import TableError
+from tvm_qfp8.tables.derivatives import derivative_of
 from tvm_qfp8.tables.functions import FUNCTIONS, Function, exponential_unit
 
 LARGEST_PRODUCT = 8.0
@@ -63,6 +64,8 @@ def find_function(name: str) -> Function:
     """
     if name in FUNCTIONS:
         return FUNCTIONS[name]
+    if name.endswith("'"):
+        return derivative_of(find_function(name[:-1]))
     match = NAME.fullmatch(name)
     if match is not None and match[1] in FAMILIES:
         try:

@@ -11,15 +11,15 @@ MAGIC = 12582912.0
 """1.5 * 2**23: adding it leaves the nearest integer, ties to even, in the low bits."""
 
 
-def horner(table: Table, index, variable, ops):
-    """The polynomial of cell ``index`` (modulo the number of cells) at ``variable``."""
+def horner(table: Table, index, variable, ops, add=None):
+    """The polynomial of cell ``index`` (modulo the number of cells) at ``variable``; ``add`` if not ``ops.add``."""
     if table.cells == 1:
         values = [ops.const(power[0]) for power in table.coefficients]
     else:
         values = ops.lookup(table.coefficients, index)
     result = values[-1]
     for value in reversed(values[:-1]):
-        result = ops.add(ops.mul(result, variable), value)
+        result = (add or ops.add)(ops.mul(result, variable), value)
     return result
 
 

@@ -34,7 +34,7 @@ def reduced_curve(function: Function, tail: float) -> tuple[Curve, float]:
         tuple((pin, float(np.float32(core(np.asarray(pin)) - hinge))) for pin in function.pins),
         low_value=function.low_limit - hinge if function.low is None else None,
         high_value=high_value if function.high is None else None,
-        high_free=function.reduction != "hinge",
+        high_free=function.low is not None,
     )
     return curve, hinge
 

@@ -86,7 +86,7 @@ class Workload:
             {
                 "family": self.family,
                 "shape": shape,
-                "isa": self.isa.name,
+                "isa": self.isa.label,
                 "threads": self.threads,
                 "revision": REVISION,
             }

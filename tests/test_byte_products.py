@@ -1,0 +1,132 @@
+"""Arm's byte products: int8 parts of grid values give the integers that int16 products give, bit for bit."""
+
+import itertools
+
+import numpy as np
+import pytest
+from quantized_programs import build, program, random_codes
+from tvm import relax
+
+from tvm_qfp8.format import get_layout
+from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes.linear_kernels import conv_shape
+from tvm_qfp8.relay_passes.quantize_linear import codes_constant
+from tvm_qfp8.targets import cpu_features, parse_target
+from tvm_qfp8.targets import isa as isa_of
+from tvm_qfp8.topi import reference
+from tvm_qfp8.topi.isa import instruction_set
+from tvm_qfp8.topi.split import split_of
+
+ACTIVATIONS = ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"]
+TARGETS = {
+    "dotprod": "llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod",
+    "i8mm": "llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod,+i8mm",
+}
+
+
+@pytest.mark.parametrize("activation, weight", list(itertools.product(ACTIVATIONS, ["E2M5", "E3M4", "E1M6"])))
+def test_every_product_of_grid_values(activation, weight):
+    x, w = get_layout(activation), get_layout(weight)
+    split = split_of(x, w)
+    total = np.zeros((256, 256), np.int64)
+    for factor, x_part, w_part in zip(split.factors, split.activation, split.weight, strict=True):
+        left, right = split.part(x_part, x.grid), split.part(w_part, w.grid)
+        assert min(left.min(), right.min()) >= -128 and max(left.max(), right.max()) <= 127
+        total += factor * np.multiply.outer(left, right)
+    assert np.array_equal(total, np.multiply.outer(x.grid.astype(np.int64), w.grid.astype(np.int64)))
+
+
+def test_bound_covers_every_partial_sum():
+    rng = np.random.default_rng(0)
+    x, w = get_layout("UE3M5"), get_layout("E2M5")
+    split = split_of(x, w)
+    weight = w.grid[rng.integers(0, 256, (5, 40))].astype(np.int64)
+    extreme = x.grid[rng.integers(200, 256, (3, 40))].astype(np.int64)
+    worst = sum(
+        abs(factor) * np.abs(split.part(xp, extreme)) @ np.abs(split.part(wp, weight)).T
+        for factor, xp, wp in zip(split.factors, split.activation, split.weight, strict=True)
+    )
+    assert worst.max() <= split.largest_sum(weight, x)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_target_decides(name):
+    parsed = parse_target(TARGETS[name])
+    found = instruction_set(isa_of(parsed), cpu_features(parsed))
+    assert found.in_bytes(get_layout("UE2M6"), get_layout("E2M5"), True).label == f"neon+{name}"
+
+
+@pytest.mark.parametrize("mnemonic, name", [("sdot", "dotprod"), ("smmla", "i8mm")])
+def test_the_instruction_is_used(mnemonic, name):
+    executable = build(_dense(20, 24, 64, "UE2M6")[0], TARGETS[name])
+    modules = [executable.mod, *executable.mod.imports]
+    text = "".join(m.inspect_source("s") for m in modules if m.kind == "llvm")
+    assert f"\t{mnemonic}\t" in text
+
+
+def _dense(rows, columns, depth, layout, weight_layout="E2M5"):
+    rng = np.random.default_rng(rows)
+    weight, x = random_codes(rng, (columns, depth)), random_codes(rng, (rows, depth))
+    a, bias = rng.random(columns, np.float32) * 1e-4, rng.standard_normal(columns, np.float32)
+
+    def emit(builder, q):
+        return qfp8_ops.matmul(q, codes_constant(weight, weight_layout), relax.const(a), relax.const(bias))
+
+    sums = reference.matmul(x, weight, get_layout(layout), get_layout(weight_layout))
+    return program([((rows, depth), layout)], emit), x, reference.scale_and_bias(sums, a, bias)
+
+
+@pytest.mark.aarch64
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize(
+    "rows, columns, depth, layout",
+    [
+        (7, 5, 3, "UE2M6"),
+        (8, 4, 16, "E3M4"),
+        (50, 70, 30, "UE3M5"),
+        (131, 33, 65, "E3M4"),
+        (49, 48, 128, "UE2M6"),
+        (9, 8, 33, "E1M6"),
+        (1, 33, 70, "UE2M6"),
+    ],
+)
+def test_matmul(run_aarch64, target, rows, columns, depth, layout):
+    mod, x, expected = _dense(rows, columns, depth, layout)
+    assert np.array_equal(run_aarch64(build(mod, target), [x])[0], expected)
+
+
+@pytest.mark.aarch64
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize(
+    "size, channels, out, kernel, stride, padding, dilation, groups",
+    [
+        ((9, 11), 3, 8, (3, 3), 2, 1, 1, 1),
+        ((7, 7), 16, 33, (3, 3), 1, 1, 1, 1),
+        ((6, 5), 20, 40, (1, 1), 1, 0, 1, 1),
+        ((12, 13), 6, 9, (3, 2), 2, 1, 2, 3),
+    ],
+)
+def test_conv2d(run_aarch64, target, size, channels, out, kernel, stride, padding, dilation, groups):
+    rng = np.random.default_rng(channels)
+    weight = random_codes(rng, (out, *kernel, channels // groups))
+    x = random_codes(rng, (2, *size, channels))
+    a, bias = rng.random(out, np.float32) * 1e-4, rng.standard_normal(out, np.float32)
+    shapes = []
+
+    def emit(builder, q):
+        call = qfp8_ops.conv2d(
+            q,
+            codes_constant(weight, "E2M5"),
+            relax.const(a),
+            relax.const(bias),
+            strides=(stride, stride),
+            padding=(padding,) * 4,
+            dilation=(dilation, dilation),
+            groups=groups,
+        )
+        shapes.append(conv_shape(call))
+        return call
+
+    mod = program([(x.shape, "UE2M6")], emit)
+    expected = reference.scale_and_bias(reference.conv2d(x, weight, shapes[0]), a, bias)
+    assert np.array_equal(run_aarch64(build(mod, target), [x])[0], expected)

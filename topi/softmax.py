@@ -1,0 +1,115 @@
+"""Softmax and log-softmax over the last axis.
+
+Softmax reads a row three times: for its greatest value, for the exponentials and their sum, and to divide. One loop
+does all three, each for another row: beside the exponentials of a row it looks for the greatest value of the next one
+and divides those of the row before. So no step waits for a sum over its own row, and a row comes from memory while
+another one is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.topi.float_contract import LANES, bind, lanes_of, mul, sub
+from tvm_qfp8.topi.panels import overlapped_start
+from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, Row, like_scalar
+
+
+def emit_softmax(
+    row_at: Callable[..., Row], rows: int, length: int, threads: int, exp: Callable, finish: Callable
+) -> None:
+    """exp(x - max) / sum of all rows; ``finish(row, value, offset, lanes)`` stores.
+
+    ``exp`` gives 0 for -infinity, the rows' padding. NaN for a row of only -infinity.
+    """
+    parallel = threads > 1 and rows > 1 and rows * length >= MIN_PARALLEL_ELEMENTS
+    block = -(-rows // threads) if parallel else rows
+
+    def one_block(first) -> None:
+        pipeline = _Pipeline(row_at(first), exp, finish)
+        with T.serial(0, block) as index:
+            current = T.bind(first + index)
+            pipeline.step(
+                index,
+                row_at(current),
+                row_at(T.bind(tirx.min(current + 1, first + block - 1))),
+                # The first row has none before it: what is written in its place is written again.
+                T.bind(tirx.max(current - 1, first)),
+            )
+        pipeline.divide_all(first + block - 1, (block - 1) % 2)
+
+    if not parallel:
+        one_block(0)
+        return
+    with T.parallel(0, -(-rows // block)) as index:
+        one_block(overlapped_start(index, block, rows))
+
+
+class _Pipeline:
+    """What one row hands to the next: the greatest value of the row to come, the last row's exponentials and factor."""
+
+    def __init__(self, row: Row, exp: Callable, finish: Callable) -> None:
+        self.exp, self.finish, self.lanes = exp, finish, row.lanes
+        self.row = row
+        self.size = -(-row.length // LANES) * LANES
+        self.kept = T.alloc_buffer((2 * self.size,), "float32", align=64)
+        self.greatest = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
+        self.factor = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
+        store(self.greatest, 0, row.largest(), self.lanes)
+        store(self.factor, 0, row.constant(0.0), self.lanes)
+
+    def step(self, index, row: Row, following: Row, previous) -> None:
+        """Exponentials and sum of ``row``, the greatest value of ``following``, the results of ``previous``."""
+        largest = bind(load(self.greatest, 0, self.lanes))
+        factor = bind(load(self.factor, 0, self.lanes))
+        place, other = T.bind(index % 2 * self.size), T.bind((index + 1) % 2 * self.size)
+        found = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
+        parts = range(0, LANES, self.lanes)
+        for lane in parts:
+            store(found, lane, row.constant(float("-inf")), self.lanes)
+
+        def beside(offset) -> None:
+            for lane in parts:
+                vector = bind(following.vector(offset, lane))
+                store(found, lane, tirx.max(load(found, lane, self.lanes), vector), self.lanes)
+            for at, lanes in row.pieces(offset):
+                self._divide(previous, other, at, lanes, factor)
+
+        total = row.sum(lambda v: self.exp(bind(sub(v, largest))), keep=(self.kept, place), beside=beside)
+        vectors = [bind(load(found, lane, self.lanes)) for lane in parts]
+        store(self.greatest, 0, row.greatest_of(vectors), self.lanes)
+        store(self.factor, 0, row.splat(T.bind(tirx.const(1.0, "float32") / total)), self.lanes)
+
+    def divide_all(self, index, parity: int) -> None:
+        """The results of the last row."""
+        factor = bind(load(self.factor, 0, self.lanes))
+        full = self.row.length // LANES
+        if full:
+            with T.serial(0, full) as group:
+                for at, lanes in self.row.pieces(group * LANES):
+                    self._divide(index, parity * self.size, at, lanes, factor)
+        if self.row.length % LANES:
+            for at, lanes in self.row.pieces(full * LANES):
+                self._divide(index, parity * self.size, at, lanes, factor)
+
+    def _divide(self, index, place, at, lanes: int, factor) -> None:
+        scale = factor if lanes == self.lanes else like_scalar(self.row.first_lane(factor), lanes)
+        self.finish(index, bind(mul(load(self.kept, place + at, lanes), scale)), at, lanes)
+
+
+def emit_log_softmax(row: Row, exp: Callable, log: Callable, finish: Callable) -> None:
+    """x - max - log(sum)."""
+    wide = bind(row.largest())
+    total = row.sum(lambda v: exp(bind(sub(v, wide))))
+    shift = T.bind(log(total))
+    largest = row.first_lane(wide)
+
+    def result(v):
+        lanes = lanes_of(v)
+        return sub(bind(sub(v, like_scalar(largest, lanes))), like_scalar(shift, lanes))
+
+    row.finish(result, finish)
