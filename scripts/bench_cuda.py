@@ -216,27 +216,23 @@ def pointwise(torch: Any, name: str, turns: int, bandwidth: float) -> dict[str, 
     from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
     from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
     from tvm_qfp8.topi.cuda.launch import for_each
-    from tvm_qfp8.topi.cuda.rows import for_each_row
+    from tvm_qfp8.topi.cuda.rows import emit_softmax
     from tvm_qfp8.topi.interpolate import emit_table
     from tvm_qfp8.topi.prim_func import TensorSpec, load, store
-    from tvm_qfp8.topi.rows import emit_softmax
 
     length = 1024
     exp = build_softmax_exp(softmax_exp_error(1e-3, length))
     gelu = build_table("gelu", max_error=1e-3)
 
     def softmax_body(x, y) -> None:
-        def one(row, index) -> None:
-            emit_softmax(
-                row,
-                lambda v: emit_table(exp, v, INSTRUCTION_SET),
-                lambda value, offset, _lanes: store(y, index * length + offset, value, 1),
-            )
-
         def read(index, offset, _lanes):
             return load(x, index * length + offset, 1)
 
-        for_each_row(ELEMENTS // length, length, read, one)
+        def write(index, value, offset, _lanes) -> None:
+            store(y, index * length + offset, value, 1)
+
+        rows = ELEMENTS // length
+        emit_softmax(rows, length, read, lambda v: emit_table(exp, v, INSTRUCTION_SET), write)
 
     def gelu_body(x, y) -> None:
         for_each(ELEMENTS, lambda i: store(y, i, emit_table(gelu, load(x, i, 1), INSTRUCTION_SET), 1))

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 import tvm
 import tvm_ffi
@@ -177,23 +178,65 @@ def test_direct_convolution(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """(module for sm_80, its lowered program)"""
-    lowered = []
-    with pytest.MonkeyPatch.context() as patch:
-        original = tvm.compile
-        patch.setattr("tvm.compile", lambda mod, **options: lowered.append(mod) or original(mod, **options))
-        module = tvm_qfp8.compile(model(), "cuda-sm80", calibration=samples())
-    return module, lowered[0]
+    return tvm_qfp8.compile(model(), "cuda-sm80", calibration=samples())
 
 
 @pytest.mark.slow
 @NEEDS_COMPILER
-def test_a_whole_network_gives_the_bits_of_the_cpu(compiled, tmp_path):
+def test_a_whole_network_gives_the_bits_of_the_cpu(tmp_path):
     x = samples()[2]["x"]
     here = tvm_qfp8.compile(model(), "native", calibration=samples())
-    found = run_program(compiled[1], [x], tmp_path)
+    found = run_program(lowered_for_cuda(model(), samples()), [x], tmp_path)
     for ours, theirs in zip(found, here.run({"x": x}), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def attention() -> onnx.ModelProto:
+    """Tokens -> embedding -> LayerNorm -> attention of one head -> GELU -> pooled, with products of activations."""
+    rng = np.random.default_rng(3)
+    shapes = {"table": (9, 16), **dict.fromkeys("qkvo", (16, 16))}
+    weights = {name: rng.standard_normal(shape, np.float32) * 0.5 for name, shape in shapes.items()}
+    weights |= {"one": np.ones(16, np.float32), "zero": np.full(16, 0.25, np.float32)}
+    body = """
+        embedded = Gather (table, tokens)
+        normed = LayerNormalization <axis = -1> (embedded, one, zero)
+        queries = MatMul (normed, q)
+        keys = MatMul (normed, k)
+        values = MatMul (normed, v)
+        turned = Transpose <perm = [0, 2, 1]> (keys)
+        scores = MatMul (queries, turned)
+        shares = Softmax (scores)
+        mixed = MatMul (shares, values)
+        hidden = MatMul (mixed, o)
+        active = Gelu (hidden)
+        y = Add (active, embedded)
+    """
+    text = f"agraph (int64[2, 5] tokens) => (float[2, 5, 16] y) {{ {body} }}"
+    graph = onnx.parser.parse_graph(text)
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in weights.items())
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+
+
+def lowered_for_cuda(network, calibration) -> tvm.IRModule:
+    """What ``compile`` hands to TVM."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tvm.compile", lambda mod, **_: found.append(mod))
+        tvm_qfp8.compile(network, "cuda-sm80", calibration=calibration)
+    return found[0]
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_attention_gives_the_bits_of_the_cpu(calibrated, tmp_path):
+    """Calibrated, and with float32 activations."""
+    inputs = [{"tokens": np.random.default_rng(i).integers(0, 9, (2, 5))} for i in range(4)]
+    calibration = inputs if calibrated else None
+    lowered = lowered_for_cuda(attention(), calibration)
+    here = tvm_qfp8.compile(attention(), "native", calibration=calibration)
+    (found,) = run_program(lowered, [inputs[0]["tokens"]], tmp_path)
+    np.testing.assert_array_equal(found, here.run(inputs[0])[0])
 
 
 @NEEDS_NVCC
@@ -215,7 +258,7 @@ def test_kernels_compile_to_assembly_and_machine_code(arch):
 
 @NEEDS_NVCC
 def test_an_exported_module_holds_compiled_code(compiled, tmp_path):
-    module, _ = compiled
+    module = compiled
     source = cuda_code.cuda_source(module._executable)
     assert source.count("__global__") >= 4
     module.export_library(tmp_path / "m.so")
@@ -234,7 +277,7 @@ def test_an_exported_module_holds_compiled_code(compiled, tmp_path):
 @pytest.mark.skipif(tvm.runtime.enabled("cuda"), reason="the real loader reads it in the tests marked gpu")
 def test_what_a_loader_is_given(compiled, tmp_path):
     """Format, functions with their launch parameters, and code, each whole, and all that follows in the file."""
-    compiled[0].export_library(tmp_path / "m.so")
+    compiled.export_library(tmp_path / "m.so")
     given = []
     empty = build_prim_func("f", [TensorSpec((1,), "uint8")], lambda x: store(x, 0, load(x, 0, 1), 1))
     stand_in = tvm.compile(tvm.IRModule({"f": empty}), target="llvm").mod
