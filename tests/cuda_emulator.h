@@ -20,6 +20,8 @@
 #define __launch_bounds__(...)
 #define __restrict__
 #define __shared__ static
+#define CUDART_INF_F INFINITY
+#define CUDART_NAN_F NAN
 #define uint unsigned int
 #define uchar unsigned char
 #define ushort unsigned short

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import tvm
+from tvm import relax
+from tvm.ir import GenericConst
 
 TARGET = {
     "kind": "cuda",
@@ -20,7 +22,10 @@ TARGET = {
     "host": {"kind": "llvm"},
 }
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\) \{')
-_LAUNCH = re.compile(r'launch_thread\("(blockIdx|threadIdx)\.([xyz])", (\d+)\)')
+_LAUNCH = re.compile(
+    r'launch_thread\("(?P<name>\w+)\.(?P<axis>[xyz])", (?P<extent>\d+)\)'
+    r'|thread_binding\((?:T\.int64\()?(?P<extent2>\d+)\)?, thread="(?P<name2>\w+)\.(?P<axis2>[xyz])"\)'
+)
 
 
 def cuda_source(function: tvm.tirx.PrimFunc) -> str:
@@ -35,7 +40,9 @@ def launches(function: tvm.tirx.PrimFunc) -> list[tuple[tuple[int, int, int], in
     """(grid, threads) of each launch of a function."""
     found: list[tuple[list[int], int]] = []
     grid = [1, 1, 1]
-    for kind, axis, extent in _LAUNCH.findall(function.script()):
+    for match in _LAUNCH.finditer(function.script()):
+        kind, axis = match["name"] or match["name2"], match["axis"] or match["axis2"]
+        extent = match["extent"] or match["extent2"]
         if kind == "blockIdx":
             if axis == "x":
                 grid = [1, 1, 1]
@@ -46,7 +53,7 @@ def launches(function: tvm.tirx.PrimFunc) -> list[tuple[tuple[int, int, int], in
 
 
 def run_kernel(function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], folder: Path) -> None:
-    """Run a function whose arguments are ``p0, p1, ...``; outputs are written in place."""
+    """Run a function on arrays in the order of its parameters; outputs are written in place."""
     source = cuda_source(function)
     kernels = list(_KERNEL.finditer(source))
     shapes = launches(function)
@@ -54,10 +61,11 @@ def run_kernel(function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], folder
     body = source[source.index("#define ushort unsigned short\n#endif") :].partition("#endif")[2]
     body = body.replace("__shared__ alignas(64)", "alignas(64) __shared__")
     body = re.sub(r"asm volatile\(.*?\);", "emulated_mma(c, a0, a1, a2, a3, b0, b1);", body, flags=re.DOTALL)
+    places = {parameter.name: index for index, parameter in enumerate(function.params)}
     calls = []
     for match, (grid, threads) in zip(kernels, shapes, strict=True):
         parameters = [p.replace("__restrict__", "").split() for p in match[3].split(",")]
-        values = [f"({kind})values[{name.removeprefix('p').partition('_')[0]}]" for kind, name in parameters]
+        values = [f"({kind})values[{places[name.removesuffix('_ptr')]}]" for kind, name in parameters]
         run = f"[](void** values) {{ {match[2]}({', '.join(values)}); }}"
         calls.append(f"emulator::Launch({run}, values, {{{', '.join(map(str, grid))}}}, {threads});")
     main = 'extern "C" void run(void** values) {\n' + "\n".join(calls) + "\n}\n"
@@ -77,3 +85,32 @@ def run_kernel(function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], folder
     subprocess.run([*command, include, "-o", library, folder / "kernel.cc"], check=True)
     pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
     ctypes.CDLL(str(library)).run(pointers)
+
+
+def run_program(mod: tvm.IRModule, inputs: Sequence[np.ndarray], folder: Path) -> list[np.ndarray]:
+    """Run ``main`` of a lowered program, kernel by kernel."""
+    main = mod["main"]
+    values: dict = dict(zip(main.params, inputs, strict=True))
+
+    def value_of(expr):
+        if isinstance(expr, relax.Tuple):
+            return [value_of(field) for field in expr.fields]
+        if isinstance(expr, relax.TupleGetItem):
+            return value_of(expr.tuple_value)[expr.index]
+        return expr.value.numpy() if isinstance(expr, GenericConst) else values[expr]
+
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            call = binding.value
+            if not isinstance(call, relax.Call):
+                values[binding.var] = value_of(call)
+                continue
+            assert call.op.name == "relax.call_tir", call.op
+            types = call.ty_args[0]
+            types = list(types.fields) if isinstance(types, relax.TupleType) else [types]
+            results = [np.empty([int(n) for n in ty.shape], str(ty.dtype)) for ty in types]
+            arrays = [np.ascontiguousarray(value_of(argument)) for argument in call.args[1].fields]
+            run_kernel(mod[call.args[0]], [*arrays, *results], folder)
+            values[binding.var] = results if len(results) > 1 else results[0]
+    found = value_of(main.body.body)
+    return found if isinstance(found, list) else [found]

@@ -88,8 +88,9 @@ def test_cuda_knows_its_architecture_and_host():
     target = parse_target("jetson-orin")
     assert str(target.attrs["arch"]) == "sm_87"
     assert str(target.host.attrs["mcpu"]) == "cortex-a78ae"
-    with pytest.raises(TargetError, match="kind 'cuda'"):
-        isa(target)
+    assert isa(target) == "cuda"
+    with pytest.raises(TargetError, match="kind 'opencl'"):
+        isa(tvm.target.Target({"kind": "opencl"}))
 
 
 @pytest.mark.parametrize(

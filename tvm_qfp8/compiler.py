@@ -17,10 +17,12 @@ from tvm.ir import GenericConst
 from tvm_qfp8.calibration import Metric, Program, calibrate, first_samples, keep_within
 from tvm_qfp8.config import Config
 from tvm_qfp8.cpu_features import used_features
+from tvm_qfp8.cuda_code import register_compiler
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.importers import load_model
 from tvm_qfp8.linker import architecture
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
+from tvm_qfp8.relay_passes.for_cuda import ForCuda
 from tvm_qfp8.relay_passes.interpolate import Interpolate
 from tvm_qfp8.relay_passes.lower_dtype import LowerDtype
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
@@ -39,7 +41,7 @@ from tvm_qfp8.runtime import (
     encode_metadata,
 )
 from tvm_qfp8.static_shapes import check_static_shapes
-from tvm_qfp8.targets import cpu_features, parse_target
+from tvm_qfp8.targets import cpu_features, host_of, parse_target
 from tvm_qfp8.targets import isa as isa_name
 from tvm_qfp8.topi.isa import InstructionSet, instruction_set
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
@@ -73,7 +75,7 @@ def lowering_passes(
         relax.transform.LegalizeOps(),
         relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),
-        ScheduleRest(threads),
+        ForCuda() if isa.name == "cuda" else ScheduleRest(threads),
     ]
 
 
@@ -140,7 +142,9 @@ def compile(  # noqa: A001 - the public name
     """
     config = config or Config()
     parsed = parse_target(target)
-    isa = instruction_set(isa_name(parsed), cpu_features(parsed))
+    host = host_of(parsed)
+    on_gpu = isa_name(parsed) == "cuda"
+    isa = instruction_set(isa_name(parsed), cpu_features(host))
     stage = progress or (lambda name, done, total: None)
     stage("import", 0, 1)
     imported = load_model(mod, params=params, input_shapes=input_shapes)
@@ -171,12 +175,12 @@ def compile(  # noqa: A001 - the public name
     outputs = _output_infos(canonical, imported.output_names)
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
     stage("build kernels", 0, 2)
-    if callable(tuning_logs):
-        choose = tuning_logs
+    if callable(tuning_logs) or on_gpu:
+        choose = tuning_logs if callable(tuning_logs) else default_schedule
     else:
         choose = LoggedSchedules(parsed, default_roots() if tuning_logs is None else [Path(tuning_logs)])
     with parsed:
-        memory = StaticMemory() if config.winograd else None
+        memory = StaticMemory() if config.winograd and not on_gpu else None
         passes = lowering_passes(plan, config, isa, threads, choose, memory)
         lowered = tvm.transform.Sequential(passes)(canonical)
         if isinstance(choose, LoggedSchedules):
@@ -187,11 +191,14 @@ def compile(  # noqa: A001 - the public name
             lowered = _add_load(lowered, memory)
         # Only codes have no NaN: a network without quantized layers takes what float32 takes.
         quantized = any(layer.weight_layout or layer.activation_layout for layer in report.layers)
-        cpu = {"architecture": architecture(parsed), "features": used_features(parsed)}
+        cpu = {"architecture": architecture(parsed), "features": used_features(host)}
         check_finite = config.check_finite and quantized
-        metadata = encode_metadata(inputs, outputs, report, versions, check_finite, cpu)
+        device = str(parsed.kind.name).replace("llvm", "cpu")
+        metadata = encode_metadata(inputs, outputs, report, versions, check_finite, cpu, device)
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
+        if on_gpu:
+            register_compiler(parsed)
         pipeline = tvm.transform.Sequential(build_passes())
         executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
     stage("build kernels", 2, 2)

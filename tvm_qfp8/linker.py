@@ -20,6 +20,7 @@ from tvm.target import Target, codegen
 
 from tvm_qfp8.errors import TargetError
 from tvm_qfp8.shared_object import check_library_for
+from tvm_qfp8.targets import host_of
 
 ZIG_TRIPLES = {
     # The C library of manylinux_2_28, which TVM's own runtime needs.
@@ -32,8 +33,8 @@ ZIG_TRIPLES = {
 
 
 def architecture(target: Target) -> str:
-    """The first part of the target's triple: ``aarch64``, ``x86_64``, ``armv7a``, ``riscv64`` ..."""
-    triple = target.attrs.get("mtriple") or codegen.llvm_get_system_triple()
+    """The first part of the triple of the target or, for a GPU, its host: ``aarch64``, ``x86_64``, ``armv7a`` ..."""
+    triple = host_of(target).attrs.get("mtriple") or codegen.llvm_get_system_triple()
     return str(triple).partition("-")[0]
 
 
@@ -43,7 +44,7 @@ def linker(target: Target, command: str | None = None) -> Callable | None:
     Parameters
     ----------
     target : tvm.target.Target
-        A CPU.
+        A CPU, or a GPU with its host.
     command : str
         A C++ compiler that links for the target, with options if it needs any.
 
@@ -69,7 +70,7 @@ def linker(target: Target, command: str | None = None) -> Callable | None:
     if importlib.util.find_spec("ziglang") is not None and machine in ZIG_TRIPLES:
         # Modules are C; zig would first build a C++ library, which takes a minute.
         return _link_by(zig_compiler(machine, "cc"), machine)
-    gnu = "g++" if here else str(target.attrs["mtriple"]).replace("armv7a-", "arm-") + "-g++"
+    gnu = "g++" if here else str(host_of(target).attrs["mtriple"]).replace("armv7a-", "arm-") + "-g++"
     if shutil.which(gnu) is None:
         raise TargetError(
             f"no linker for {machine}: pip install 'tvm-qfp8[board]' brings one, or install {gnu} "

@@ -66,10 +66,12 @@ def encode_metadata(
     versions: dict[str, str],
     check_finite: bool,
     cpu: Mapping[str, Any],
+    device: str = "cpu",
 ) -> np.ndarray:
     """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant.
 
-    ``cpu`` is ``{"architecture": str, "features": [LLVM's names]}`` of the CPU that the module may run on.
+    ``cpu`` is ``{"architecture": str, "features": [LLVM's names]}`` of the CPU that the module may run on,
+    ``device`` what runs its kernels, ``"cpu"`` or ``"cuda"``.
     """
     data = {
         "format": METADATA_FORMAT,
@@ -79,6 +81,7 @@ def encode_metadata(
         "versions": versions,
         "check_finite": check_finite,
         "cpu": dict(cpu),
+        "device": device,
     }
     return np.frombuffer(json.dumps(data).encode(), np.uint8).copy()
 
@@ -138,6 +141,7 @@ class CompiledModule:
         self.versions: dict[str, str] = data["versions"]
         self.check_finite: bool = data["check_finite"]
         self.cpu: dict[str, Any] = data["cpu"]
+        self.device = tvm.device(data["device"], 0)
         self._module, self._executable, self._target = module, executable, target
 
     @functools.cached_property
@@ -146,8 +150,13 @@ class CompiledModule:
         from tvm.runtime.vm import VirtualMachine
 
         self.check_cpu()
+        if not (tvm.runtime.enabled(self.device.type) and self.device.exist):
+            raise ModelError(
+                f"this machine has no {self.device} that TVM can use, and the module is compiled for "
+                f"{self.report.target}; export it and run it there"
+            )
         try:
-            machine = VirtualMachine(self._module, tvm.cpu())
+            machine = VirtualMachine(self._module, self.device)
             if LOADED in self.report.totals:
                 started = time.perf_counter()
                 machine[LOAD_FUNCTION]()
@@ -188,8 +197,9 @@ class CompiledModule:
         if len(arrays) != len(self.inputs):
             names = ", ".join(i.name for i in self.inputs)
             raise InputError(f"{len(arrays)} arrays given, the module has {len(self.inputs)} inputs: {names}")
+        machine = self.virtual_machine
         tensors = [self._check(info, array) for info, array in zip(self.inputs, arrays, strict=True)]
-        result = self.virtual_machine["main"](*tensors)
+        result = machine["main"](*tensors)
         if hasattr(result, "numpy"):
             return [result.numpy()]
         return [tensor.numpy() for tensor in result]
@@ -221,17 +231,16 @@ class CompiledModule:
             raise InputError(
                 f"input {info.name!r} is {array[index]} at index {index}; quantized layers need finite values"
             )
-        return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(info.shape))
+        return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(info.shape), self.device)
 
     def time_evaluator(
         self, inputs: Mapping[str, np.ndarray], repeat: int = 10, number: int = 1
     ) -> list[float]:
         """Seconds per call of the compiled function alone, one figure per repeat."""
+        machine = self.virtual_machine
         tensors = [self._check(info, inputs[info.name]) for info in self.inputs]
-        self.virtual_machine.set_input("main", *tensors)
-        timer = self.virtual_machine.time_evaluator(
-            "invoke_stateful", tvm.cpu(), number=number, repeat=repeat
-        )
+        machine.set_input("main", *tensors)
+        timer = machine.time_evaluator("invoke_stateful", self.device, number=number, repeat=repeat)
         return list(timer("main").results)
 
     def export_library(self, path: str | os.PathLike, fcompile: Callable | None = None) -> None:
@@ -255,7 +264,11 @@ class CompiledModule:
             fcompile = linker(self._target)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tvm_qfp8_") as folder:
             part = Path(folder) / ("module" + (target.suffix or ".so"))
-            options = {} if fcompile is None else {"fcompile": fcompile}
+            options: dict[str, Any] = {} if fcompile is None else {"fcompile": fcompile}
+            if self._target is not None and self._target.kind.name == "cuda":
+                from tvm_qfp8.cuda_code import packer
+
+                options["fpack_imports"] = packer(self._target)
             with _without_scope_messages():
                 self._executable.export_library(str(part), **options)
             os.replace(part, target)
@@ -279,6 +292,8 @@ def load(path: str | os.PathLike) -> CompiledModule:
             module = tvm.runtime.load_module(str(path))
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[-1]
+        if "load_from_bytes.cuda" in reason:
+            reason = "it is compiled for an NVIDIA GPU, whose driver this machine lacks"
         raise ModelError(f"cannot load {path}: {reason}") from error
     try:
         metadata = VirtualMachine(module, tvm.cpu())[METADATA_FUNCTION]().numpy()

@@ -10,6 +10,10 @@ ARMV7 = "armv7a-linux-gnueabihf"
 RISCV64 = "riscv64-linux-gnu"
 
 
+CUDA_LIMITS = {"max_shared_memory_per_block": 49152, "max_threads_per_block": 1024, "thread_warp_size": 32}
+"""What every GPU has without asking for more."""
+
+
 def _x86(cpu: str) -> dict[str, Any]:
     return {"kind": "llvm", "mtriple": X86, "mcpu": cpu}
 
@@ -19,8 +23,7 @@ def _arm(cpu: str, cores: int = 0) -> dict[str, Any]:
 
 
 def _cuda(arch: str, host: dict[str, Any] | None = None) -> dict[str, Any]:
-    limits = {"max_shared_memory_per_block": 49152, "max_threads_per_block": 1024, "thread_warp_size": 32}
-    return {"kind": "cuda", "arch": arch} | limits | ({"host": host} if host else {})
+    return {"kind": "cuda", "arch": arch} | ({"host": host} if host else {})
 
 
 TARGETS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -18,7 +18,10 @@ from tvm.target.tag import list_tags
 
 from tvm_qfp8.errors import TargetError
 from tvm_qfp8.host_cpu import host_cpu
-from tvm_qfp8.target_names import AARCH64, RISCV64, TARGETS, TRIPLES, X86
+from tvm_qfp8.target_names import AARCH64, CUDA_LIMITS, RISCV64, TARGETS, TRIPLES, X86
+
+OLDEST_GPU = 80
+"""Compute capability times ten from which tensor cores take 16 x 8 x 16 products of float16."""
 
 
 def parse_target(target: str | Mapping[str, Any] | Target | None = None) -> Target:
@@ -53,13 +56,15 @@ def parse_target(target: str | Mapping[str, Any] | Target | None = None) -> Targ
 
 
 def isa(target: Target) -> str:
-    """Which micro-kernels fit a CPU target: ``avx512``, ``avx2``, ``sse2``, ``neon`` or ``generic``.
+    """Which kernels fit a target: ``avx512``, ``avx2``, ``sse2``, ``neon`` or ``generic`` on a CPU, else ``cuda``.
 
     Raises
     ------
     TargetError
-        The target is no CPU.
+        There are no kernels for the target.
     """
+    if target.kind.name == "cuda":
+        return "cuda"
     features = cpu_features(target)
     if {"avx512f", "avx512bw", "avx512dq"} <= features:
         return "avx512"
@@ -69,6 +74,11 @@ def isa(target: Target) -> str:
     # The NEON kernels use look-ups that only 64-bit Arm has.
     triple = str(target.attrs.get("mtriple", codegen.llvm_get_system_triple()))
     return "neon" if "neon" in features and triple.startswith(("aarch64", "arm64")) else "generic"
+
+
+def host_of(target: Target) -> Target:
+    """The CPU that runs a target's program: the target itself, or the one beside the GPU."""
+    return target if target.kind.name == "llvm" else target.host
 
 
 def has_vnni(target: Target) -> bool:
@@ -86,8 +96,8 @@ def cpu_features(target: Target) -> set[str]:
     """
     if target.kind.name != "llvm":
         raise TargetError(
-            f"there are no kernels for targets of kind {target.kind.name!r} yet; supported are CPUs, such as "
-            "'native', 'x86-64-v3' or 'rpi4'"
+            f"there are no kernels for targets of kind {target.kind.name!r}; supported are CPUs, such as "
+            "'native', 'x86-64-v3' or 'rpi4', and NVIDIA GPUs, such as 'cuda-sm80'"
         )
     return {str(feature) for feature in codegen.llvm_get_cpu_features(target)}
 
@@ -159,6 +169,8 @@ def _from_config(config: dict[str, Any]) -> Target:
         config["mattr"] = config["mattr"].split(",")
     if config.get("kind") == "llvm":
         config = _complete_cpu(config)
+    if config.get("kind") == "cuda":
+        config = _complete_gpu(config)
     try:
         target = Target(config)
     except (ValueError, RuntimeError, TypeError) as error:
@@ -191,6 +203,16 @@ def _complete_cpu(config: dict[str, Any]) -> dict[str, Any]:
             "LLVM's names are meant, and -mtriple must fit the CPU"
         )
     return config
+
+
+def _complete_gpu(config: dict[str, Any]) -> dict[str, Any]:
+    arch = config.get("arch", "sm_80")
+    number = arch.removeprefix("sm_").rstrip("af")
+    if not arch.startswith("sm_") or not number.isdigit() or int(number) < OLDEST_GPU:
+        raise TargetError(
+            f"CUDA architecture {arch!r} is not supported: kernels need sm_{OLDEST_GPU} or newer, as in 'cuda-sm80'"
+        )
+    return {"host": host_cpu()} | CUDA_LIMITS | config | {"arch": arch}
 
 
 def _check_architecture(triple: str) -> None:

@@ -51,6 +51,11 @@ def bundle(module: str | os.PathLike, output: str | os.PathLike, target: str | N
     if not source.is_file():
         raise ModelError(f"no such module: {source}")
     machine, metadata = machine_of(source), read_metadata(source)
+    if metadata["device"] != "cpu":
+        raise ModelError(
+            f"{source} is compiled for an NVIDIA GPU; bundles are for CPUs: copy the file and load it there with "
+            "tvm_qfp8.load"
+        )
     if target is not None:
         wanted = architecture(parse_target(target))
         wanted = _MACHINES.get(wanted, wanted)

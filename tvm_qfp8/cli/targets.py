@@ -41,26 +41,25 @@ def targets(
     from rich.table import Table
 
     from tvm_qfp8.target_names import TARGETS
-    from tvm_qfp8.targets import cpu_features, isa, parse_target
+    from tvm_qfp8.targets import cpu_features, host_of, isa, parse_target
 
     rows = []
     for name, (description, _) in TARGETS.items():
         target = parse_target(name)
         row: dict[str, Any] = {"name": name, "description": description, "kind": target.kind.name}
+        row["kernels"] = isa(target)
         if target.kind.name == "llvm":
             features = cpu_features(target)
             row["cpu"] = str(target.attrs["mcpu"]) if "mcpu" in target.attrs else "generic"
-            row["kernels"] = isa(target)
             row["features"] = [feature for feature in _SHOWN if feature in features]
         else:
-            row |= {"cpu": str(target.attrs["arch"]), "kernels": None, "features": []}
+            row["cpu"] = str(target.attrs["arch"])
+            row["features"] = ["float16 tensor cores", f"host {host_of(target).attrs['mcpu']}"]
         rows.append(row)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
     table = Table("name", "what it is", "CPU or arch", "kernels", "features", box=None, pad_edge=False)
     for row in rows:
-        table.add_row(
-            row["name"], row["description"], row["cpu"], row["kernels"] or "-", " ".join(row["features"])
-        )
+        table.add_row(row["name"], row["description"], row["cpu"], row["kernels"], " ".join(row["features"]))
     Console().print(table)

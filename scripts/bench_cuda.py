@@ -1,0 +1,261 @@
+"""Times CUDA kernels on a GPU against torch's float16 (cuBLAS), int8 and fp8, and against a plain copy.
+
+Contestants take turns; every figure is the median over the turns, every ratio the median of the turns' ratios. Weights
+of the batch-1 layers rotate through more memory than the caches hold. Sums are compared with the NumPy twin first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GEMMS = ((4096, 4096, 4096), (1024, 4096, 1024), (512, 768, 3072))
+GEMV = (1, 4096, 4096)
+ROTATION = 2**28
+"""Bytes that rotating operands fill."""
+ELEMENTS = 2**26
+BARS = (
+    ("gemv", "share_of_copy", 0.8),
+    ("gemv", "times_float16", 1.8),
+    ("gemm", "times_float16", 0.8),
+    ("gelu", "share_of_copy", 0.8),
+    ("softmax", "share_of_copy", 0.8),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "bench_cuda.json")
+    arguments = parser.parse_args()
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit("bench cuda: needs torch with CUDA") from error
+    if not torch.cuda.is_available():
+        raise SystemExit("bench cuda: no GPU that torch can use on this machine")
+    from zoo.machine import describe_machine
+
+    bandwidth = copy_bandwidth(torch, arguments.turns)
+    rows = [linear(torch, *shape, arguments.turns, bandwidth) for shape in (GEMV, *GEMMS)]
+    rows += [pointwise(torch, name, arguments.turns, bandwidth) for name in ("gelu", "softmax")]
+    record = {
+        "machine": describe_machine(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_bytes_per_second": bandwidth,
+        "rows": rows,
+        "bars": [check(rows, *bar) for bar in BARS],
+    }
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record["bars"], indent=1))
+
+
+def check(rows: list[dict[str, Any]], kind: str, figure: str, asked: float) -> dict[str, Any]:
+    """The worst row of a kind against what is asked of it."""
+    found = min(row[figure] for row in rows if row["kind"] == kind)
+    return {"kind": kind, "figure": figure, "found": found, "asked": asked, "met": found >= asked}
+
+
+def seconds(torch: Any, contestants: dict[str, Callable[[int], object]], turns: int, calls: int = 64) -> dict:
+    """Seconds of one call of each contestant, a list of one figure a turn; contestants get a running number."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(turns + 2):
+        for name, call in contestants.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for index in range(calls):
+                call(index)
+            end.record()
+            end.synchronize()
+            if turn >= 2:  # the first ones warm up
+                times[name].append(start.elapsed_time(end) / 1e3 / calls)
+    return times
+
+
+def copy_bandwidth(torch: Any, turns: int) -> float:
+    """Bytes a second, read and written."""
+    source = torch.empty(ROTATION, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = seconds(torch, {"copy": lambda _: target.copy_(source)}, turns, 8)["copy"]
+    return 2 * ROTATION / statistics.median(times)
+
+
+def gpu_target() -> Any:
+    """The GPU's architecture as a target; its kernels are compiled as exported ones are."""
+    import tvm
+
+    from tvm_qfp8.cuda_code import register_compiler
+    from tvm_qfp8.targets import parse_target
+
+    target = parse_target("cuda -arch=sm_" + tvm.cuda(0).compute_version.replace(".", ""))
+    register_compiler(target)
+    return target
+
+
+def build(name: str, specs: list, body: Callable) -> Callable:
+    """A kernel of ``topi.cuda`` on tensors of torch."""
+    import tvm
+
+    from tvm_qfp8.topi.cuda.arithmetic import for_cuda
+    from tvm_qfp8.topi.prim_func import build_prim_func
+
+    function = for_cuda(build_prim_func(name, specs, body)).with_attr("global_symbol", name)
+    return tvm.compile(tvm.IRModule({name: function}), target=gpu_target())[name]
+
+
+def linear(torch: Any, rows: int, depth: int, columns: int, turns: int, bandwidth: float) -> dict[str, Any]:
+    """A dense layer, codes to float32, against float16 and 8-bit matrix products of torch."""
+    import tvm
+
+    from tvm_qfp8.format import get_layout
+    from tvm_qfp8.quantize import quantize
+    from tvm_qfp8.topi import reference
+    from tvm_qfp8.topi.conv2d import ConvShape
+    from tvm_qfp8.topi.cuda import conv_plan, gemm, gemv
+    from tvm_qfp8.topi.gemm import GemmShape
+    from tvm_qfp8.topi.prim_func import TensorSpec, store
+
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, depth), (columns, depth)))
+    layouts = get_layout("E3M4"), get_layout("E2M5")
+    x_codes = quantize(x, layout="E3M4", bias="max").codes
+    codes = quantize(w, axis=0, layout="E2M5", bias="max").codes
+    vector = gemv.plan_gemv(GemmShape(rows, columns, depth, *layouts), codes)
+    extents = (1, 1, rows, depth, columns)
+    shape = ConvShape(*extents, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, *layouts)
+    plan: Any = vector or conv_plan.plan_conv(shape, codes.reshape(columns, 1, 1, depth))
+    if vector:
+        packed, emit = gemv.pack_weights(codes, plan.depth), gemv.emit_gemv
+    else:
+        packed = conv_plan.pack_weights(codes.reshape(columns, 1, 1, depth), plan.depth)
+        emit = gemm.emit_conv
+
+    def body(source, weights, result) -> None:
+        def write(value, row, column, _valid) -> None:
+            store(result, row * columns + column, value.astype("float32"), 1)
+
+        emit(plan, source, weights, write)
+
+    specs = [TensorSpec(a.shape, "uint8") for a in (x_codes, packed)]
+    call = build("linear", [*specs, TensorSpec((rows, columns), "float32")], body)
+    copies = max(1, ROTATION // packed.nbytes) if vector else 1
+    ours = [torch.from_numpy(packed).cuda() for _ in range(copies)]
+    halves = [torch.from_numpy(w).cuda().half().t() for _ in range(copies)]
+    left, result = torch.from_numpy(x_codes).cuda(), torch.empty((rows, columns), device="cuda")
+    tensors = [tvm.runtime.from_dlpack(t) for t in (left, result)]
+    weights = [tvm.runtime.from_dlpack(t) for t in ours]
+    call(tensors[0], weights[0], tensors[1])
+    torch.cuda.synchronize()
+    expected = reference.matmul(x_codes, codes, *layouts).astype(np.float32)
+    equal = bool(np.array_equal(result.cpu().numpy(), expected))
+    half = torch.from_numpy(x).cuda().half()
+    contestants: dict[str, Callable[[int], object]] = {
+        "ours": lambda i: call(tensors[0], weights[i % copies], tensors[1]),
+        "float16": lambda i: half @ halves[i % copies],
+    }
+    absent = add_peers(torch, contestants, rows, depth, columns)
+    times = seconds(torch, contestants, turns)
+    print(rows, depth, columns, {k: statistics.median(v) for k, v in times.items()}, file=sys.stderr)
+    return {
+        "kind": "gemv" if vector else "gemm",
+        "shape": [rows, depth, columns],
+        "equal": equal,
+        "share_of_copy": (packed.nbytes + x_codes.nbytes + 4 * rows * columns)
+        / statistics.median(times["ours"])
+        / bandwidth,
+        "absent": absent,
+    } | figures(times)
+
+
+def figures(times: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians of seconds, and how many times as fast as each other contestant ours are."""
+    found: dict[str, Any] = {"seconds": {name: statistics.median(values) for name, values in times.items()}}
+    for name, values in times.items():
+        if name != "ours":
+            ratios = [other / own for other, own in zip(values, times["ours"], strict=True)]
+            found[f"times_{name}"] = statistics.median(ratios)
+    return found
+
+
+def add_peers(torch: Any, contestants: dict, rows: int, depth: int, columns: int) -> dict[str, str]:
+    """torch's int8 and fp8 products, where they take the shape; name -> reason of those that do not."""
+    left = torch.randint(-127, 127, (rows, depth), dtype=torch.int8, device="cuda")
+    right = torch.randint(-127, 127, (columns, depth), dtype=torch.int8, device="cuda").t()
+    float8 = [t.to(torch.float8_e4m3fn) for t in (left.float(), right.t().float())]
+    one = torch.ones((), device="cuda")
+    peers = {
+        "int8": lambda _: torch._int_mm(left, right),
+        "fp8": lambda _: torch._scaled_mm(float8[0], float8[1].t(), one, one, out_dtype=torch.float16),
+    }
+    absent = {}
+    for name, call in peers.items():
+        try:
+            call(0)
+            torch.cuda.synchronize()
+            contestants[name] = call
+        except RuntimeError as error:
+            absent[name] = str(error).splitlines()[0]
+    return absent
+
+
+def pointwise(torch: Any, name: str, turns: int, bandwidth: float) -> dict[str, Any]:
+    """GELU or softmax over rows of 1024, float32, against torch."""
+    import tvm
+
+    from tvm_qfp8.tables import build_table
+    from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
+    from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
+    from tvm_qfp8.topi.cuda.launch import for_each
+    from tvm_qfp8.topi.cuda.rows import emit_softmax
+    from tvm_qfp8.topi.interpolate import emit_table
+    from tvm_qfp8.topi.prim_func import TensorSpec, load, store
+
+    length = 1024
+    exp = build_softmax_exp(softmax_exp_error(1e-3, length))
+    gelu = build_table("gelu", max_error=1e-3)
+
+    def softmax_body(x, y) -> None:
+        def read(index, offset, _lanes):
+            return load(x, index * length + offset, 1)
+
+        def write(index, value, offset, _lanes) -> None:
+            store(y, index * length + offset, value, 1)
+
+        rows = ELEMENTS // length
+        emit_softmax(rows, length, read, lambda v: emit_table(exp, v, INSTRUCTION_SET), write)
+
+    def gelu_body(x, y) -> None:
+        for_each(ELEMENTS, lambda i: store(y, i, emit_table(gelu, load(x, i, 1), INSTRUCTION_SET), 1))
+
+    spec = TensorSpec((ELEMENTS // length, length), "float32")
+    call = build(name, [spec, spec], softmax_body if name == "softmax" else gelu_body)
+    x = torch.randn(spec.shape, device="cuda") * 3
+    y = torch.empty_like(x)
+    tensors = [tvm.runtime.from_dlpack(t) for t in (x, y)]
+    call(*tensors)
+    torch.cuda.synchronize()
+    values, result = x[:64].cpu().numpy(), y[:64].cpu().numpy()
+    from tvm_qfp8.topi import reference
+
+    expected = reference.softmax(values, exp) if name == "softmax" else gelu(values)
+    own: Callable = torch.nn.functional.gelu if name == "gelu" else lambda v: torch.softmax(v, -1)
+    times = seconds(torch, {"ours": lambda _: call(*tensors), "torch": lambda _: own(x)}, turns, 8)
+    return {
+        "kind": name,
+        "equal": bool(np.array_equal(result, expected)),
+        "share_of_copy": 2 * x.nbytes / statistics.median(times["ours"]) / bandwidth,
+    } | figures(times)
+
+
+if __name__ == "__main__":
+    main()
