@@ -34,7 +34,7 @@ def test_test_explains_itself():
     assert "--all" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["setup", "test", "demo", "aarch64_root", "../.ci/run"])
+@pytest.mark.parametrize("script", ["setup", "test", "demo", "formats", "aarch64_root", "../.ci/run"])
 def test_scripts_are_executable_and_parse(script):
     assert os.access(SCRIPTS / script, os.X_OK)
     assert subprocess.run(["bash", "-n", SCRIPTS / script], check=False).returncode == 0

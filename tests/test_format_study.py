@@ -1,0 +1,65 @@
+"""The comparison of formats: the grids, the search for scales, the page made from the results."""
+
+import json
+
+import formats_page
+import numpy as np
+import pytest
+from format_study.grids import GRIDS
+from format_study.scales import Histogram, weight_scale
+
+from tvm_qfp8.calibration.fake_quantize import fake_quantize
+
+
+def test_posits_are_those_of_the_standard():
+    assert GRIDS["posit8 es 0"].top == 64 and GRIDS["posit8 es 1"].top == 4096
+    for es in (0, 1):
+        levels = GRIDS[f"posit8 es {es}"].levels
+        assert len(levels) == 255 and 1.0 in levels and levels[levels > 0].min() == 1 / levels[-1]
+
+
+def test_float8_grids():
+    assert GRIDS["E4M3"].top == 448 and GRIDS["E5M2"].top == 57344 and GRIDS["E3M4"].top == 15.5
+
+
+def test_the_code_book_has_all_codes():
+    assert len(GRIDS["NF8"].levels) == 256 and 0.0 in GRIDS["NF8"].levels
+
+
+@pytest.mark.parametrize("layout", ["E1M6", "E2M5", "E3M4", "UE2M6", "UE3M5"])
+def test_rounding_is_the_format_modules_except_at_ties(layout):
+    x = np.random.default_rng(0).normal(0, 1, 10000).astype(np.float32)
+    found, expected = GRIDS[f"QFP8 {layout}"].round(x, 0.01), fake_quantize(x, layout, 0.01)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_level_rounds_to_itself(name):
+    grid = GRIDS[name]
+    np.testing.assert_array_equal(
+        grid.round(grid.levels.astype(np.float32), 1.0), grid.levels.astype(np.float32)
+    )
+
+
+def test_the_search_finds_the_known_sqnr_of_a_gaussian():
+    """DESIGN's table: the best scale of each format for Gaussian values, in dB."""
+    rows = np.random.default_rng(0).normal(0, 1, (1, 200_000)).astype(np.float32)
+    for name, expected in {"int8": 40.5, "QFP8 E2M5": 42.7, "E4M3": 31.6, "E5M2": 25.6}.items():
+        scale = weight_scale(rows, GRIDS[name], "mse")[:, None]
+        error = GRIDS[name].round(rows, scale) - rows
+        assert 10 * np.log10(np.square(rows).sum() / np.square(error).sum()) == pytest.approx(
+            expected, abs=0.15
+        )
+
+
+def test_activations_take_an_unsigned_grid_only_without_negative_values():
+    grids = (GRIDS["int8"], GRIDS["uint8"])
+    for low, expected in ((0.0, "uint8"), (-1.0, "int8")):
+        histogram = Histogram()
+        histogram.add(np.random.default_rng(0).uniform(low, 1, 1000).astype(np.float32))
+        assert histogram.choose(grids, "mse")[0].name == expected
+
+
+def test_the_page_is_current():
+    record = json.loads(formats_page.RESULTS.read_text())
+    assert formats_page.page(record) == formats_page.PAGE.read_text(), "run scripts/formats_page.py"
