@@ -17,6 +17,9 @@ class Config:
         Names or shell patterns (``fnmatch``) of linear layers to leave in float32.
     activations : str
         ``auto``: the layout of least error per tensor; or one layout's name for all.
+    method : str
+        How the scale of an activation is found: ``mse`` (least squared error), ``max``, ``percentile`` (99.99 %) or
+        ``entropy`` (least Kullback-Leibler divergence). All stream over the samples in bounded memory.
     check_finite : bool
         ``run`` refuses inputs with NaN or infinity, naming input and index, where any layer is quantized.
     winograd : bool
@@ -29,6 +32,7 @@ class Config:
     max_error: float = 1e-3
     skip: tuple[str, ...] = ()
     activations: str = "auto"
+    method: str = "mse"
     check_finite: bool = True
     winograd: bool = True
     threads: int | None = None

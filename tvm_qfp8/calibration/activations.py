@@ -7,11 +7,12 @@ a layer's result, are worth a coarser step, and are not met by any subsample of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tvm_qfp8.calibration.thresholds import threshold
 from tvm_qfp8.format import get_layout
 
 LAYOUTS = ("E2M5", "E3M4", "UE2M6", "UE3M5")
@@ -56,8 +57,11 @@ class Observer:
         self._counts += np.bincount(bins, minlength=_BINS)
         self._sums += np.bincount(bins, magnitude, minlength=_BINS)
 
-    def choose(self, layouts: Sequence[str] = LAYOUTS) -> Choice:
+    def choose(self, layouts: Sequence[str] = LAYOUTS, method: str = "mse") -> Choice:
         """Layout and scale of least squared error over all values of all samples.
+
+        Another ``method`` than "mse" (see ``thresholds``) fixes each layout's scale by the magnitude that its
+        largest grid value stands for; the layout is still that of least squared error.
 
         Unsigned layouts take part only if no value of any sample was negative. A tensor with values that no
         layout can hold together with the rest (see ``_bulk_limit``), as a mask of -10000 makes them, gets no
@@ -78,7 +82,13 @@ class Observer:
         if limit is not None:
             found = f"values up to {values[-1]:.4g} beside a bulk within {limit:.4g}"
             return Choice(None, None, f"no 8-bit layout holds {found} (a mask?)")
-        best = {name: _least_error(values, counts, name) for name in allowed}
+        if method == "mse":
+            best = {name: _least_error(values, counts, name) for name in allowed}
+        else:
+            best = {
+                name: _error_at(values, counts, name, threshold(method, values, counts, name))
+                for name in allowed
+            }
         layout = min(allowed, key=lambda name: best[name][0])
         return Choice(layout, best[layout][1])
 
@@ -98,14 +108,13 @@ def _bulk_limit(values: np.ndarray, counts: np.ndarray, widest: int) -> float | 
     return float(below[places[0]]) if len(places) else None
 
 
-def _least_error(values: np.ndarray, counts: np.ndarray, layout: str) -> tuple[float, float]:
-    """Squared error and scale at the best scale of a layout, for sorted magnitudes and their counts.
+def _squared_error(values: np.ndarray, counts: np.ndarray, layout: str) -> Callable[[float], float]:
+    """Squared error of a layout as a function of the scale, for sorted magnitudes and their counts.
 
     With n, s1 the count and sum of what rounds to grid value g, and S2 the sum of all squares, the error at
     scale s is ``S2 + sum((g s)^2 n - 2 g s s1)``: one binary search per grid value, no rounding of values.
     """
-    found = get_layout(layout)
-    grid = np.unique(np.abs(found.grid.astype(np.int64))).astype(np.float64)
+    grid = np.unique(np.abs(get_layout(layout).grid.astype(np.int64))).astype(np.float64)
     middles = (grid[1:] + grid[:-1]) / 2
     cumulated_counts = np.concatenate([[0.0], np.cumsum(counts)])
     cumulated_sums = np.concatenate([[0.0], np.cumsum(counts * values)])
@@ -116,6 +125,20 @@ def _least_error(values: np.ndarray, counts: np.ndarray, layout: str) -> tuple[f
         levels = grid * scale
         n, s1 = np.diff(cumulated_counts[edges]), np.diff(cumulated_sums[edges])
         return squares + float(np.dot(levels, levels * n - 2 * s1))
+
+    return error
+
+
+def _error_at(values: np.ndarray, counts: np.ndarray, layout: str, largest: float) -> tuple[float, float]:
+    """Squared error and scale with ``largest`` on the largest grid value."""
+    scale = float(np.float32(max(largest / get_layout(layout).max_grid, _MIN_SCALE)))
+    return _squared_error(values, counts, layout)(scale), scale
+
+
+def _least_error(values: np.ndarray, counts: np.ndarray, layout: str) -> tuple[float, float]:
+    """Squared error and scale at the best scale of a layout, for sorted magnitudes and their counts."""
+    found = get_layout(layout)
+    error = _squared_error(values, counts, layout)
 
     def scale_at(step: float) -> float:
         return float(np.float32(max(values[-1] / found.max_grid * 2 ** (-step / 16), _MIN_SCALE)))

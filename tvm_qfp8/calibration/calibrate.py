@@ -14,8 +14,10 @@ from tvm_qfp8.calibration.linear import Linear, Product, find_linear
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.samples import Batches
 from tvm_qfp8.calibration.spill import Spill
+from tvm_qfp8.calibration.thresholds import METHODS
 from tvm_qfp8.calibration.walk import Walk, quantized_weight
 from tvm_qfp8.config import Config
+from tvm_qfp8.errors import CalibrationError
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,7 +42,7 @@ def calibrate(
         have k times the first dimension they count as k samples. None: weights only, no correction.
     config : Config
         ``skip`` holds variables or operators (names or shell patterns) that stay float32, ``activations``
-        the layouts that activations may get.
+        the layouts that activations may get, ``method`` how their scales are found.
     progress : callable ``(stage, done, total)``
         Called after each linear operator.
     token_mask : str
@@ -54,12 +56,14 @@ def calibrate(
     ------
     CalibrationError
         The file cannot be read, there is no sample, or one misses an input or has a wrong shape, a wrong
-        dtype or a value that is not finite.
+        dtype or a value that is not finite; or the method is not known.
     ModelError
         A weight is not finite, or the module is not in canonical form.
     """
     program = Program(mod)
     config = config or Config()
+    if config.method not in METHODS:
+        raise CalibrationError(f"method {config.method!r} is not known; use one of {', '.join(METHODS)}")
     layouts = LAYOUTS if config.activations == "auto" else (config.activations,)
     steps = find_linear(program, config.skip)
     report = progress or (lambda stage, done, total: None)
@@ -73,7 +77,14 @@ def calibrate(
         return plan
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
         walk = Walk(
-            program, steps, spill, plan, layouts=layouts, token_mask=token_mask, max_error=config.max_error
+            program,
+            steps,
+            spill,
+            plan,
+            layouts=layouts,
+            method=config.method,
+            token_mask=token_mask,
+            max_error=config.max_error,
         )
         plan.samples = walk.spill_inputs(batches)
         for group in walk.groups():

@@ -50,11 +50,12 @@ class Walk:
         plan: QuantizationPlan,
         *,
         layouts: tuple[str, ...],
+        method: str,
         token_mask: str,
         max_error: float,
     ) -> None:
         self.program, self.spill, self.plan = program, spill, plan
-        self.layouts, self.token_mask = layouts, token_mask
+        self.layouts, self.method, self.token_mask = layouts, method, token_mask
         self.alone: dict[str, Linear | Product] = {**found.linear, **found.products}
         self.sources = {linear.source for linear in found.linear.values()}
         self.sources.update(source for product in found.products.values() for source in product.sources)
@@ -161,7 +162,7 @@ class Walk:
             if name not in self.observers:  # a module input or another quantized operator's result
                 for sample in range(self.samples):
                     self._record(name, self._read(name, self._flow(name), sample), sample)
-            self.choices[name] = self.observers.pop(name).choose(self.layouts)
+            self.choices[name] = self.observers.pop(name).choose(self.layouts, self.method)
         return self.choices[name]
 
     def _result(self, step: Step) -> bool:
