@@ -91,7 +91,7 @@ class Study:
             return
         imported = load_model(str(self.model.onnx_path()), input_shapes=self.model.input_shapes())
         network = Network(prepare(imported.mod), self.samples)
-        exact = np.concatenate([network.run(probe)[0] for probe in self.probes])
+        exact = np.concatenate([network.compare(probe) for probe in self.probes])
         self._outcomes("float32", "", network.run)
         record["scores"] = {task.name: task.score(self._stored("float32", "", task)) for task in self.tasks}
         rounded: RoundedWeights | None = None
@@ -99,9 +99,9 @@ class Study:
             started = time.perf_counter()
             if rounded is None or rounded.format is not one:
                 rounded = RoundedWeights(network, one)
-            run = Quantized(network, rounded, MODES[mode]).run
-            found = np.concatenate([run(probe)[0] for probe in self.probes])
-            self._outcomes(one.name, mode, run)
+            quantized = Quantized(network, rounded, MODES[mode])
+            found = np.concatenate([quantized.compare(probe) for probe in self.probes])
+            self._outcomes(one.name, mode, quantized.run)
             case = {
                 "format": one.name,
                 "mode": mode,

@@ -22,7 +22,8 @@ Made by `scripts/formats` from `results/formats.json`; do not edit. Each format 
 rounded to nearest, scales by the same search (least squared error, or the largest value where it says max), one per
 output channel unless it says per tensor, activations one per tensor, embedding tables one per row, and the bias of
 every linear layer corrected on the calibration samples. Nonlinear layers stay exact. It is a simulation in float32;
-data-driven rounding, which `compile` adds, is left out for all.
+data-driven rounding, which `compile` adds, is left out for all. Output SQNR is that of logits where a model ends in a
+softmax.
 
 `QFP8` is the default: E2M5 weights, and activations by error among E2M5, E3M4, UE2M6 and UE3M5. `QFP8 chosen` takes
 each weight's layout by error among E1M6, E2M5 and E3M4, too. int8 activations are uint8 where nothing is negative. NF8

@@ -5,8 +5,11 @@ import json
 import formats_page
 import numpy as np
 import pytest
+from format_study.formats import FORMATS
 from format_study.grids import GRIDS
 from format_study.scales import Histogram, weight_scale
+from format_study.simulate import Network, Quantized, RoundedWeights
+from tvm import relax
 
 from tvm_qfp8.calibration.fake_quantize import fake_quantize
 
@@ -63,3 +66,35 @@ def test_activations_take_an_unsigned_grid_only_without_negative_values():
 def test_the_page_is_current():
     record = json.loads(formats_page.RESULTS.read_text())
     assert formats_page.page(record) == formats_page.PAGE.read_text(), "run scripts/formats_page.py"
+
+
+def test_logits_are_compared_where_a_model_ends_in_a_softmax():
+    network = Network(_softmax_model(), [{"x": np.ones((1, 8), np.float32)}])
+    probe = {"x": np.arange(8, dtype=np.float32)[None] / 8}
+    logits = network.compare(probe)
+    (probabilities,) = network.run(probe)
+    assert abs(logits.mean()) < 1e-6
+    np.testing.assert_allclose(np.exp(logits) / np.exp(logits).sum(), probabilities, rtol=1e-5)
+
+
+def test_a_quantized_network_is_corrected_on_its_samples():
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.normal(1, 1, (1, 8)).astype(np.float32)} for _ in range(16)]
+    network = Network(_softmax_model(), samples)
+    (format_,) = (one for one in FORMATS if one.name == "E5M2")
+    quantized = Quantized(network, RoundedWeights(network, format_), activations=True)
+    exact, found = (np.concatenate([n.compare(one) for one in samples]) for n in (network, quantized))
+    assert 0 < np.abs(exact - found).max() < 0.5
+    np.testing.assert_allclose(found.mean(0), exact.mean(0), atol=1e-5)
+
+
+def _softmax_model():
+    weight = np.random.default_rng(1).normal(0, 1, (8, 5)).astype(np.float32)
+    x = relax.Var("x", relax.TensorType((1, 8), "float32"))
+    builder = relax.BlockBuilder()
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            logits = builder.emit(relax.op.matmul(x, relax.const(weight)))
+            out = builder.emit_output(relax.op.nn.softmax(logits))
+        builder.emit_func_output(out)
+    return builder.get()

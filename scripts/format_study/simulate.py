@@ -35,10 +35,32 @@ class Network:
         self.linear, self.products = found.linear, found.products
         self.tables = set(quantized_embeddings(self.program))
         self.last_reader = {name: step.name for step in self.program.steps for name in step.reads}
-        self.kept = self.program.result_names()
+        self.compared = self._compared()
+        self.kept = self.program.result_names() | {self.compared}
         self.means = {name: np.zeros(()) for name in self.linear}
         for sample in samples:
             self.run(sample, partial(self._observed, sample))
+
+    def _compared(self) -> str:
+        """The first result; where that is a softmax, its input: a single step of text that changes sides would
+        outweigh all else in the SQNR of probabilities."""
+        result = self.program.result
+        first = result[0] if isinstance(result, tuple) else result
+        made = {step.name: step for step in self.program.steps}
+        step = made[first.name]
+        while step.operator in ("alias", "relax.reshape") and step.arguments[0].name in made:
+            step = made[step.arguments[0].name]
+        return str(step.arguments[0].name if step.operator == "relax.nn.softmax" else first.name)
+
+    def compare(
+        self, inputs: Mapping[str, np.ndarray], value: Callable[[Step, Values], Any] | None = None
+    ) -> np.ndarray:
+        """What the SQNR is taken of for one input; logits less their mean, which no softmax sees."""
+        values = self._values(inputs, value)
+        found = np.asarray(values[self.compared])
+        return (
+            found if self.compared in self.program.result_names() else found - found.mean(-1, keepdims=True)
+        )
 
     def _observed(self, sample: Values, step: Step, values: Values) -> Any:
         result = step.run(values)
@@ -52,12 +74,17 @@ class Network:
         self, inputs: Mapping[str, np.ndarray], value: Callable[[Step, Values], Any] | None = None
     ) -> list[np.ndarray]:
         """Results for one input; ``value(step, values)`` computes a step, by default in float32."""
+        return self.program.outputs(self._values(inputs, value))
+
+    def _values(
+        self, inputs: Mapping[str, np.ndarray], value: Callable[[Step, Values], Any] | None
+    ) -> dict[str, Any]:
         values: dict[str, Any] = dict(inputs)
         with np.errstate(all="ignore"):
             for step in self.program.steps:
                 values[step.name] = value(step, values) if value else step.run(values)
                 self.free(step, values)
-        return self.program.outputs(values)
+        return values
 
     def free(self, step: Step, values: dict[str, Any]) -> None:
         """Drop what no later step reads."""
@@ -175,3 +202,7 @@ class Quantized:
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Results for one input."""
         return self.network.run(inputs, self.value)
+
+    def compare(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What the SQNR is taken of for one input."""
+        return self.network.compare(inputs, self.value)
