@@ -18,6 +18,7 @@ marks out and hands back what they say as a plan.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -151,14 +152,17 @@ class _Claim(MainRewriter):
         self.variables[var] = self.builder.emit(mark, f"{var.name}_trained")
 
 
-def take_trained(mod: tvm.IRModule) -> tuple[tvm.IRModule, QuantizationPlan | None]:
-    """The canonical program without marks, and the plan that they make; None where there are none."""
+def take_trained(mod: tvm.IRModule, skip: Iterable[str] = ()) -> tuple[tvm.IRModule, QuantizationPlan | None]:
+    """The canonical program without marks, and the plan that they make; None where there are none.
+
+    ``skip`` are names or patterns of layers that compute in float32 all the same, with the weights as trained.
+    """
     rewriter = _Take(mod)
     if not any(op_name(value) == TRAINED for value in rewriter.definition.values()):
         return mod, None
     mod = rewriter.rewrite()
     marks, program = rewriter.marks, Program(mod)
-    steps = find_linear(program)
+    steps = find_linear(program, skip)
     plan = QuantizationPlan(trained=True, skipped=steps.skipped)
     plan.skipped.update(dict.fromkeys([*steps.products, *(set(steps.linear) - set(marks))], LEFT_OUT))
     for name, linear in steps.linear.items():

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 from tvm_qfp8.cli import app
+from tvm_qfp8.runtime import METADATA_FORMAT
 
 
 def _tvm_qfp8(*arguments, folder, expected=0):
@@ -148,7 +149,8 @@ def test_profile_lists_every_kernel(project, module):
 
 
 def test_a_module_of_another_format_is_refused(project, module):
-    old = module.read_bytes().replace(b'{"format": 2, "inputs"', b'{"format": 1, "inputs"')
+    current = b'{"format": %d, "inputs"' % METADATA_FORMAT
+    old = module.read_bytes().replace(current, b'{"format": 1, "inputs"')
     (project / "old.so").write_bytes(old)
     done = _tvm_qfp8("report", "old.so", folder=project, expected=1)
     assert "format 1" in done.stderr and "compile it again" in done.stderr

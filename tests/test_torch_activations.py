@@ -233,6 +233,12 @@ def test_what_no_kernel_takes_is_refused():
         q.torch.functional.gelu(torch.zeros(3), "sigmoid")
 
 
+def test_other_devices_run_torchs_own_functions():
+    x = torch.zeros(3, 4, device="meta", dtype=torch.float16)
+    for layer in (q.torch.GELU(), q.torch.Softplus(3.0), q.torch.Softmax(0), q.torch.Hardswish()):
+        assert layer(x).shape == (3, 4)
+
+
 def test_second_derivatives_are_refused():
     x = torch.randn(3, requires_grad=True)
     for layer in (q.torch.Tanh(), q.torch.Softmax(-1)):

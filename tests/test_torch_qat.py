@@ -177,6 +177,21 @@ def test_batchnorm_is_recalibrated_behind_rounded_layers():
         assert torch.equal(run(*_inputs(0)), model(*_inputs(0)))
 
 
+def test_transformer_layers_call_what_is_prepared():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2)
+    x = torch.randn(3, 5, 16)
+    found = q.torch.prepare_qat(model, batches=[x])
+    assert found["layers.0.linear1"].startswith("E2M5, input ") and "layers.0.self_attn.out_proj" not in found
+    exact = model.eval()(x)
+    with torch.no_grad():
+        assert 0 < (model(x) - exact).abs().max() < 0.05
+        module = q.compile(torch.export.export(model, (x,)))
+        torch.testing.assert_close(torch.from_numpy(module(x.numpy())[0]), model(x), atol=0.03, rtol=0)
+    became = [layer.became for layer in module.report.layers if layer.operator == "matmul"]
+    assert became.count("QFP8") == 4
+
+
 def test_state_dict_round_trip_and_copies():
     model = _trained(bias="learned")
     again = Net()
@@ -243,6 +258,12 @@ def test_what_cannot_be_is_refused():
         q.torch.prepare_qat(Net(), q.torch.QATConfig(bias="fixed"))
     with pytest.raises(CalibrationError, match="no batches"):
         q.torch.prepare_qat(Net(), batches=[])
+    damaged = Net()
+    with torch.no_grad():
+        damaged.head.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="weight of head holds NaN"):
+        q.torch.prepare_qat(damaged)
+    assert type(damaged.stem[0]) is nn.Conv2d and type(damaged.stem[2]) is nn.SiLU
     program = torch.export.export(_trained(), _inputs(0))
     with pytest.raises(CalibrationError, match="give no calibration data"):
         q.compile(program, calibration=[{"x": np.zeros((4, 1, 8, 8), np.float32)}])

@@ -1,7 +1,7 @@
 """Softmax over the rows of a matrix of any size, for training: three passes over a row in cache.
 
-The sum has 16 lane accumulators, element i in lane i mod 16, combined in the fixed tree: the bits are those of
-``rows.emit_softmax``, whose kernels have static shapes.
+The sum has 16 lane accumulators, element i in lane i mod 16, combined in the fixed tree, as in ``softmax``, whose
+kernels have static shapes.
 """
 
 from __future__ import annotations

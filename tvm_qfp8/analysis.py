@@ -41,7 +41,9 @@ def sensitivity(
         As ``compile``; CalibrationError without samples.
     """
     config = config or Config()
-    canonical, trained = take_trained(prepare(load_model(mod, params=params, input_shapes=input_shapes).mod))
+    canonical, trained = take_trained(
+        prepare(load_model(mod, params=params, input_shapes=input_shapes).mod), config.skip
+    )
     batches, first = first_samples(calibration, Program(canonical).inputs, samples)
     if not first:
         raise CalibrationError("sensitivity needs calibration samples: a model's errors depend on its inputs")

@@ -149,7 +149,7 @@ def compile(  # noqa: A001 - the public name
     stage("import", 0, 1)
     imported = load_model(mod, params=params, input_shapes=input_shapes)
     try:
-        canonical, trained = take_trained(prepare(imported.mod))
+        canonical, trained = take_trained(prepare(imported.mod), config.skip)
     except Exception:  # passes raise whatever they do on tensors of unknown shape, the cause worth naming
         check_static_shapes(imported.mod)
         raise

@@ -18,7 +18,7 @@ from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import quantize
 from tvm_qfp8.torch.batchnorm import call_model
 from tvm_qfp8.torch.qat_layers import LAYERS, reason_to_skip, to_qat
-from tvm_qfp8.torch.replace import replace_activations
+from tvm_qfp8.torch.replace import leave_fast_path, replace_activations
 
 LARGEST_EXPONENT_BITS = 3
 
@@ -82,7 +82,7 @@ def prepare_qat(
     Raises
     ------
     InputError
-        An unknown layout or bias, a weight that is not finite.
+        An unknown layout or bias, a weight that is not finite, an activation layer without a table.
     CalibrationError
         There was no batch.
     """
@@ -97,18 +97,22 @@ def prepare_qat(
         reason = f"skipped by configuration ({pattern})" if pattern else reason_to_skip(layer)
         if reason is not None:
             found[name] = f"float32: {reason}"
-            continue
+        elif not bool(torch.isfinite(layer.weight).all()):
+            raise InputError(f"the weight of {name} holds NaN or infinity; give a model with finite weights")
+        else:
+            prepared[name] = layer
+    # This may be impossible, and then nothing is changed yet.
+    if config.max_error is not None:
+        swapped = replace_activations(module, config.max_error)
+        found |= {name: f"interpolated {kind}" for name, kind in swapped.items()}
+    for name, layer in prepared.items():
         to_qat(layer, config.weights, config.per_channel, config.bias == "learned", quantize)
-        prepared[name] = layer
         norm_name = norms.get(name)
         if norm_name is not None:
             layer.norm = module.get_submodule(norm_name)
             module.set_submodule(norm_name, nn.Identity())
-    if config.max_error is not None:
-        found |= {
-            name: f"interpolated {kind}"
-            for name, kind in replace_activations(module, config.max_error).items()
-        }
+    for part in module.modules():
+        leave_fast_path(part)
     if batches is not None:
         _choose_activations(module, prepared, config, batches)
     for name, layer in prepared.items():

@@ -12,6 +12,8 @@ from tvm_qfp8.torch.fake_quantize import PER_TENSOR, fake_quantize, grid_values,
 
 MOVES = tuple(2.0 ** (sixteenths / 16) for sixteenths in (0, -1, 1, -4, 4))
 """What a tracked scale may be multiplied by: nothing, the step of the search that it began with, or four of these."""
+LEAST_GAIN = 0.02
+"""Share of the squared error that a move has to save: without, scales waver between equally good ones."""
 MOST_TRACKED = 1 << 14
 """Values of an activation that decide where its scale moves."""
 
@@ -88,7 +90,7 @@ class Quantizer(nn.Module):
         self.scale.copy_(self.better_scale(x, self.scale))
 
     def better_scale(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Of ``scale`` times each of ``MOVES``, for each channel, the one of least squared error."""
+        """``scale`` times one of ``MOVES``, for each channel, where that has clearly less squared error."""
         assert self.layout is not None
         layout = get_layout(self.layout)
         candidates = torch.stack([scale * move for move in MOVES])
@@ -99,6 +101,7 @@ class Quantizer(nn.Module):
             errors.append(
                 error.sum() if self.axis == PER_TENSOR else error.transpose(0, self.axis).flatten(1).sum(1)
             )
+        errors[0] = errors[0] * (1 - LEAST_GAIN)
         # The first of equal errors: a channel of zeros keeps its scale.
         best = torch.stack(errors).argmin(0, keepdim=True)
         return candidates.gather(0, best)[0]

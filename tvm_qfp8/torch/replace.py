@@ -58,7 +58,7 @@ def replace_activations(model: nn.Module, max_error: float = functional.MAX_ERRO
         _swapped(module, LAYERS[type(module)], max_error)
     for module, attribute, function in attributes.values():
         setattr(module, attribute, function)
-        _leave_fast_path(module)
+        leave_fast_path(module)
     named = {name: type(module).__name__ for name, module in layers.items()}
     return named | {name: function.func.__name__ for name, (_, _, function) in attributes.items()}
 
@@ -82,7 +82,7 @@ def _function_for(value: Any) -> Any:
         return None
 
 
-def _leave_fast_path(module: nn.Module) -> None:
-    """Torch's fused transformer layer, taken in eval mode, computes the exact function by this mark."""
+def leave_fast_path(module: nn.Module) -> None:
+    """Keep torch's transformer layer from its fused form in eval mode, which does not call the layers inside."""
     if hasattr(module, "activation_relu_or_gelu"):
         module.activation_relu_or_gelu = 0
