@@ -103,6 +103,34 @@ def kernels() -> str:
     return _table(["layers, times as fast as", "found", "asked", "met"], rows)
 
 
+def functions() -> str:
+    """Nonlinear layers against the faster of torch and onnxruntime, and training against torch."""
+    record, training = _load("bench_functions.json"), _load("bench_training.json")
+    if record is None or training is None:
+        return ""
+    trained = {
+        row["function"]: f"{row['speedup']['training']:.1f}"
+        for row in training["rows"]
+        if row["size"] == LARGE and row["dtype"] == "float32"
+    }
+    found: dict[str, dict[int, str]] = {}
+    for row in record["rows"]:
+        speed = row["gigaelements"]
+        peers = [speed[peer] for peer in ("torch", "onnxruntime") if peer in speed]
+        if peers:
+            ratio = f"{speed['native 0.001'] / max(peers):.1f}"
+            found.setdefault(row["function"], {})[row["size"]] = ratio
+    rows = [
+        [name, *(ratios.get(size, "-") for size in (SMALL, LARGE)), trained.get(name, "-")]
+        for name, ratios in found.items()
+    ]
+    header = ["times as fast as", "inference, 2^14 values", "inference, 2^20", "forward and backward, 2^20"]
+    return _table(header, rows)
+
+
+SMALL, LARGE = 1 << 14, 1 << 20
+
+
 def cycles() -> str:
     """Dense tiles on Arm CPUs by llvm-mca."""
     record = _load("bench_cycles.json")
@@ -152,6 +180,7 @@ TABLES = {
     "accuracy": accuracy,
     "latency": latency,
     "kernels": kernels,
+    "functions": functions,
     "cycles": cycles,
     "layouts": layouts,
 }

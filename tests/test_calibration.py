@@ -280,7 +280,8 @@ def test_stacked_samples_and_file_are_the_same_samples(tmp_path):
     mod, samples = small_network(), images(4)
     stacked = {"x": np.concatenate([sample["x"] for sample in samples])}
     np.savez(tmp_path / "samples.npz", labels=np.arange(4), **stacked)
-    plans = [calibrate(mod, batches) for batches in (samples, stacked, tmp_path / "samples.npz")]
+    new_axis = {"x": np.stack([sample["x"] for sample in samples])}
+    plans = [calibrate(mod, batches) for batches in (samples, stacked, new_axis, tmp_path / "samples.npz")]
     for plan in plans:
         assert plan.samples == 4
         for name, chosen in plan.linear.items():

@@ -144,7 +144,9 @@ def test_sums_stay_exact():
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if "x3" in n else pytest.mark.slow) for n in CONVOLUTIONS]
+)
 def test_convolution_on_tensor_cores(name, tmp_path):
     function, x, packed, expected = conv_kernel(CONVOLUTIONS[name])
     found = np.zeros(expected.shape, np.float32)
@@ -273,6 +275,7 @@ def test_an_exported_module_holds_compiled_code(compiled, tmp_path):
         tvm_qfp8.bundle(tmp_path / "m.so", tmp_path / "b")
 
 
+@pytest.mark.slow
 @NEEDS_NVCC
 @pytest.mark.skipif(tvm.runtime.enabled("cuda"), reason="the real loader reads it in the tests marked gpu")
 def test_what_a_loader_is_given(compiled, tmp_path):

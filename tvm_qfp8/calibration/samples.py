@@ -22,7 +22,8 @@ def samples_of(batches: Batches, inputs: Mapping[str, TensorSpec]) -> Iterator[d
     Parameters
     ----------
     batches : iterable of {input name: array}, or one such dict, or path of an .npz file
-        Arrays with k times an input's first dimension are k samples; names that are no input are ignored.
+        Arrays with k times an input's first dimension, or with a new first axis of k, are k samples; names that are no
+        input are ignored.
     inputs : dict of str to TensorSpec
         What each sample must hold.
 
@@ -39,9 +40,10 @@ def samples_of(batches: Batches, inputs: Mapping[str, TensorSpec]) -> Iterator[d
             raise CalibrationError(
                 f"calibration sample {index} is a {type(batch).__name__}; expected a dict of name to array"
             )
-        count = _count(batch, inputs, index)
+        joined = {name: _joined(batch[name], spec) for name, spec in inputs.items() if name in batch}
+        count = _count(joined, inputs, index)
         for part in range(count):
-            sample = {name: _part(np.asarray(batch[name]), part, count) for name in inputs}
+            sample = {name: _part(joined[name], part, count) for name in inputs}
             for name, spec in inputs.items():
                 _check(index, name, sample[name], spec)
             yield sample
@@ -72,6 +74,14 @@ def _load(path: Path, inputs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]
         raise CalibrationError(
             f"calibration file {path} cannot be read ({reason}); expected an .npz with one array per input"
         ) from error
+
+
+def _joined(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """Samples along a new first axis, one after the other along the input's own; other arrays as they are."""
+    array = np.asarray(array)
+    if spec.shape and array.shape[1:] == spec.shape:
+        return array.reshape(-1, *spec.shape[1:])
+    return array
 
 
 def _count(batch: Mapping[str, np.ndarray], inputs: Mapping[str, TensorSpec], index: int) -> int:
