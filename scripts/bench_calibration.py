@@ -1,8 +1,8 @@
-"""Peak memory and time of calibrating with 300 samples, against one float32 inference; writes results/bench_calibration.json.
+"""Peak memory and time of calibration against one float32 inference; writes results/bench_calibration.json.
 
-Each measurement is a process of its own. The bars: peak resident memory below twice that of a process which imports the
-same, loads the model and evaluates it once in float32, and below two minutes on two cores. Fewer photos than 300 are
-taken round and round.
+300 samples by default. Each measurement is a process of its own. The bars: peak resident memory (pages of spill files
+that the system keeps count, too) below twice that of a process which imports the same, loads the model and evaluates it
+once in float32, and below two minutes on two cores. Fewer photos than samples are taken round and round.
 """
 
 from __future__ import annotations
