@@ -300,3 +300,9 @@ def test_aarch64_equals_the_numpy_twin(run_aarch64):
     for function, table in tables.items():
         (y,) = run_aarch64(module, [x], function=function, outputs=[(x.shape, "float32")])
         assert _equal_bits(y, table(x)), function
+
+
+def test_infinity_is_near_the_largest_float32():
+    just_below = np.array([float(np.finfo(np.float32).max) * (1 + 1e-8)])
+    for relative in (False, True):
+        assert errors(np.array([np.inf], np.float32), just_below, relative)[0] < 1e-7

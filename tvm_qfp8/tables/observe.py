@@ -29,7 +29,7 @@ def errors(y: np.ndarray, expected: np.ndarray, relative: bool) -> np.ndarray:
     some real number which rounds to ``y``: half a denormal step is free, and infinity stands for 2**128 on.
     """
     with np.errstate(all="ignore"):
-        y64 = np.where(np.isinf(y), np.copysign(2.0**128, y), y.astype(np.float64))
+        y64 = np.where(np.isinf(y), np.copysign(np.float64(2.0**128), y), y.astype(np.float64))
         difference = np.abs(y64 - expected)
         if relative:
             denormal = np.abs(expected) < SMALLEST_NORMAL * 1.001
