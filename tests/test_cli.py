@@ -175,7 +175,7 @@ def test_compile_errors_are_one_line_and_leave_nothing(invoke, compiler, model, 
     _fails(invoke("compile", tmp_path / "other.onnx", "-o", output), "no such model")
     _fails(invoke("compile", model, "-o", output.parent), "is a folder")
     _fails(invoke("compile", model, "-o", output, "-t", "rpi44"), "rpi4")
-    _fails(invoke("compile", model, "-o", output, "-t", "cuda-sm80"), "cuda")
+    _fails(invoke("compile", model, "-o", output, "-t", "vulkan"), "vulkan")
     _fails(invoke("compile", model, "-o", output, "-c", tmp_path / "no.npz"), "no such calibration")
     _fails(invoke("compile", model, "-o", output, "-c", output.parent), "no .npz")
     assert compiler.calls == []

@@ -40,7 +40,7 @@ def samples_of(batches: Batches, inputs: Mapping[str, TensorSpec]) -> Iterator[d
             raise CalibrationError(
                 f"calibration sample {index} is a {type(batch).__name__}; expected a dict of name to array"
             )
-        joined = {name: _joined(batch[name], spec) for name, spec in inputs.items() if name in batch}
+        joined = {name: _joined(array, inputs.get(name)) for name, array in batch.items()}
         count = _count(joined, inputs, index)
         for part in range(count):
             sample = {name: _part(joined[name], part, count) for name in inputs}
@@ -76,10 +76,10 @@ def _load(path: Path, inputs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]
         ) from error
 
 
-def _joined(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
+def _joined(array: np.ndarray, spec: TensorSpec | None) -> np.ndarray:
     """Samples along a new first axis, one after the other along the input's own; other arrays as they are."""
     array = np.asarray(array)
-    if spec.shape and array.shape[1:] == spec.shape:
+    if spec is not None and spec.shape and array.shape[1:] == spec.shape:
         return array.reshape(-1, *spec.shape[1:])
     return array
 
