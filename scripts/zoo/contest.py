@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 CALLS = 5
-PAUSE_SECONDS = 0.02
-"""Between turns: thread pools stop spinning."""
+PAUSE_SECONDS = 0.25
+"""Between turns: thread pools stop spinning, which takes some up to 100 ms; with less the next contestant pays for it."""
 
 
 class Contestant:
