@@ -9,15 +9,16 @@ import platform
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("tvm-qfp8", "apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnxruntime", "openvino")
+PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnxruntime", "openvino")
 
 
 def describe_machine() -> dict[str, Any]:
     """CPU, cores, instruction set, Python and package versions, date."""
+    from tvm_qfp8 import __version__
     from tvm_qfp8.targets import has_vnni, isa, parse_target
 
     native = parse_target("native")
-    versions = {}
+    versions = {"tvm-qfp8": __version__}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
