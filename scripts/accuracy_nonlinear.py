@@ -21,6 +21,7 @@ for _variable in ("OMP_NUM_THREADS", "TVM_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
 from accuracy import conditions, print_table, score  # noqa: E402
+
 from zoo.bars import Bar  # noqa: E402
 from zoo.task import Model, compare_outputs  # noqa: E402
 

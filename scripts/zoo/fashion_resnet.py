@@ -55,9 +55,7 @@ def calibration(n: int) -> list[dict[str, np.ndarray]]:
 
 def probes(quick: bool = False) -> list[dict[str, np.ndarray]]:
     """The first batches of the test set."""
-    return [
-        {"image": _test_set()[0][i * EVALUATED : (i + 1) * EVALUATED]} for i in range(1 if quick else 10)
-    ]
+    return [{"image": _test_set()[0][i * EVALUATED : (i + 1) * EVALUATED]} for i in range(1 if quick else 10)]
 
 
 def _hits(count: int, run: Run) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -11,21 +11,23 @@ import numpy as np
 
 from tvm_qfp8.errors import TableError
 from tvm_qfp8.tables.angle import PHASE_ERROR
-from tvm_qfp8.tables.cells import Curve
 from tvm_qfp8.tables.exponent import build_exp, build_log
 from tvm_qfp8.tables.families import find_function
 from tvm_qfp8.tables.observe import observe
+from tvm_qfp8.tables.on_domain import build_on_domain, check_exact, exact_pins
 from tvm_qfp8.tables.power import build_power
 from tvm_qfp8.tables.proof import U
 from tvm_qfp8.tables.reduction import reduced_curve
-from tvm_qfp8.tables.search import cheapest, unreachable
+from tvm_qfp8.tables.search import FREE, cheapest, unreachable
+from tvm_qfp8.tables.shape import Shape
 from tvm_qfp8.tables.table import Table
 
 MIN_MAX_ERROR = 1e-7
 # Of the error budget, what the cut-off tail of a function may take; the next share where that leaves too little.
 TAIL_SHARES = (0.97, 0.8, 0.5)
 WHOLE_RANGE = (-math.inf, math.inf)
-CURVATURE_POINTS = 65_537
+# Their cells may be given a shape; the others are reduced by their exponent or angle, or computed exactly.
+SHAPED = ("even", "odd", "logistic", "hinge", "direct", "symmetric", "step")
 
 
 def build_table(
@@ -33,6 +35,11 @@ def build_table(
     max_error: float = 1e-3,
     domain: tuple[float, float] | None = None,
     relative: bool = False,
+    *,
+    symmetry: str | None = None,
+    continuous: bool = False,
+    exact_at: Sequence[float] = (),
+    monotone: bool = False,
 ) -> Table:
     """The cheapest table of ``function`` whose proved error is at most ``max_error``.
 
@@ -48,11 +55,23 @@ def build_table(
         ``domain=(-87, 0)`` is what softmax needs.
     relative
         For a callable, or a named function on a domain: bound the relative error.
+    symmetry
+        Of a callable on a domain ``(-a, a)``, so that cells are spent on one half only: ``"even"``, f(-x) = f(x);
+        ``"odd"``, f(-x) = -f(x); ``"logistic"``, f(-x) = 1 - f(x), as sigmoid; ``"rectifier"``, f(x) = x + f(-x), as
+        GELU: beyond ``a`` it goes on with slope 1. Checked on a fine grid.
+    continuous
+        Neighbouring cells give the same float32 at their boundary.
+    exact_at
+        Arguments, rounded to float32, at which the table gives float32(f(x)).
+    monotone
+        The table rises where the function rises and falls where it falls, checked on the coefficients of every cell;
+        ``Table.reversal`` bounds what float32 rounding leaves. Includes ``continuous``.
 
     Raises
     ------
     TableError
-        Unknown name, a pole in the domain, a bound below float32's reach.
+        Unknown name, a pole in the domain, a bound below float32's reach, a symmetry that is none, constraints that
+        no table keeps.
     """
     if not (math.isfinite(max_error) and max_error >= MIN_MAX_ERROR):
         raise TableError(
@@ -62,19 +81,41 @@ def build_table(
         domain = (float(domain[0]), float(domain[1]))
         if not (domain[0] < domain[1] and math.isfinite(domain[1] - domain[0])):
             raise TableError(f"domain is {domain}; give finite (low, high) with low < high")
+    shape = Shape(continuous, _exact_points(exact_at, domain), monotone)
     if isinstance(function, str):
-        return _build_named(function, float(max_error), domain, relative)
+        if symmetry is not None:
+            raise TableError(f"the symmetry of {function} is known; symmetry is for a callable")
+        return _build_named(function, float(max_error), domain, relative, shape)
     if domain is None:
         raise TableError("a table of a callable needs domain=(low, high)")
     name = getattr(function, "__name__", "function")
-    return _build_on_domain(name, function, float(max_error), domain, relative)
+    table = build_on_domain(name, function, float(max_error), domain, relative, symmetry, shape)
+    return _finished(table, function, domain, shape)
+
+
+def _exact_points(exact_at: Sequence[float], domain: tuple[float, float] | None) -> tuple[float, ...]:
+    points = tuple(float(np.float32(x)) for x in exact_at)
+    low, high = WHOLE_RANGE if domain is None else tuple(float(np.float32(end)) for end in domain)
+    for x in points:
+        if not (math.isfinite(x) and low <= x <= high):
+            raise TableError(f"exact_at holds {x:g}; give finite points of the domain")
+    return points
 
 
 @lru_cache(maxsize=256)
-def _build_named(name: str, max_error: float, domain: tuple[float, float] | None, relative: bool) -> Table:
+def _build_named(
+    name: str, max_error: float, domain: tuple[float, float] | None, relative: bool, shape: Shape
+) -> Table:
     function = find_function(name)
-    if domain is not None and function.reduction != "exp":
-        return _build_on_domain(name, function.reference, max_error, domain, relative or function.relative)
+    if domain is not None and (function.reduction != "exp" or shape):
+        relative = relative or function.relative
+        table = build_on_domain(name, function.reference, max_error, domain, relative, None, shape)
+        return _finished(table, function.reference, domain, shape)
+    if (shape.continuous or shape.monotone) and function.reduction not in SHAPED:
+        raise TableError(
+            f"{name} has no cells side by side that could be continuous or monotone (it is computed by plain "
+            "arithmetic, or reduced to one period or binade); give domain=(low, high)"
+        )
     if function.reduction == "exp":
         table = build_exp(function, max_error, domain)
     elif function.reduction == "log":
@@ -89,17 +130,23 @@ def _build_named(name: str, max_error: float, domain: tuple[float, float] | None
         # Up to three IEEE operations, each within U of its result.
         table = Table(name, function.reduction, 4 * U, 0.0, function.relative)
     else:
-        table = _build_cells(name, max_error)
-    return _observed(table, function.reference, domain or WHOLE_RANGE)
+        table = _build_cells(name, max_error, shape if function.reduction in SHAPED else FREE)
+    return _finished(table, function.reference, domain or WHOLE_RANGE, shape)
 
 
-def _observed(
-    table: Table, reference: Callable[[np.ndarray], np.ndarray], domain: tuple[float, float]
+def _finished(
+    table: Table,
+    reference: Callable[[np.ndarray], np.ndarray],
+    domain: tuple[float, float],
+    shape: Shape,
 ) -> Table:
+    """The table with its observed error, after a check of the points that it was asked to pass."""
+    if shape.exact_at:
+        check_exact(table, reference, shape)
     return replace(table, observed_error=observe(table, reference, table.relative, domain))
 
 
-def _build_cells(name: str, max_error: float) -> Table:
+def _build_cells(name: str, max_error: float, shape: Shape) -> Table:
     function = find_function(name)
     for share in TAIL_SHARES:
         curve, hinge = reduced_curve(function, share * max_error)
@@ -111,35 +158,8 @@ def _build_cells(name: str, max_error: float) -> Table:
             last = PHASE_ERROR + 0.51 * math.pi * U  # the angle rounds to float32
         slope = float(np.float32(function.slope))
         table = Table(name, function.reduction, 0.0, 0.0, False, hinge=hinge, slope=slope)
-        found = cheapest(table, curve, max_error, last)
+        curve = replace(curve, pins=exact_pins(table, curve, function.reference, shape))
+        found = cheapest(table, curve, max_error, last, shape)
         if found is not None:
             return found
-    raise unreachable(name, max_error)
-
-
-def _build_on_domain(
-    name: str,
-    function: Callable[[np.ndarray], np.ndarray],
-    max_error: float,
-    domain: tuple[float, float],
-    relative: bool,
-) -> Table:
-    """Cells over the whole domain. The curvature is taken as twice the largest second difference on a fine grid."""
-    low, high = (float(np.float32(end)) for end in domain)
-    x, gap = np.linspace(low, high, CURVATURE_POINTS, retstep=True)
-    with np.errstate(all="ignore"):
-        value = np.asarray(function(x), np.float64)
-    if not np.isfinite(value).all():
-        raise TableError(
-            f"{name} is not finite at {x[~np.isfinite(value)][0]:g}; choose a domain without the pole"
-        )
-    if relative and value.min() <= 0 <= value.max():
-        raise TableError(
-            f"{name} has a zero in {domain}, where a relative error cannot be kept; use relative=False"
-        )
-    curvature = 2.0 * float(np.abs(np.diff(value, 2)).max()) / float(gap) ** 2
-    curve = Curve(function, curvature, low, high, norm="relative" if relative else "mixed")
-    found = cheapest(Table(name, "direct", 0.0, 0.0, relative), curve, max_error, 0.0)
-    if found is None:
-        raise unreachable(name, max_error)
-    return _observed(found, function, (low, high))
+    raise unreachable(name, max_error, shape)

@@ -113,7 +113,8 @@ def fit_cells(
         return curve.function((t - offset) / scale)
 
     intervals = placement.intervals()
-    if len(intervals) > placement.cells:
+    # A domain that ends on a boundary leaves a cell of one point, which nothing can be fitted to.
+    if len(intervals) > placement.cells or any(low == high for _, low, high in intervals):
         return None
     coefficients = np.zeros((degree + 1, placement.cells), np.float32)
     pins = [

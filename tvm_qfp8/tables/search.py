@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tvm_qfp8.errors import TableError
-from tvm_qfp8.tables.cells import Curve, fit_cells, place
+from tvm_qfp8.tables.cells import Curve, Placement, fit_cells, place
 from tvm_qfp8.tables.polynomial import MAGIC
+from tvm_qfp8.tables.shape import Shape
 from tvm_qfp8.tables.table import Table
 
 CELLS = (8, 16, 32)
 DEGREES = (1, 2, 3, 4, 5)
+FREE = Shape()
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,23 @@ class Form:
         return (self.degree + 1) * look_up + 2 * self.degree + (not self.exact_scale) + 2 * self.centred
 
 
-def cheapest(table: Table, curve: Curve, max_error: float, reconstruction_error: float) -> Table | None:
-    """``table`` filled with the cheapest cells that meet the bound; None if none of them does."""
+def cheapest(
+    table: Table,
+    curve: Curve,
+    max_error: float,
+    reconstruction_error: float,
+    shape: Shape = FREE,
+) -> Table | None:
+    """``table`` filled with the cheapest cells that meet the bound and keep ``shape``; None if none of them does."""
     forms = [Form(*choice) for choice in itertools.product(CELLS, DEGREES, (True, False), (False, True))]
     for form in sorted(forms, key=lambda form: form.cost):
         placement = place(curve, form.cells, form.exact_scale)
         if placement is None:
             continue
-        fitted = fit_cells(curve, placement, form.degree, form.centred, max_error - reconstruction_error)
+        fitted = _fit(table, curve, placement, form, max_error - reconstruction_error, shape)
         if fitted is None:
             continue
-        coefficients, bound = fitted
+        coefficients, bound, reversal = fitted
         return replace(
             table,
             max_error=bound + reconstruction_error,
@@ -53,8 +61,21 @@ def cheapest(table: Table, curve: Curve, max_error: float, reconstruction_error:
             high=placement.high,
             magic=MAGIC * placement.step,
             centred=form.centred,
+            continuous=shape.joined,
+            reversal=reversal,
         )
     return None
+
+
+def _fit(table: Table, curve: Curve, placement: Placement, form: Form, budget: float, shape: Shape):
+    if not shape:
+        fitted = fit_cells(curve, placement, form.degree, form.centred, budget)
+        return None if fitted is None else (*fitted, None)
+    # Its solver takes a while to import, and only these options need it.
+    from tvm_qfp8.tables.shaped_cells import fit_shaped_cells
+
+    rising = table.reduction == "even"
+    return fit_shaped_cells(curve, placement, form.degree, form.centred, budget, shape, rising)
 
 
 def as_tuples(coefficients: np.ndarray) -> tuple[tuple[float, ...], ...]:
@@ -62,9 +83,15 @@ def as_tuples(coefficients: np.ndarray) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(c) for c in power) for power in coefficients)
 
 
-def unreachable(name: str, max_error: float) -> TableError:
+def unreachable(name: str, max_error: float, shape: Shape = FREE) -> TableError:
     """The error for a bound that no form meets."""
+    asked = [
+        *(["continuous"] if shape.continuous else []),
+        *(["monotone"] if shape.monotone else []),
+        *([f"exact at {', '.join(f'{x:g}' for x in shape.exact_at)}"] if shape.exact_at else []),
+    ]
+    constrained = f" and is {' and '.join(asked)}" if asked else ""
     return TableError(
-        f"{name}: no table of up to {CELLS[-1]} cells of degree {DEGREES[-1]} reaches max_error={max_error:g} in "
-        "float32; ask for more error or a smaller domain"
+        f"{name}: no table of up to {CELLS[-1]} cells of degree {DEGREES[-1]} reaches max_error={max_error:g}"
+        f"{constrained} in float32; ask for more error{', fewer constraints' if asked else ''} or a smaller domain"
     )

@@ -41,6 +41,11 @@ class Table:
     slope: float = 1.0
     inner: Table | None = None
     """The table of log2 on one binade (reduction power)."""
+    continuous: bool = False
+    """Neighbouring cells were asked to meet: both give the same float32 at their boundary."""
+    reversal: float | None = None
+    """Asked to be monotone: where the function rises or falls, results go the other way by at most this, which is
+    rounding; 0 for linear cells without a last addition. None where it was not asked."""
 
     @property
     def cells(self) -> int:
