@@ -15,6 +15,7 @@ from tvm_qfp8.cli.bundle import bundle
 from tvm_qfp8.cli.compile import compile_model
 from tvm_qfp8.cli.report import report
 from tvm_qfp8.cli.run import run
+from tvm_qfp8.cli.table import table
 from tvm_qfp8.cli.targets import targets
 from tvm_qfp8.cli.tune import tune
 
@@ -32,6 +33,7 @@ app.command("bench")(bench)
 app.command("tune")(tune)
 app.command("report")(report)
 app.command("bundle")(bundle)
+app.command("table")(table)
 app.command("targets")(targets)
 
 
