@@ -55,8 +55,9 @@ def fitted(name: str, segments: int, degree: int, cells: int, max_error: float |
     if found is None:
         return None
     coefficients, bound = found
-    # Cell n stands at n modulo the number of cells. Not zeros beside them: LLVM would leave whole look-ups out.
-    padded = np.stack([np.resize(power, cells) for power in coefficients])
+    # Cell n stands at n modulo the number of cells. What fills the rest is never read, but neither zeros nor a
+    # repetition of the rest: of those LLVM would leave whole look-ups out.
+    padded = np.stack([np.resize(power[::-1], cells) for power in coefficients])
     for n, *_ in placement.intervals():
         padded[:, n % cells] = coefficients[:, n % segments]
     return Table(
