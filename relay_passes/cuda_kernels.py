@@ -195,6 +195,7 @@ CUDA_ANCHORS: dict[str, Callable[..., Emitter]] = {
     "relax.nn.log_softmax": _rows,
     "relax.nn.layer_norm": _rows,
     "relax.nn.rms_norm": _rows,
+    "relax.qfp8.l2_normalize": _rows,
     "relax.mean": _pool,
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,

@@ -22,7 +22,13 @@ from tvm import ir, relax
 from tvm_qfp8.topi.elementwise import ELEMENTWISE
 
 LINEAR = ("relax.qfp8.matmul", "relax.qfp8.conv2d", "relax.qfp8.batch_matmul", "relax.qfp8.take")
-ROW = ("relax.nn.softmax", "relax.nn.log_softmax", "relax.nn.layer_norm", "relax.nn.rms_norm")
+ROW = (
+    "relax.nn.softmax",
+    "relax.nn.log_softmax",
+    "relax.nn.layer_norm",
+    "relax.nn.rms_norm",
+    "relax.qfp8.l2_normalize",
+)
 POOL = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
 POINTWISE = (*ELEMENTWISE, "relax.qfp8.interpolate", "relax.qfp8.encode")
 
@@ -87,9 +93,11 @@ def _pointwise(value: relax.Expr) -> bool:
 
 
 def is_row_operator(value: relax.Expr) -> bool:
-    """Softmax, log-softmax, LayerNorm or RMSNorm over the last axis of a float32 tensor."""
+    """Softmax, log-softmax, LayerNorm, RMSNorm or L2 normalisation over the last axis of a float32 tensor."""
     if op_name(value) not in ROW or not _is_float_or_code(value.args[0]):
         return False
+    if op_name(value) == "relax.qfp8.l2_normalize":
+        return True
     rank = len(value.args[0].ty.shape)
     if op_name(value) in ("relax.nn.layer_norm", "relax.nn.rms_norm"):
         return [int(axis) % rank for axis in value.attrs.axes] == [rank - 1]

@@ -18,6 +18,7 @@ from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
 from tvm_qfp8.relay_passes.recognize import Recognize
+from tvm_qfp8.relay_passes.recognize_l2 import RecognizeL2
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
 from tvm_qfp8.relay_passes.sink_reshapes import SinkReshapes
@@ -41,6 +42,7 @@ def prepare_passes() -> list:
         NormalizeRows(),
         FoldLayerNorm(),
         RecognizeSoftmax(),
+        RecognizeL2(),
         # -- channels last, without transpositions that cancel
         ChooseLayout(),
         # -- reshapes that files hold around dense layers, out of the way of fusion

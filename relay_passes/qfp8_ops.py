@@ -17,6 +17,7 @@ qfp8.take           table codes ``(rows, width)``, scale       float32: rows of 
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
 qfp8.fake_quantize  x float32, scale                           x rounded to ``layout``; ``ClaimTrained`` takes it
 qfp8.trained        a linear layer's result, weight scales     the same: how the layer was trained (``trained``)
+qfp8.l2_normalize   x float32                                  float32: x / max(|x|, ``floor``) over the last axis
 qfp8.mish, selu     x float32                                  float32; until ``Interpolate`` only
 qfp8.elu, celu      x float32, alpha                           the same
 ==================  =========================================  ==================================================
@@ -79,7 +80,7 @@ _OPERATORS = {
     "batch_matmul": _batch_matmul_type,
     "take": _take_type,
     "interpolate": _same_type,
-    **dict.fromkeys(("fake_quantize", "trained", "mish", "selu", "elu", "celu"), _same_type),
+    **dict.fromkeys(("l2_normalize", "fake_quantize", "trained", "mish", "selu", "elu", "celu"), _same_type),
 }
 
 
@@ -104,6 +105,11 @@ def _call(name: str, args: list, **attrs) -> relax.Call:
 def encode(x, layout: Layout, scale: float) -> relax.Call:
     """Codes of ``x`` with one scale for the whole tensor."""
     return _call("encode", [x], layout=layout.name, scale=float(scale))
+
+
+def l2_normalize(x, floor: float) -> relax.Call:
+    """``x`` divided by its length over the last axis, or by ``floor`` where that is larger."""
+    return _call("l2_normalize", [x], floor=float(floor))
 
 
 def matmul(x, weight, a, bias) -> relax.Call:

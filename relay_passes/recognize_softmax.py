@@ -1,4 +1,4 @@
-"""Recognises a softmax that a file holds as exponentials and their sum.
+"""Recognises a softmax or log-softmax that a file holds as exponentials and their sum.
 
 Runs after import. Before::
 
@@ -10,6 +10,9 @@ Runs after import. Before::
 After::
 
     lv3 = R.nn.softmax(x, axis=-1)
+
+Log-softmax is the logarithm of a softmax, or the difference ``(x - m) - log(s)`` or ``x - (log(s) + m)``, where m is
+the maximum above and s the sum of ``exp(x - m)``; both become ``R.nn.log_softmax``.
 """
 
 from __future__ import annotations
@@ -31,12 +34,17 @@ class RecognizeSoftmax:
 
 class _Rewriter(MainRewriter):
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
-        found = self._softmax(value) if op_name(value) == "relax.divide" else None
+        make, found = relax.op.nn.softmax, None
+        if op_name(value) == "relax.divide":
+            found = self._softmax(value)
+        elif op_name(value) in ("relax.subtract", "relax.log"):
+            make = relax.op.nn.log_softmax
+            found = self._of_softmax(value) if op_name(value) == "relax.log" else self._log_softmax(value)
         if found is None:
             self.keep(var, value)
             return
         x, axis = found
-        self.variables[var] = self.builder.emit(relax.op.nn.softmax(self.expression(x), axis), var.name)
+        self.variables[var] = self.builder.emit(make(self.expression(x), axis), var.name)
 
     def _softmax(self, value: relax.Call) -> tuple[relax.Expr, int] | None:
         """(x, axis) where the quotient is the softmax of x."""
@@ -48,13 +56,49 @@ class _Rewriter(MainRewriter):
         if axis is None:
             return None
         x = exponential.args[0]
-        difference = self._defined(x, "relax.subtract")
-        if difference is not None:
-            largest = self._defined(difference.args[1], "relax.max")
-            same = largest is not None and largest.args[0].same_as(difference.args[0])
-            if same and _one_axis(largest) == axis:
-                x = difference.args[0]
-        return x, axis
+        shifted = self._shifted(x, axis)
+        return (x if shifted is None else shifted[0]), axis
+
+    def _shifted(self, expr: relax.Expr, axis: int) -> tuple[relax.Expr, relax.Expr] | None:
+        """(x, m) where ``expr`` is x less its maximum m along the axis."""
+        difference = self._defined(expr, "relax.subtract")
+        largest = self._maximum(difference.args[1]) if difference is not None else None
+        if difference is None or largest is None or not largest.args[0].same_as(difference.args[0]):
+            return None
+        return tuple(difference.args) if _one_axis(largest) == axis else None
+
+    def _maximum(self, expr: relax.Expr) -> relax.Call | None:
+        """The maximum that ``expr`` is; torch's logsumexp takes 0 where that is infinite."""
+        guarded = self._defined(expr, "relax.where")
+        return self._defined(expr if guarded is None else guarded.args[2], "relax.max")
+
+    def _of_softmax(self, value: relax.Call) -> tuple[relax.Expr, int] | None:
+        """(x, axis) where the logarithm is of the softmax of x."""
+        softmax = self._defined(value.args[0], "relax.nn.softmax")
+        if softmax is not None:
+            return softmax.args[0], int(softmax.attrs.axis)
+        quotient = self._defined(value.args[0], "relax.divide")
+        return self._softmax(quotient) if quotient is not None else None
+
+    def _log_softmax(self, value: relax.Call) -> tuple[relax.Expr, int] | None:
+        """(x, axis) where the difference is the log-softmax of x."""
+        left, right = value.args
+        total = self._defined(right, "relax.add")
+        for log, largest in [(right, None)] if total is None else [total.args, reversed(total.args)]:
+            logarithm = self._defined(log, "relax.log")
+            summed = self._defined(logarithm.args[0], "relax.sum") if logarithm is not None else None
+            exponential = self._defined(summed.args[0], "relax.exp") if summed is not None else None
+            axis = _one_axis(summed) if summed is not None else None
+            if exponential is None or axis is None:
+                continue
+            shifted = self._shifted(exponential.args[0], axis)
+            if largest is None and left.same_as(exponential.args[0]):
+                return (left if shifted is None else shifted[0]), axis
+            if largest is not None and shifted is not None:
+                x, maximum = shifted
+                if left.same_as(x) and largest.same_as(maximum):
+                    return x, axis
+        return None
 
     def _defined(self, expr: relax.Expr, name: str) -> relax.Call | None:
         value = self.definition.get(expr) if isinstance(expr, relax.Var) else None

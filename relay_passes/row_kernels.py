@@ -20,7 +20,7 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
 from tvm_qfp8.topi.prim_func import load
-from tvm_qfp8.topi.rows import Row, emit_layer_norm, emit_rms_norm, for_each_row
+from tvm_qfp8.topi.rows import Row, emit_l2_normalize, emit_layer_norm, emit_rms_norm, for_each_row
 from tvm_qfp8.topi.softmax import emit_log_softmax, emit_softmax
 
 
@@ -68,6 +68,8 @@ def emit_row_operator(
     """Softmax, log-softmax or a norm."""
     if op_name(call) in ("relax.nn.softmax", "relax.nn.log_softmax"):
         return _softmax(call, isa, operands, max_error, walk)
+    if op_name(call) == "relax.qfp8.l2_normalize":
+        return _l2_normalize(call, operands, walk)
     return _norm(call, operands, walk)
 
 
@@ -145,6 +147,24 @@ def _norm(call, operands: Operands, walk: RowWalk) -> Emitter:
     return body, (op_name(call), rows, length)
 
 
+def _l2_normalize(call, operands: Operands, walk: RowWalk) -> Emitter:
+    x, floor = call.args[0], float(call.attrs["floor"])
+    rows, length = _row_shape(x)
+    at = operands.tensor(x)
+
+    def body(inputs, finish) -> None:
+        def one(row, index) -> None:
+            emit_l2_normalize(
+                row, floor, lambda value, offset, lanes: finish(value, index, offset, lanes, lanes)
+            )
+
+        walk.each(
+            rows, length, lambda index, offset, lanes: load(inputs[at], index * length + offset, lanes), one
+        )
+
+    return body, (op_name(call), rows, length, floor)
+
+
 def pool_shape(call) -> PoolShape:
     """The static description of a max_pool2d or avg_pool2d call."""
     attrs = call.attrs
@@ -188,6 +208,7 @@ ROW_ANCHORS: dict[str, Callable] = {
     "relax.nn.log_softmax": _on_cpu,
     "relax.nn.layer_norm": _on_cpu,
     "relax.nn.rms_norm": _on_cpu,
+    "relax.qfp8.l2_normalize": _on_cpu,
     "relax.mean": _pool,
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,

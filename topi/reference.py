@@ -115,6 +115,12 @@ def rms_norm(x: Array, gamma: Array, epsilon: float) -> Array:
     return (x * factor[..., None]) * gamma
 
 
+def l2_normalize(x: Array, floor: float) -> Array:
+    """x / max(|x|, floor) over the last axis with the kernel's order of operations."""
+    factor = np.float32(1.0) / np.maximum(np.sqrt(lane_sum(x * x)), np.float32(floor))
+    return x * factor[..., None]
+
+
 def softmax(x: Array, exp) -> Array:
     """Softmax over the last axis with the table ``exp``."""
     powers = exp(x - x.max(-1, keepdims=True))

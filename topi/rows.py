@@ -1,4 +1,4 @@
-"""Operators that reduce the last axis, as passes over a row in cache; LayerNorm and RMSNorm.
+"""Operators that reduce the last axis, as passes over a row in cache; LayerNorm, RMSNorm, L2 normalisation.
 
 Reductions use 16 lane accumulators whatever the vector width, element i in lane i mod 16, combined in a fixed
 tree, so that every target gives the same bits.
@@ -200,6 +200,15 @@ def emit_rms_norm(row: Row, epsilon: float, finish: Callable) -> None:
     square = T.bind(mul(total, tirx.const(1.0 / row.length, "float32")))
     deviation = T.bind(tirx.sqrt(add(square, tirx.const(epsilon, "float32"))))
     factor = T.bind(tirx.const(1.0, "float32") / deviation)
+    row.finish(lambda v: mul(v, like_scalar(factor, lanes_of(v))), finish)
+
+
+def emit_l2_normalize(row: Row, floor: float, finish: Callable) -> None:
+    """x / max(sqrt(sum(x^2)), floor). Padding is 0."""
+    length = T.bind(tirx.sqrt(row.sum(lambda v: mul(v, v))))
+    # The constant first: so a NaN stays.
+    divisor = T.bind(tirx.Select(tirx.const(floor, "float32") > length, tirx.const(floor, "float32"), length))
+    factor = T.bind(tirx.const(1.0, "float32") / divisor)
     row.finish(lambda v: mul(v, like_scalar(factor, lanes_of(v))), finish)
 
 

@@ -119,3 +119,9 @@ def rms_norm(attrs: SimpleNamespace, x: np.ndarray, weight: np.ndarray) -> np.nd
     axes = tuple(attrs.axes)
     scale = np.sqrt(np.square(x).mean(axis=axes, keepdims=True) + np.float32(attrs.epsilon))
     return x / scale * _over_axes(x, axes, weight)
+
+
+def l2_normalize(x: np.ndarray, floor: float) -> np.ndarray:
+    """x / max(sqrt(sum(x^2)), floor) over the last axis."""
+    length = np.sqrt(np.square(x).sum(axis=-1, keepdims=True))
+    return x / np.maximum(length, x.dtype.type(floor))

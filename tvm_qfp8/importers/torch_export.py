@@ -29,7 +29,12 @@ def from_exported_program(program: Any, input_shapes: Mapping[str, tuple[int, ..
             program,
             keep_params_as_input=False,
             unwrap_unit_return_tuple=True,
-            custom_convert_map={"elu.default": _elu, "fake_quantize.default": _fake_quantize},
+            custom_convert_map={
+                "elu.default": _elu,
+                "amax.default": _amax,
+                "native_group_norm.default": _group_norm,
+                "fake_quantize.default": _fake_quantize,
+            },
         )
     except Exception as error:  # the front end raises whatever its converters do
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
@@ -53,6 +58,34 @@ def _elu(node: Any, importer: Any) -> Any:
     below = emit(relax.op.multiply, emit(relax.op.minimum, x, 0.0), input_scale)
     curve = emit(relax.op.multiply, emit(relax.op.subtract, emit(relax.op.exp, below), 1.0), alpha * scale)
     return emit(relax.op.add, emit(relax.op.multiply, emit(relax.op.maximum, x, 0.0), scale), curve)
+
+
+def _amax(node: Any, importer: Any) -> Any:
+    """aten.amax(x, dim, keepdim), a part of logsumexp, which TVM's front end does not know."""
+    from tvm import relax
+
+    x, *given = importer.retrieve_args(node)
+    axes = list(given[0]) if given and given[0] else None
+    return importer.block_builder.emit(relax.op.max(x, axes, bool(given[1]) if len(given) > 1 else False))
+
+
+def _group_norm(node: Any, importer: Any) -> Any:
+    """aten.native_group_norm(x, weight, bias, N, C, HxW, groups, epsilon): TVM's own fails without weight and bias."""
+    from tvm import relax
+
+    x, weight, bias, _, channels, _, groups, epsilon = importer.retrieve_args(node)
+    dtype = str(x.ty.dtype)
+    ones, zeros = (relax.const(np.full(int(channels), value), dtype) for value in (1.0, 0.0))
+    call = relax.op.nn.group_norm(
+        x,
+        ones if weight is None else weight,
+        zeros if bias is None else bias,
+        num_groups=int(groups),
+        channel_axis=1,
+        axes=list(range(2, len(x.ty.shape))),
+        epsilon=float(epsilon),
+    )
+    return importer.block_builder.emit(call)
 
 
 def _fake_quantize(node: Any, importer: Any) -> Any:

@@ -1,0 +1,171 @@
+"""L2 normalisation, log-softmax, gated units and norms in the forms of ONNX and torch.export: one kernel, reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from models import model
+from onnx import helper
+from test_norms import operators
+
+import tvm_qfp8
+from tvm_qfp8.importers import load_model
+from tvm_qfp8.topi import reference
+
+F = torch.nn.functional
+node = helper.make_node
+RNG = np.random.default_rng(0)
+SHAPE = (4, 6, 50)
+L2, LOG_SOFTMAX = "relax.qfp8.l2_normalize", "relax.nn.log_softmax"
+ROW_KERNEL = "fused row kernel"
+
+
+class Applied(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def check(made, x, expected, operator, became=ROW_KERNEL, atol=1e-3):
+    """The model holds ``operator``, the report says what it became, results agree."""
+    assert operator in operators(load_model(made).mod)
+    module = tvm_qfp8.compile(made)
+    assert any(layer.became.startswith(became) for layer in module.report.layers), module.report.to_text()
+    (got,) = module.run({module.inputs[0].name: x})
+    np.testing.assert_allclose(got, expected, atol=atol)
+
+
+TORCH = {
+    "normalize": (F.normalize, dict(dim=-1), L2),
+    "vector norm": (lambda x: x / torch.linalg.vector_norm(x, dim=-1, keepdim=True), {}, L2),
+    "by hand": (lambda x: x / torch.sqrt((x * x).sum(-1, keepdim=True)), {}, L2),
+    "clamped": (lambda x: x / x.norm(dim=-1, keepdim=True).clamp(min=1e-6), {}, L2),
+    "log_softmax": (F.log_softmax, dict(dim=-1), LOG_SOFTMAX),
+    "log of softmax": (lambda x: torch.log(torch.softmax(x, -1)), {}, LOG_SOFTMAX),
+    "logsumexp": (lambda x: x - torch.logsumexp(x, -1, keepdim=True), {}, LOG_SOFTMAX),
+    "group norm without scale": (lambda x: F.group_norm(x, 3), {}, "relax.nn.layer_norm"),
+    "group norm": (lambda x: F.group_norm(x, 2, torch.arange(6.0), torch.ones(6)), {}, "relax.nn.layer_norm"),
+    "instance norm": (F.instance_norm, {}, "relax.nn.layer_norm"),
+}
+
+
+@pytest.mark.parametrize("form", TORCH)
+def test_forms_of_torch(form):
+    function, options, operator = TORCH[form]
+    net, x = Applied(lambda x: function(x, **options)), torch.randn(SHAPE)
+    program = torch.export.export(net, (x,))
+    assert operator in operators(load_model(program.run_decompositions()).mod)
+    check(program, x.numpy(), net(x).numpy(), operator)
+
+
+def l2_nodes(*middle):
+    return [node("ReduceL2", ["x"], ["n"], axes=[-1], keepdims=1), *middle]
+
+
+EXPANDED = [node("Shape", ["x"], ["s"]), node("Expand", ["c", "s"], ["e"]), node("Div", ["x", "e"], ["y"])]
+ONNX = {
+    "LpNormalization": ([node("LpNormalization", ["x"], ["y"], axis=-1, p=2)], L2),
+    "ReduceL2": (l2_nodes(node("Div", ["x", "n"], ["y"])), L2),
+    "ReduceL2, Clip, Expand": (l2_nodes(node("Clip", ["n", "low"], ["c"]), *EXPANDED), L2),
+    "ReduceSumSquare": (
+        [
+            node("ReduceSumSquare", ["x"], ["q"], axes=[-1], keepdims=1),
+            node("Sqrt", ["q"], ["n"]),
+            node("Div", ["x", "n"], ["y"]),
+        ],
+        L2,
+    ),
+    "LogSoftmax": ([node("LogSoftmax", ["x"], ["y"], axis=-1)], LOG_SOFTMAX),
+    "Softmax, Log": ([node("Softmax", ["x"], ["s"], axis=-1), node("Log", ["s"], ["y"])], LOG_SOFTMAX),
+    "ReduceLogSumExp": (
+        [node("ReduceLogSumExp", ["x"], ["l"], axes=[-1]), node("Sub", ["x", "l"], ["y"])],
+        LOG_SOFTMAX,
+    ),
+    "log-softmax by hand": (
+        [
+            node("ReduceMax", ["x"], ["m"], axes=[-1]),
+            node("Sub", ["x", "m"], ["d"]),
+            node("Exp", ["d"], ["e"]),
+            node("ReduceSum", ["e", "axis"], ["s"]),
+            node("Log", ["s"], ["l"]),
+            node("Sub", ["d", "l"], ["y"]),
+        ],
+        LOG_SOFTMAX,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ONNX)
+def test_forms_of_onnx(form):
+    nodes, operator = ONNX[form]
+    constants = {"low": np.float32(1e-12), "axis": np.array([-1], np.int64)}
+    made = model(nodes, {"x": SHAPE}, {"y": SHAPE}, constants, 13)
+    x = RNG.standard_normal(SHAPE).astype(np.float32)
+    session = onnxruntime.InferenceSession(made.SerializeToString())
+    check(made, x, session.run(None, {"x": x})[0], operator)
+
+
+def _swiglu(a, b):
+    return a * torch.sigmoid(a) * b
+
+
+GATES = {
+    "GLU": (lambda x: F.glu(x, -1), "table sigmoid"),
+    "GeGLU, tanh": (lambda x: F.gelu(x[..., :25], approximate="tanh") * x[..., 25:], "table gelu_tanh"),
+    "SwiGLU by hand": (lambda x: _swiglu(*x.chunk(2, -1)), "table silu"),
+}
+
+
+@pytest.mark.parametrize("form", GATES)
+def test_gated_units_are_reported(form):
+    function, became = GATES[form]
+    x = torch.randn(SHAPE)
+    module = tvm_qfp8.compile(torch.export.export(Applied(function), (x,)))
+    assert any(layer.became.startswith(became) for layer in module.report.layers)
+    (got,) = module.run({module.inputs[0].name: x.numpy()})
+    np.testing.assert_allclose(got, function(x).numpy(), atol=4e-3)
+
+
+@pytest.mark.parametrize("length", [1, 16, 50])
+def test_l2_normalize_is_its_twin_bit_for_bit(length):
+    x = (RNG.standard_normal((7, length)) * 3).astype(np.float32)
+    x[1] = 0.0
+    x[2] *= 1e-16
+    made = model(
+        ONNX["ReduceL2, Clip, Expand"][0], {"x": x.shape}, {"y": x.shape}, {"low": np.float32(1e-12)}, 13
+    )
+    (got,) = tvm_qfp8.compile(made).run({"x": x})
+    np.testing.assert_array_equal(got, reference.l2_normalize(x, 1e-12))
+    np.testing.assert_array_equal(got[1], 0.0)
+
+
+def test_nan_stays_in_its_row():
+    x = np.ones((3, 20), np.float32)
+    x[1, 5] = np.nan
+    made = model(
+        ONNX["ReduceL2, Clip, Expand"][0], {"x": x.shape}, {"y": x.shape}, {"low": np.float32(1e-12)}, 13
+    )
+    (got,) = tvm_qfp8.compile(made).run({"x": x})
+    assert np.isnan(got[1]).all() and np.isfinite(got[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.normalize(x, dim=1),
+        lambda x: F.normalize(x, p=1, dim=-1),
+        lambda x: x / torch.sqrt((x * x.flip(-1)).sum(-1, keepdim=True).abs()),
+        lambda x: x - torch.log(torch.exp(2 * x).sum(-1, keepdim=True)),
+        lambda x: x - torch.log(torch.exp(x).sum(1, keepdim=True)) - x.amax(1, keepdim=True),
+    ],
+    ids=["other axis", "other norm", "no square", "other argument", "not the maximum of x"],
+)
+def test_near_misses_stay_as_they_are(function):
+    x = torch.randn(SHAPE)
+    program = torch.export.export(Applied(function), (x,))
+    assert not {L2, LOG_SOFTMAX} & set(operators(load_model(program).mod))
