@@ -49,8 +49,6 @@ TORCH = {
     "log of softmax": (lambda x: torch.log(torch.softmax(x, -1)), {}, LOG_SOFTMAX),
     "logsumexp": (lambda x: x - torch.logsumexp(x, -1, keepdim=True), {}, LOG_SOFTMAX),
     "group norm without scale": (lambda x: F.group_norm(x, 3), {}, "relax.nn.layer_norm"),
-    "group norm": (lambda x: F.group_norm(x, 2, torch.arange(6.0), torch.ones(6)), {}, "relax.nn.layer_norm"),
-    "instance norm": (F.instance_norm, {}, "relax.nn.layer_norm"),
 }
 
 
@@ -80,7 +78,6 @@ ONNX = {
         ],
         L2,
     ),
-    "LogSoftmax": ([node("LogSoftmax", ["x"], ["y"], axis=-1)], LOG_SOFTMAX),
     "Softmax, Log": ([node("Softmax", ["x"], ["s"], axis=-1), node("Log", ["s"], ["y"])], LOG_SOFTMAX),
     "ReduceLogSumExp": (
         [node("ReduceLogSumExp", ["x"], ["l"], axes=[-1]), node("Sub", ["x", "l"], ["y"])],
@@ -161,9 +158,9 @@ def test_nan_stays_in_its_row():
         lambda x: F.normalize(x, p=1, dim=-1),
         lambda x: x / torch.sqrt((x * x.flip(-1)).sum(-1, keepdim=True).abs()),
         lambda x: x - torch.log(torch.exp(2 * x).sum(-1, keepdim=True)),
-        lambda x: x - torch.log(torch.exp(x).sum(1, keepdim=True)) - x.amax(1, keepdim=True),
+        lambda x: (x - x.amax(-1, keepdim=True)) - torch.log(torch.exp(x).sum(-1, keepdim=True)),
     ],
-    ids=["other axis", "other norm", "no square", "other argument", "not the maximum of x"],
+    ids=["other axis", "other norm", "no square", "other argument", "one shifted"],
 )
 def test_near_misses_stay_as_they_are(function):
     x = torch.randn(SHAPE)
