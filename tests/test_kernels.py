@@ -154,6 +154,17 @@ def test_layer_norm_and_residual_follow_the_contract(target, length):
     assert np.array_equal(run(build(quantized, target), x)[0], expected)
 
 
+@pytest.mark.parametrize("length", [1, 16, 50])
+def test_l2_normalize_follows_the_contract(target, length):
+    x = np.random.default_rng(length).standard_normal((4, length)).astype(np.float32)
+    x[1] = 0.0
+    x[2] *= 1e-16
+    quantized = program([(x.shape, None)], lambda builder, v: qfp8_ops.l2_normalize(v, 1e-12))
+    (found,) = run(build(quantized, target), x)
+    assert np.array_equal(found, reference.l2_normalize(x, 1e-12))
+    assert not found[1].any()
+
+
 @pytest.mark.parametrize("width", [1, 7, 48])
 def test_embedding(target, width):
     rng = np.random.default_rng(width)
