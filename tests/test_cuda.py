@@ -194,7 +194,7 @@ def test_a_whole_network_gives_the_bits_of_the_cpu(tmp_path):
 
 
 def attention() -> onnx.ModelProto:
-    """Tokens -> embedding -> LayerNorm -> attention of one head -> GELU -> pooled, with products of activations."""
+    """Tokens -> embedding -> LayerNorm -> attention of one head -> GELU -> unit length, with products of activations."""
     rng = np.random.default_rng(3)
     shapes = {"table": (9, 16), **dict.fromkeys("qkvo", (16, 16))}
     weights = {name: rng.standard_normal(shape, np.float32) * 0.5 for name, shape in shapes.items()}
@@ -211,7 +211,8 @@ def attention() -> onnx.ModelProto:
         mixed = MatMul (shares, values)
         hidden = MatMul (mixed, o)
         active = Gelu (hidden)
-        y = Add (active, embedded)
+        unit = LpNormalization <axis = -1, p = 2> (active)
+        y = Add (unit, embedded)
     """
     text = f"agraph (int64[2, 5] tokens) => (float[2, 5, 16] y) {{ {body} }}"
     graph = onnx.parser.parse_graph(text)
