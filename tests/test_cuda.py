@@ -194,7 +194,7 @@ def test_a_whole_network_gives_the_bits_of_the_cpu(tmp_path):
 
 
 def attention() -> onnx.ModelProto:
-    """Tokens -> embedding -> LayerNorm -> attention of one head -> GELU -> unit length, with products of activations."""
+    """Tokens -> embedding -> LayerNorm -> attention of one head -> GELU -> length 1, with products of activations."""
     rng = np.random.default_rng(3)
     shapes = {"table": (9, 16), **dict.fromkeys("qkvo", (16, 16))}
     weights = {name: rng.standard_normal(shape, np.float32) * 0.5 for name, shape in shapes.items()}

@@ -69,7 +69,7 @@ def test_monotone_where_the_function_is(name):
     for k, (low, high) in enumerate(zip(turns[:-1], turns[1:], strict=True)):
         sign = course.first_sign * (-1) ** k
         y = sign * table(x[(x > low) & (x < high)]).astype(np.float64)
-        assert (np.maximum.accumulate(y) - y).max() <= table.reversal <= 2e-6
+        assert (np.maximum.accumulate(y) - y).max() <= table.reversal <= 8e-6
     assert table.continuous and table.max_error <= 1e-3
 
 

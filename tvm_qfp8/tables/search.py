@@ -74,8 +74,7 @@ def _fit(table: Table, curve: Curve, placement: Placement, form: Form, budget: f
     # Its solver takes a while to import, and only these options need it.
     from tvm_qfp8.tables.shaped_cells import fit_shaped_cells
 
-    rising = table.reduction == "even"
-    return fit_shaped_cells(curve, placement, form.degree, form.centred, budget, shape, rising)
+    return fit_shaped_cells(table, curve, placement, form.degree, form.centred, budget, shape)
 
 
 def as_tuples(coefficients: np.ndarray) -> tuple[tuple[float, ...], ...]:

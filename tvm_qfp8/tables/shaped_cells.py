@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from tvm_qfp8.tables.cells import Curve, Placement, fit_cells
-from tvm_qfp8.tables.proof import cell_bound, horner_error
+from tvm_qfp8.tables.proof import U, cell_bound, horner_error
 from tvm_qfp8.tables.shape import Course, Shape, course_of, reversal
 from tvm_qfp8.tables.shaped_fit import Interval, fit_shaped
+from tvm_qfp8.tables.table import Table
 
 # How far the results of a monotone table may go the wrong way: some roundings, relative to the largest value or 1.
 WRONG_WAY = 2.0**-20
@@ -20,12 +21,17 @@ Pin = tuple[float, float]
 
 
 def fit_shaped_cells(
-    curve: Curve, placement: Placement, degree: int, centred: bool, budget: float, shape: Shape, rising: bool
+    table: Table,
+    curve: Curve,
+    placement: Placement,
+    degree: int,
+    centred: bool,
+    budget: float,
+    shape: Shape,
 ) -> tuple[np.ndarray, float, float | None] | None:
     """float32 coefficients ``(degree + 1, cells)``, their proved bound, and how far results may go the wrong way.
 
-    ``rising`` says that the table adds ``x`` where ``x > 0``: there the sum has to rise. None when a constraint, or
-    ``budget``, cannot be kept.
+    ``table`` says what is done with the polynomial. None when a constraint, or ``budget``, cannot be kept.
     """
     unconstrained = Curve(curve.function, curve.curvature, curve.low, curve.high, norm=curve.norm)
     if fit_cells(unconstrained, placement, degree, centred, budget) is None:
@@ -40,6 +46,7 @@ def fit_shaped_cells(
             return np.ones_like(t)
         return 1.0 / np.maximum(np.abs(in_t(t)), 1.0 if curve.norm == "mixed" else 1e-300)
 
+    rising = table.reduction == "even"
     course = course_of(in_t, placement.low, placement.high) if shape.monotone else None
     cells = [
         Interval(low, high, tuple(_pins_in(curve, placement, n, low, high, shape.joined)))
@@ -62,7 +69,8 @@ def fit_shaped_cells(
         if worst > budget:
             return None
         if course is not None:
-            wrong_way = max(wrong_way, _reversal(rounded, low, high, centre, course, rising and scale))
+            # A fall may go on in the next cell.
+            wrong_way += _reversal(rounded, low, high, centre, course, rising and scale)
             if degree > 1 or rising:
                 rounding = max(
                     rounding, horner_error(np.asarray(rounded, np.float64), max(high - centre, centre - low))
@@ -72,8 +80,13 @@ def fit_shaped_cells(
         coefficients[:, n % placement.cells] = rounded
     if course is None:
         return coefficients, worst, None
+    largest = float(np.abs(in_t(np.linspace(placement.low, placement.high, 257))).max())
+    added = {"even": abs(placement.high / scale), "hinge": abs(table.slope * table.hinge), "logistic": 0.5}
+    if table.reduction in added:
+        largest += added[table.reduction]
+        if degree > 1 or rising:
+            rounding += 1.01 * U * largest
     wrong_way += 2 * rounding
-    largest = float(np.abs(in_t(np.array([placement.low, placement.high]))).max())
     return (coefficients, worst, wrong_way) if wrong_way <= WRONG_WAY * max(1.0, largest) else None
 
 
