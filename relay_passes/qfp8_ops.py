@@ -17,7 +17,7 @@ qfp8.take           table codes ``(rows, width)``, scale       float32: rows of 
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
 qfp8.fake_quantize  x float32, scale                           x rounded to ``layout``; ``ClaimTrained`` takes it
 qfp8.trained        a linear layer's result, weight scales     the same: how the layer was trained (``trained``)
-qfp8.l2_normalize   x float32                                  float32: x / max(|x|, ``floor``) over the last axis
+qfp8.l2_normalize   x float32, floor                           float32: x / max(|x|, floor) over the last axis
 qfp8.mish, selu     x float32                                  float32; until ``Interpolate`` only
 qfp8.elu, celu      x float32, alpha                           the same
 ==================  =========================================  ==================================================
@@ -109,7 +109,7 @@ def encode(x, layout: Layout, scale: float) -> relax.Call:
 
 def l2_normalize(x, floor: float) -> relax.Call:
     """``x`` divided by its length over the last axis, or by ``floor`` where that is larger."""
-    return _call("l2_normalize", [x], floor=float(floor))
+    return _call("l2_normalize", [x, tvm.tirx.FloatImm("float32", floor)])
 
 
 def matmul(x, weight, a, bias) -> relax.Call:

@@ -10,7 +10,7 @@ Runs after import. Before (as torch's exporter writes ``functional.normalize``):
 
 After::
 
-    lv5 = R.qfp8.l2_normalize(x, floor=1e-12)
+    lv5 = R.qfp8.l2_normalize(x, 1e-12)
 """
 
 from __future__ import annotations

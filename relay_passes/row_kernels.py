@@ -148,7 +148,7 @@ def _norm(call, operands: Operands, walk: RowWalk) -> Emitter:
 
 
 def _l2_normalize(call, operands: Operands, walk: RowWalk) -> Emitter:
-    x, floor = call.args[0], float(call.attrs["floor"])
+    x, floor = call.args[0], float(call.args[1].value)
     rows, length = _row_shape(x)
     at = operands.tensor(x)
 

@@ -152,3 +152,17 @@ def test_near_misses_stay_as_they_are(function):
     x = torch.randn(SHAPE)
     program = torch.export.export(Applied(function), (x,))
     assert not {L2, LOG_SOFTMAX} & set(operators(load_model(program).mod))
+
+
+def test_calibrated_between_linear_layers():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(20, 32), Applied(lambda x: F.normalize(x, dim=-1)), torch.nn.Linear(32, 5)
+    )
+    x = torch.randn(8, 20)
+    program = torch.export.export(net.eval(), (x,))
+    module = tvm_qfp8.compile(program, calibration=[{"input": torch.randn(8, 20).numpy()} for _ in range(4)])
+    kinds = [layer.became for layer in module.report.layers]
+    assert [kind.split()[0] for kind in kinds] == ["QFP8", "fused", "QFP8"]
+    (got,) = module.run({module.inputs[0].name: x.numpy()})
+    np.testing.assert_allclose(got, net(x).detach().numpy(), atol=0.05)
