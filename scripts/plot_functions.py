@@ -15,7 +15,7 @@ NAMES = (*FUNCTIONS, "elu(0.5)", "celu(1.3)", "pow(1.7)", *DERIVATIVES, "elu'", 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("function_plots"))
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("build/function_plots"))
     parser.add_argument("--functions", default=",".join(NAMES), help="names, separated by commas")
     parser.add_argument("--max-error", type=float, default=1e-3)
     parser.add_argument("--format", choices=FORMATS, default="svg")

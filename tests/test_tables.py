@@ -246,6 +246,10 @@ def _all_tables() -> dict:
     tables["exp_split"] = build_table("exp", 1e-6)
     tables["softmax_square"] = build_softmax_exp(1.99e-3)
     tables["softmax"] = build_softmax_exp(1e-4)
+    tables["monotone"] = build_table("gelu", 1e-4, monotone=True, exact_at=(1.0,))
+    tables["rectifier"] = build_table(
+        lambda x: 0.5 * (x + np.sqrt(x * x + 1.0)), 1e-3, domain=(-5.0, 5.0), symmetry="rectifier"
+    )
     tables["power"] = build_table(lambda x: x**1.7, 1e-4, domain=(1.0, 9.0))
     return tables
 
