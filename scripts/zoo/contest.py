@@ -18,7 +18,7 @@ from typing import Any
 
 CALLS = 5
 PAUSE_SECONDS = 0.25
-"""Between turns: thread pools stop spinning, which takes some up to 100 ms; with less the next contestant pays for it."""
+"""Between turns: some thread pools spin for up to 100 ms, and the next contestant would pay for it."""
 
 
 class Contestant:
