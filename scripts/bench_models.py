@@ -42,6 +42,7 @@ def main() -> None:
             print(f"{name}, {threads} thread(s)", file=sys.stderr)
             found = measure(name, module, int(threads), arguments.turns)
             record["models"].append({"model": name, "compile_seconds": compile_seconds, **found})
+    add_scaling_efficiency(record["models"])
     print_table(record)
     arguments.output.parent.mkdir(exist_ok=True)
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
@@ -89,6 +90,17 @@ def measure(name: str, module: Path, threads: int, turns: int) -> dict[str, Any]
     }
 
 
+def add_scaling_efficiency(rows: list[dict[str, Any]]) -> None:
+    """To rows of several threads: time of one thread over threads times this row's time, for each contestant."""
+    alone = {row["model"]: row["milliseconds"] for row in rows if row["threads"] == 1}
+    for row in rows:
+        if row["threads"] > 1 and row["model"] in alone:
+            row["scaling_efficiency"] = {
+                runner: round(alone[row["model"]][runner] / (row["threads"] * value), 3)
+                for runner, value in row["milliseconds"].items()
+            }
+
+
 def serve_runner(which: str, module: Path) -> None:
     """Be one contestant."""
     import tvm_qfp8
@@ -121,9 +133,13 @@ def print_table(record: dict[str, Any]) -> None:
 
     for row in record["models"]:
         noisy = ", on a noisy machine" if row["noisy"] else ""
+        efficiency = row.get("scaling_efficiency", {})
         table = Table(f"{row['model']}, {row['threads']} thread(s){noisy}", "ms", "QFP8 is faster by")
+        if efficiency:
+            table.add_column("scaling efficiency")
         for runner, milliseconds in row["milliseconds"].items():
-            table.add_row(runner, f"{milliseconds:.2f}", f"{row['speedup'].get(runner, 1.0):.2f}")
+            scaling = [f"{efficiency[runner]:.2f}"] if efficiency else []
+            table.add_row(runner, f"{milliseconds:.2f}", f"{row['speedup'].get(runner, 1.0):.2f}", *scaling)
         Console().print(table)
 
 

@@ -1,10 +1,14 @@
-"""What became of each layer: the report of a compiled module, as text and JSON."""
+"""What became of each layer: the report of a compiled module, as text, JSON and a page of HTML."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tvm_qfp8.profiling import KernelTime
 
 
 @dataclass
@@ -12,7 +16,8 @@ class LayerReport:
     """One layer.
 
     ``sqnr_db`` is signal to error of the layer's output on calibration data, every earlier layer quantized.
-    ``bias`` is the dynamic bias b of the activation, scale = 2**-b.
+    ``bias`` is the dynamic bias b of the activation, scale = 2**-b. ``function`` names the table that a nonlinear layer
+    became, for ``build_table``.
     """
 
     name: str
@@ -25,6 +30,7 @@ class LayerReport:
     bytes_before: int = 0
     bytes_after: int = 0
     reason: str = ""
+    function: str = ""
 
 
 @dataclass
@@ -35,6 +41,8 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
+    max_error: float = 1e-3
+    """What the tables were made for."""
 
     def to_json(self) -> str:
         """The report as a JSON object."""
@@ -46,6 +54,20 @@ class Report:
         data = json.loads(text)
         layers = [LayerReport(**layer) for layer in data.pop("layers")]
         return cls(layers=layers, **data)
+
+    def to_html(self, kernels: Sequence[KernelTime] | None = None) -> str:
+        """The report as one page without outside references, with the error curve of each table.
+
+        ``kernels`` are times from ``profiling.profile``, shown where given.
+
+        Raises
+        ------
+        MissingPackageError
+            The extra ``report`` is not installed.
+        """
+        from tvm_qfp8.html_report import html_page
+
+        return html_page(self, kernels)
 
     def to_text(self) -> str:
         """A table, one line per layer, then totals and notes."""

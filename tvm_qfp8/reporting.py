@@ -27,7 +27,7 @@ def describe(
     notes: list[str],
 ) -> Report:
     """The report of a compilation."""
-    report = Report(target=str(target), notes=list(notes))
+    report = Report(target=str(target), notes=list(notes), max_error=config.max_error)
     if plan.trained:
         report.notes.append("layouts and scales are those of quantization-aware training")
     elif plan.samples == 0:
@@ -59,7 +59,8 @@ def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Co
     if function is not None:
         table = build_table(function, max_error=config.max_error)
         kind = "relative error" if table.relative else "error"
-        return LayerReport(var.name, short, f"table {function}, {kind} <= {table.max_error:.1e}")
+        became = f"table {function}, {kind} <= {table.max_error:.1e}"
+        return LayerReport(var.name, short, became, function=function)
     if name in ROW and is_row_operator(value):
         inside = "exact root inside"
         if "softmax" in name:

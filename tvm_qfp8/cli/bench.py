@@ -80,7 +80,7 @@ def bench(
     else:
         module = tvm_qfp8.load(model)
     contestants["QFP8"] = module.run
-    arrays = {info.name: given.get(info.name, _random(info)) for info in module.inputs}
+    arrays = {info.name: given.get(info.name, random_input(info)) for info in module.inputs}
     if profile:
         _print_profile(module, arrays, repeat, as_json)
         return
@@ -140,7 +140,7 @@ def _alternate(
     return times
 
 
-def _random(info: Any) -> np.ndarray:
+def random_input(info: Any) -> np.ndarray:
     """Values that any model takes: normal floats, and integers 0 or 1 since they may be indices or masks."""
     import numpy as np
 

@@ -46,6 +46,10 @@ def compile_model(
     activations: Annotated[
         str, typer.Option("--activations", help="Layout of all activations; auto picks the best for each.")
     ] = "auto",
+    method: Annotated[
+        str,
+        typer.Option("--method", help="How activation scales are found: mse, max, percentile or entropy."),
+    ] = "mse",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads to write kernels for; the target's cores.")
     ] = None,
@@ -88,6 +92,7 @@ def compile_model(
         max_error=max_error,
         skip=tuple(skip or ()),
         activations=activations,
+        method=method,
         threads=threads,
         winograd=winograd,
     )

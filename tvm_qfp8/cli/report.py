@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from tvm_qfp8.cli.console import StageProgress, reports_errors
+from tvm_qfp8.cli.console import StageProgress, check_writable, reports_errors, write_whole
 from tvm_qfp8.cli.options import calibration_data, parse_shapes
-from tvm_qfp8.errors import ModelError
+from tvm_qfp8.errors import InputError, ModelError
 
 
 @reports_errors
@@ -36,6 +36,13 @@ def report(
         typer.Option("--input-shape", "-s", help="NAME=1,3,224,224 where an .onnx leaves dimensions open."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write one self-contained page there, with error curves of the tables."),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="With --html: run the module here and show each kernel's time.")
+    ] = False,
 ) -> None:
     """Print what became of each layer of a module.
 
@@ -47,18 +54,40 @@ def report(
     \b
     tvm-qfp8 report mobilenet.so
     tvm-qfp8 report mobilenet.so --json > report.json
+    tvm-qfp8 report mobilenet.so --html report.html --profile
     # which layer to blame: each quantized alone, seen at the outputs
     tvm-qfp8 report mobilenet.onnx --sensitivity -c samples.npz
     """
+    if profile and html is None:
+        raise InputError(
+            "--profile goes with --html PAGE.html; for times alone: tvm-qfp8 bench MODULE.so --profile"
+        )
+    if html is not None and (sensitivity or as_json):
+        raise InputError("--html is a form of its own; give it without --sensitivity and --json")
     if sensitivity:
         _print_sensitivity(module, calibration, input_shape or [], as_json)
         return
     if module.suffix == ".onnx":
         raise ModelError(f"{module} is not compiled yet; report reads a module, or takes --sensitivity")
+    if html is not None:
+        check_writable(html)
     import tvm_qfp8
 
-    found = tvm_qfp8.load(module).report
+    loaded = tvm_qfp8.load(module)
+    found = loaded.report
+    if html is not None:
+        page = found.to_html(_kernel_times(loaded) if profile else None)
+        write_whole(html, lambda file: file.write(page.encode()))
+        typer.echo(f"wrote {html}")
+        return
     typer.echo(found.to_json() if as_json else found.to_text())
+
+
+def _kernel_times(module: Any) -> list[Any]:
+    from tvm_qfp8.cli.bench import random_input
+    from tvm_qfp8.profiling import profile
+
+    return profile(module, {info.name: random_input(info) for info in module.inputs})
 
 
 def _print_sensitivity(model: Path, calibration: Path | None, input_shape: list[str], as_json: bool) -> None:
