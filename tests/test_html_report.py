@@ -104,6 +104,8 @@ def test_command_writes_the_page_of_a_module(tmp_path):
     assert result.exit_code == 0, result.output
     assert "Time by kernel" in page.read_text(encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".html"] == ["report.html"]
+    (tmp_path / "plain").touch()
+    assert page.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize(

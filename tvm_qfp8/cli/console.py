@@ -109,6 +109,10 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     try:
         with part:
             write(part)
+        # A temporary file is its owner's alone; what a user asked for gets the usual permissions.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(part.name, 0o666 & ~umask)
         os.replace(part.name, path)
     except OSError as error:
         raise ModelError(f"cannot write {path}: {error.strerror or error}") from error
