@@ -3,8 +3,9 @@
 Linear grid values are bytes, of which an instruction multiplies twice as many as of int16 values with VNNI (x86), and
 four times as many with Arm's dot products. Linear layouts have fewer fine steps, though, and how much that costs
 differs from layer to layer by a factor of a thousand. So each layer's errors in its best layout and in linear ones are
-compared at the module's outputs, and layers are taken in the order of error for each multiply-add, up to a budget. The
-choice does not look at the target: a module gives the same bits everywhere.
+compared at the module's outputs, and layers are taken in the order of error for each multiply-add, up to a budget;
+none where that makes up little of the network. The choice does not look at the target: a module gives the same bits
+everywhere.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from tvm_qfp8.calibration.linear import find_linear
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.sensitivity import layer_effects
 
-MOST_LOST_DB = 0.5
+MOST_LOST_DB = 0.25
 """Of the outputs' signal to error, estimated by the sum of the layers' errors."""
+
+LEAST_SHARE = 0.25
+"""Of the multiply-adds of all layers that may be chosen: less is not worth any error."""
 
 
 def choose_byte_layouts(
@@ -67,4 +71,6 @@ def choose_byte_layouts(
         if cost[source] <= budget:
             budget -= max(cost[source], 0.0)
             chosen += readers[source]
+    if sum(linear[name].macs for name in chosen) < LEAST_SHARE * sum(macs.values()):
+        return plan
     return replace(plan, linear={**plan.linear, **{name: plan.in_bytes[name] for name in chosen}})

@@ -35,6 +35,7 @@ def layer_effects(
     max_error: float = 1e-3,
     progress: Callable[[str, int, int], None] | None = None,
     names: Collection[str] | None = None,
+    token_mask: str = "attention_mask",
 ) -> list[LayerEffect]:
     """The quantized layers of a plan, the most harmful first.
 
@@ -48,6 +49,8 @@ def layer_effects(
         A few are enough. Only what a layer's error reaches is computed again, once per layer and sample.
     names : collection of str
         Layers to look at; None: all.
+    token_mask : str
+        Name of an input that is nonzero where a token is valid: other rows of outputs do not count.
     """
     program = QuantizedProgram(mod, plan, max_error)
     steps = program.program.steps
@@ -61,10 +64,11 @@ def layer_effects(
             for step in steps:
                 values[step.name] = step.run(values)
             outputs = program.program.outputs(values)
-            signal += _energy(outputs)
+            mask = sample.get(token_mask)
+            signal += _energy(outputs, mask)
             for done, name in enumerate(names, 1):
                 found = _outputs_with(program, name, values)
-                errors[name] += _energy([a - b for a, b in zip(found, outputs, strict=True)])
+                errors[name] += _energy([a - b for a, b in zip(found, outputs, strict=True)], mask)
                 report("sensitivity", index * len(names) + done, len(samples) * len(names))
     operators = {step.name: step.operator.removeprefix("relax.") for step in steps}
     own = {name: chosen.sqnr_db for name, chosen in plan.linear.items()}
@@ -100,10 +104,19 @@ class _Overlay(Mapping[str, Any]):
         return len(self._values)
 
 
-def _energy(arrays: Sequence[np.ndarray]) -> float:
+def _energy(arrays: Sequence[np.ndarray], mask: np.ndarray | None) -> float:
     return sum(
-        float(np.sum(np.square(array, dtype=np.float64))) for array in arrays if array.dtype.kind == "f"
+        float(np.sum(np.square(_valid(array, mask), dtype=np.float64)))
+        for array in arrays
+        if array.dtype.kind == "f"
     )
+
+
+def _valid(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """The rows of valid tokens, where an array has one row for each element of the mask."""
+    if mask is None or array.ndim < 2 or array.size != mask.size * array.shape[-1] or not mask.any():
+        return array
+    return array.reshape(mask.size, -1)[mask.reshape(-1) != 0]
 
 
 def _decibel(signal: float, error: float) -> float:

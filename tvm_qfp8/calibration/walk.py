@@ -189,8 +189,7 @@ class Walk:
         if can_round(linear):
             inputs = self._input_rows(linear, chosen)
             chosen = replace(chosen, weight=rounded_on_data(linear, chosen.weight, inputs))
-            if other is not None:
-                inputs = self._input_rows(linear, other)
+            if other is not None:  # the moments of its input are nearly the same
                 other = replace(other, weight=rounded_on_data(linear, other.weight, inputs))
         weight = chosen.weight.dequantize()
         other_weight = other and other.weight.dequantize()
