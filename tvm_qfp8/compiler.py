@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
+from tvm_qfp8.batchnorm import recalibrated
 from tvm_qfp8.calibration import Metric, Program, calibrate, first_samples, keep_within
+from tvm_qfp8.calibration.stored_samples import StoredSamples
 from tvm_qfp8.config import Config
 from tvm_qfp8.cpu_features import used_features
 from tvm_qfp8.cuda_code import register_compiler
@@ -161,10 +164,18 @@ def compile(  # noqa: A001 - the public name
         raise CalibrationError(
             "the model was trained with its own layouts and scales; give no calibration data"
         )
-    samples, first = first_samples(calibration, Program(canonical).inputs, SENSITIVITY_SAMPLES)
-    plan = calibrate(canonical, samples, config, progress) if trained is None else trained
-    if metric is not None and max_drop is not None:
-        plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)
+    with ExitStack() as stack:
+        if config.recalibrate_batchnorm:
+            if calibration is None:
+                raise CalibrationError("recalibrate_batchnorm estimates on calibration data; give some")
+            stored = stack.enter_context(StoredSamples(calibration, Program(canonical).inputs))
+            recalibrated_mod, done = recalibrated(imported.mod, stored, config, metric, progress)
+            canonical, calibration = prepare(recalibrated_mod), stored
+            imported.notes.append(str(done))
+        samples, first = first_samples(calibration, Program(canonical).inputs, SENSITIVITY_SAMPLES)
+        plan = calibrate(canonical, samples, config, progress) if trained is None else trained
+        if metric is not None and max_drop is not None:
+            plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)
     keep_sums_in_int32(plan)
     threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
     report = describe(canonical, plan, config, parsed, imported.notes)

@@ -11,7 +11,7 @@ one shot, or after the activation function, the correction loses its effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -92,6 +92,18 @@ class Walk:
                 yield block
             block = []
             yield self.alone[step.name]
+
+    def run(self, done: Callable[[], None]) -> None:
+        """All groups in order; ``done`` is called after each linear operator."""
+        for group in self.groups():
+            if isinstance(group, Linear):
+                self.run_linear(group)
+                done()
+            elif isinstance(group, Product):
+                self.run_product(group)
+            else:
+                self.run_block(group)
+            self.free_dead(group)
 
     def spill_inputs(self, batches: Batches) -> int:
         """Consume the samples; returns how many there were."""
