@@ -10,7 +10,7 @@ Quantization, 2021, who normalize batch by batch; a graph compiled for one image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.recalibration import HOLD_OUT_EVERY, LEAST_GAIN
 from tvm_qfp8.calibration.samples import Batches
 from tvm_qfp8.calibration.spill import Spill
-from tvm_qfp8.calibration.walk import Walk
+from tvm_qfp8.calibration.walk import Group, Walk
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
 
@@ -111,6 +111,13 @@ class _StatisticsWalk(Walk):
                 needed.update(step.reads)
                 steps.append(step)
         return steps[::-1]
+
+    def groups(self) -> Iterator[Group]:
+        """With the steps behind the last quantized operator, where a mark may be."""
+        yield from super().groups()
+        last = max((i for i, step in enumerate(self.steps) if step.name in self.alone), default=-1)
+        if self.steps[last + 1 :]:
+            yield self.steps[last + 1 :]
 
     def run_block(self, steps: list[Step]) -> None:
         """Marks stand alone, so that all samples have arrived at one before any goes on."""

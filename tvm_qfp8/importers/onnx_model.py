@@ -35,6 +35,8 @@ from tvm_qfp8.importers.onnx_recurrent import unroll_recurrent
 WEIGHTED = (
     "Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear", "RNN", "GRU", "LSTM",
 )  # fmt: skip
+KEPT_APART = ["FusionConvBN", "FusionConvTransposeBN"]
+"""Fusions left to our own passes: BatchNorm may be recalibrated before it is folded, and is folded in float64."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -92,7 +94,7 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxslim
 
     try:
-        simple = onnxslim.slim(model)
+        simple = onnxslim.slim(model, skip_fusion_patterns=KEPT_APART)
     except (
         Exception
     ):  # of many kinds; TVM may still import the model as it is, or name the operator that it cannot
