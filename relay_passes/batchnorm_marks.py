@@ -1,6 +1,6 @@
 """BatchNorm layers of an imported program: found, marked for calibration, given other statistics.
 
-``MarkBatchnorms`` runs before ``prepare``, on a copy of the program that only calibration sees. Before::
+``mark_batchnorms`` is called before ``prepare``, for a program that only calibration sees. Before::
 
     lv1 = R.nn.batch_norm(lv, gamma, beta, mean, variance)
 
@@ -16,41 +16,24 @@ arithmetic that folding would move into the weights before it. Layers whose stat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import tvm
 from tvm import relax
 
+from tvm_qfp8.calibration.batchnorm import BatchnormStatistics
 from tvm_qfp8.relay_passes import qfp8_ops
-from tvm_qfp8.relay_passes.fuse import op_name
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 BATCHNORM = "relax.nn.batch_norm"
 MEAN, VARIANCE = 3, 4  # arguments of batch_norm
 
 
-@dataclass(frozen=True)
-class BatchnormStatistics:
-    """What a BatchNorm layer normalizes by: float64 ``(channels,)`` each, and what is added to the variance."""
-
-    mean: np.ndarray
-    variance: np.ndarray
-    epsilon: float
-
-
 def find_batchnorms(mod: tvm.IRModule) -> list[BatchnormStatistics]:
-    """The statistics of all BatchNorm layers with constant ones, in binding order: the numbers of ``MarkBatchnorms``."""
+    """Of all BatchNorm layers with constant statistics, in binding order: the numbers of ``mark_batchnorms``."""
     rewriter = _Numbered(mod)
-    found = []
-    for value in rewriter.layers():
-        mean, variance = (rewriter.constant(value.args[i]).value.numpy() for i in (MEAN, VARIANCE))
-        found.append(
-            BatchnormStatistics(
-                mean.astype(np.float64), variance.astype(np.float64), float(value.attrs.epsilon)
-            )
-        )
-    return found
+    return [rewriter.statistics(call) for call in rewriter.layers()]
 
 
 class _Numbered(MainRewriter):
@@ -59,16 +42,22 @@ class _Numbered(MainRewriter):
             return False
         return all(self.constant(value.args[i]) is not None for i in (MEAN, VARIANCE))
 
+    def statistics(self, call: relax.Call) -> BatchnormStatistics:
+        mean, variance = (self._array(call.args[i]) for i in (MEAN, VARIANCE))
+        return BatchnormStatistics(mean, variance, float(call.attrs.epsilon))
+
+    def _array(self, expr: relax.Expr) -> np.ndarray:
+        constant = self.constant(expr)
+        assert constant is not None, "layers have constant statistics"
+        return constant.value.numpy().astype(np.float64)
+
     def layers(self) -> list[relax.Call]:
         return [value for value in self.definition.values() if self.is_layer(value)]
 
 
-@tvm.transform.module_pass(opt_level=0, name="MarkBatchnorms")
-class MarkBatchnorms:
-    """Rewrite ``main``."""
-
-    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return _Mark(mod).rewrite()
+def mark_batchnorms(mod: tvm.IRModule) -> tvm.IRModule:
+    """The program with a mark before each layer of ``find_batchnorms``."""
+    return _Mark(mod).rewrite()
 
 
 class _Mark(_Numbered):
@@ -81,7 +70,8 @@ class _Mark(_Numbered):
             self.keep(var, value)
             return
         call = self.expression(value)
-        mark = qfp8_ops.batchnorm_input(call.args[0], self.marked, int(value.attrs.axis))
+        axis = int(value.attrs.axis) % len(shape_of(value.args[0]))
+        mark = qfp8_ops.batchnorm_input(call.args[0], self.marked, axis)
         source = self.builder.emit(mark, f"{var.name}_input")
         self.variables[var] = self.builder.emit(
             relax.Call(call.op, [source, *call.args[1:]], call.attrs, call.ty_args), var.name

@@ -81,7 +81,10 @@ _OPERATORS = {
     "batch_matmul": _batch_matmul_type,
     "take": _take_type,
     "interpolate": _same_type,
-    **dict.fromkeys(("l2_normalize", "fake_quantize", "trained", "batchnorm_input", "mish", "selu", "elu", "celu"), _same_type),
+    **dict.fromkeys(
+        ("l2_normalize", "fake_quantize", "trained", "batchnorm_input", "mish", "selu", "elu", "celu"),
+        _same_type,
+    ),
 }
 
 

@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def judge(float32: dict[str, float], calibrate: dict[str, float]) -> dict[str, float | bool]:
-    """Calibration's memory over an inference's, with and without what the imports take, and whether the bars are met."""
+    """Calibration's memory over an inference's, with and without the imports', and whether the bars are met."""
     peaks = calibrate["peak_mib"], float32["peak_mib"]
     imports = float32["imports_mib"]
     ratio, without = peaks[0] / peaks[1], (peaks[0] - imports) / (peaks[1] - imports)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tvm_qfp8.batchnorm import as_configured
 from tvm_qfp8.calibration import LayerEffect, Program, calibrate, first_samples, layer_effects
 from tvm_qfp8.calibration.samples import Batches
 from tvm_qfp8.config import Config
@@ -41,11 +42,13 @@ def sensitivity(
         As ``compile``; CalibrationError without samples.
     """
     config = config or Config()
-    canonical, trained = take_trained(
-        prepare(load_model(mod, params=params, input_shapes=input_shapes).mod), config.skip
-    )
-    batches, first = first_samples(calibration, Program(canonical).inputs, samples)
-    if not first:
-        raise CalibrationError("sensitivity needs calibration samples: a model's errors depend on its inputs")
-    plan = calibrate(canonical, batches, config, progress) if trained is None else trained
+    imported = load_model(mod, params=params, input_shapes=input_shapes)
+    canonical, trained = take_trained(prepare(imported.mod), config.skip)
+    with as_configured(imported, canonical, calibration, config, None, progress) as (canonical, found):
+        batches, first = first_samples(found, Program(canonical).inputs, samples)
+        if not first:
+            raise CalibrationError(
+                "sensitivity needs calibration samples: a model's errors depend on its inputs"
+            )
+        plan = calibrate(canonical, batches, config, progress) if trained is None else trained
     return layer_effects(canonical, plan, first, config.max_error, progress)

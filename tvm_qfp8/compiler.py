@@ -6,7 +6,6 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
-from tvm_qfp8.batchnorm import recalibrated
+from tvm_qfp8.batchnorm import as_configured
 from tvm_qfp8.calibration import Metric, Program, calibrate, first_samples, keep_within
-from tvm_qfp8.calibration.stored_samples import StoredSamples
 from tvm_qfp8.config import Config
 from tvm_qfp8.cpu_features import used_features
 from tvm_qfp8.cuda_code import register_compiler
@@ -134,7 +132,8 @@ def compile(  # noqa: A001 - the public name
         In percent of float32's score by ``metric``: the fewest layers that keep it are left in float32, the most
         harmful first; the report names them.
     metric : callable ``(run) -> float``
-        Scores a network given as ``run({input name: array}) -> outputs``, higher for better.
+        Scores a network given as ``run({input name: array}) -> outputs``, higher for better: for ``max_drop``, and
+        to accept what ``Config(recalibrate_batchnorm=True)`` finds.
     progress : callable ``(stage, done, total)``
         Called as the work goes on.
 
@@ -158,21 +157,18 @@ def compile(  # noqa: A001 - the public name
         raise
     check_static_shapes(canonical)
     stage("import", 1, 1)
-    if (max_drop is None) != (metric is None):
+    if max_drop is not None and metric is None:
         raise CalibrationError("max_drop and metric belong together: give both or neither")
+    if metric is not None and max_drop is None and not config.recalibrate_batchnorm:
+        raise CalibrationError(
+            "metric and max_drop (or recalibrate_batchnorm) belong together: give both or neither"
+        )
     if trained is not None and calibration is not None:
         raise CalibrationError(
             "the model was trained with its own layouts and scales; give no calibration data"
         )
-    with ExitStack() as stack:
-        if config.recalibrate_batchnorm:
-            if calibration is None:
-                raise CalibrationError("recalibrate_batchnorm estimates on calibration data; give some")
-            stored = stack.enter_context(StoredSamples(calibration, Program(canonical).inputs))
-            recalibrated_mod, done = recalibrated(imported.mod, stored, config, metric, progress)
-            canonical, calibration = prepare(recalibrated_mod), stored
-            imported.notes.append(str(done))
-        samples, first = first_samples(calibration, Program(canonical).inputs, SENSITIVITY_SAMPLES)
+    with as_configured(imported, canonical, calibration, config, metric, progress) as (canonical, batches):
+        samples, first = first_samples(batches, Program(canonical).inputs, SENSITIVITY_SAMPLES)
         plan = calibrate(canonical, samples, config, progress) if trained is None else trained
         if metric is not None and max_drop is not None:
             plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tvm
@@ -32,8 +32,9 @@ from tvm_qfp8.errors import CalibrationError
 MARK = "relax.qfp8.batchnorm_input"
 
 
-class Statistics(Protocol):
-    """What a BatchNorm layer normalizes by: ``(channels,)`` each, and what is added to the variance."""
+@dataclass(frozen=True)
+class BatchnormStatistics:
+    """What a BatchNorm layer normalizes by: float64 ``(channels,)`` each, and what is added to the variance."""
 
     mean: np.ndarray
     variance: np.ndarray
@@ -62,7 +63,7 @@ class Estimate:
 def estimate_batchnorms(
     mod: tvm.IRModule,
     samples: Batches,
-    old: Sequence[Statistics],
+    old: Sequence[BatchnormStatistics],
     config: Config,
     progress: Progress | None = None,
 ) -> dict[int, Estimate]:
@@ -71,9 +72,9 @@ def estimate_batchnorms(
     Parameters
     ----------
     mod : IRModule
-        In canonical form, with the marks of ``MarkBatchnorms``.
+        In canonical form, with the marks of ``mark_batchnorms``.
     samples : as for ``calibrate``
-    old : sequence of Statistics
+    old : sequence of BatchnormStatistics
         Of the marked layers, by their numbers.
 
     Raises
@@ -97,7 +98,7 @@ def estimate_batchnorms(
 class _StatisticsWalk(Walk):
     """A calibration walk that estimates statistics on its way."""
 
-    def __init__(self, *arguments: Any, old: Sequence[Statistics], **options: Any) -> None:
+    def __init__(self, *arguments: Any, old: Sequence[BatchnormStatistics], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.old = old
         self.estimates: dict[int, Estimate] = {}
@@ -147,7 +148,7 @@ class _StatisticsWalk(Walk):
         (source,) = mark.reads
         return replace(mark, run=lambda values: values[source] * a + b)
 
-    def _estimate(self, mark: Step, axis: int, old: Statistics) -> Estimate:
+    def _estimate(self, mark: Step, axis: int, old: BatchnormStatistics) -> Estimate:
         fitted, held_out = _Moments(), _Moments()
         (source,) = mark.reads
         for sample in range(self.samples):
@@ -156,8 +157,9 @@ class _StatisticsWalk(Walk):
             (held_out if held else fitted).add(np.moveaxis(value, axis, -1))
         mean, variance = fitted.mean_and_variance()
         judge = held_out if held_out.count else fitted
-        scores = (judge.likelihood(m, v + old.epsilon) for m, v in ((old.mean, old.variance), (mean, variance)))
-        return Estimate(mean, variance, *scores, fitted.samples)
+        before = judge.likelihood(old.mean, old.variance + old.epsilon)
+        after = judge.likelihood(mean, variance + old.epsilon)
+        return Estimate(mean, variance, before, after, fitted.samples)
 
 
 class _Moments:
@@ -181,7 +183,9 @@ class _Moments:
         mean = self._sum / self.count
         variance = np.maximum(self._squares / self.count - np.square(mean), 0.0)
         if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
-            raise CalibrationError("a BatchNorm layer received NaN or infinity; give samples that the model can take")
+            raise CalibrationError(
+                "a BatchNorm layer received NaN or infinity; give samples that the model can take"
+            )
         return mean, variance * (self.count / max(self.count - 1, 1))
 
     def likelihood(self, mean: np.ndarray, variance: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from tvm_qfp8.calibration.evaluate import TensorSpec
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
+from tvm_qfp8.errors import CalibrationError
 
 _FLOW = "samples"
 
@@ -30,7 +31,7 @@ class StoredSamples:
     Raises
     ------
     CalibrationError
-        A sample does not fit the inputs.
+        There is no sample, or one does not fit the inputs.
     """
 
     def __init__(self, batches: Batches, inputs: Mapping[str, TensorSpec], folder: str | None = None) -> None:
@@ -42,6 +43,8 @@ class StoredSamples:
                 for name in self._names:
                     self._spill.write(name, _FLOW, self._count, sample[name])
                 self._count += 1
+            if not self._count:
+                raise CalibrationError("found no calibration samples; give at least one")
         except BaseException:
             self._spill.close()
             raise
@@ -51,6 +54,9 @@ class StoredSamples:
 
     def __exit__(self, *_error: object) -> None:
         self._spill.close()
+
+    def __len__(self) -> int:
+        return self._count
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for sample in range(self._count):
