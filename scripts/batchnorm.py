@@ -1,7 +1,7 @@
 """Recalibrates BatchNorm in ONNX files of a small ResNet, healthy and harmed; writes results/batchnorm.json.
 
 The network of ``zoo.fashion_mnist`` is trained on Fashion-MNIST from three seeds and exported with BatchNorm in the
-file. Harmed files have the weights of each convolution rounded to a few levels with one scale per tensor, the statistics
+file. Harmed files have the weights of each convolution rounded to a few levels with one scale per tensor, statistics
 left as they were. Each file is compiled with the same calibration images as it is and with
 ``Config(recalibrate_batchnorm=True)``, and scored on the 10,000 test images. Needs the extra torch.
 """

@@ -7,7 +7,8 @@ from tvm_qfp8.calibration.max_drop import Metric, keep_within
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.quantized import QuantizedProgram, evaluate_quantized
 from tvm_qfp8.calibration.samples import first_samples
-from tvm_qfp8.calibration.sensitivity import LayerEffect, layer_effects
+from tvm_qfp8.calibration.sensitivity import layer_effects
+from tvm_qfp8.layer_effect import LayerEffect
 
 __all__ = [
     "LayerEffect",

@@ -190,7 +190,13 @@ class Walk:
         """Quantize one linear operator, measure its bias correction and put it into the plan."""
         name, source = linear.step.name, linear.source
         choice = self._choice(source)
-        chosen = LinearQuantization(quantized_weight(linear), choice.layout, choice.scale, note=choice.note)
+        chosen = LinearQuantization(
+            quantized_weight(linear),
+            choice.layout,
+            choice.scale,
+            note=choice.note,
+            received=choice.distribution,
+        )
         if can_round(linear):
             inputs = self._input_rows(linear, chosen)
             chosen = replace(chosen, weight=rounded_on_data(linear, chosen.weight, inputs))
