@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,9 @@ class Report:
 
     def to_json(self) -> str:
         """The report as a JSON object."""
-        return json.dumps(asdict(self), indent=1)
+        text = json.dumps(asdict(self), indent=1)
+        # Lists of numbers on one line each; a line break stands in no JSON string.
+        return re.sub(r"\[\n[\d\s,]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
 
     @classmethod
     def from_json(cls, text: str) -> Report:

@@ -14,7 +14,7 @@ from tvm_qfp8.distribution import QUARTERS, Distribution, edges
 from tvm_qfp8.format import get_layout
 
 LOWEST_OCTAVE, BEYOND = -4, 2
-WIDTH, HEIGHT = 260.0, 70.0
+WIDTH, HEIGHT = 260, 70
 DECADES = 6  # of parts per million
 
 
@@ -29,7 +29,7 @@ class Histogram:
     top: float
     """Right of here values are clipped."""
     binades: list[tuple[float, str]]
-    """Where binades of the grid begin, and at which grid value."""
+    """Where the steps of the grid get twice as wide, and at which grid value."""
     caption: str
 
 
@@ -42,13 +42,12 @@ def histogram(what: str, layout: str, distribution: Distribution) -> Histogram:
         return min(max((math.log2(magnitude) - LOWEST_OCTAVE) / octaves, 0.0), 1.0) * WIDTH
 
     starts = [place(float(edge)) for edge in edges(distribution.first, len(distribution.ppm))]
-    parts = [f"M{starts[0]:.1f} {HEIGHT:.0f}"]
-    for left, right, share in zip(starts, starts[1:], distribution.ppm, strict=False):
+    parts = [f"M{starts[0]:.1f} {HEIGHT}"]
+    for right, share in zip(starts[1:], distribution.ppm, strict=True):
         height = HEIGHT * (1 - math.log10(share) / DECADES) if share else HEIGHT
-        parts.append(f"H{left:.1f}V{height:.1f}H{right:.1f}")
-    parts.append(f"V{HEIGHT:.0f}Z")
-    first = grid.mantissa_bits
-    exponents = range(first, math.ceil(math.log2(grid.max_grid)) + 1)
+        parts.append(f"V{height:.1f}H{right:.1f}")
+    parts.append(f"V{HEIGHT}Z")
+    exponents = range(grid.mantissa_bits + 1, math.ceil(math.log2(grid.max_grid)) + 1)
     zeros, clipped = distribution.zeros + below_half(distribution), distribution.beyond(grid.max_grid)
     return Histogram(
         path="".join(parts) if distribution.ppm else "",
