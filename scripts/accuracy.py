@@ -1,4 +1,4 @@
-"""Task scores of float32, onnxruntime's int8, NNCF's int8 and QFP8 on real models: a table, and JSON in results/accuracy.json.
+"""Task scores of float32, the int8 of onnxruntime and NNCF, and QFP8 on real models: a table, and results/accuracy.json.
 
 Models and data are fetched as needed (see scripts/zoo/fetch.py). Needs the extra `bench`.
 """
@@ -24,7 +24,7 @@ from zoo.bars import bars  # noqa: E402
 from zoo.machine import describe_machine  # noqa: E402
 from zoo.task import BOOTSTRAP_SEED, RESAMPLES, Model, Run, Task, compare_outputs, paired_bootstrap  # noqa: E402
 
-MODELS = ("ppocr", "mobilenetv2", "minilm")
+MODELS = ("ppocr", "mobilenetv2", "minilm", "smollm2")
 RUNNERS = ("float32", "int8", "nncf", "qfp8")
 DATA_PACKAGES = ("nncf", "pillow", "tokenizers", "scikit-learn")
 

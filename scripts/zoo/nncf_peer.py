@@ -13,16 +13,16 @@ import openvino
 
 from zoo.task import Model, Run
 
-TRANSFORMERS = ("minilm", "ppocrv6")
+TRANSFORMERS = ("minilm", "ppocrv6", "smollm2")
 """Models with attention, for which NNCF has a mode of its own."""
 
 
 def nncf_int8(model: Model, samples: int) -> Run:
     """Runner of a model quantized by ``nncf.quantize`` as its documentation advises, on one thread.
 
-    All layers that NNCF quantizes, calibrated on the same samples as QFP8, with fast bias correction (its default) and the
-    mixed preset (asymmetric activations, better where activations are not ReLU). What stays float is computed in float32:
-    OpenVINO would take bfloat16 on CPUs that have it.
+    All layers that NNCF quantizes, calibrated on the same samples as QFP8, with fast bias correction (its default) and
+    the mixed preset (asymmetric activations, better where they are not ReLU's). What stays float is computed in
+    float32: OpenVINO would take bfloat16 on CPUs that have it.
     """
     nncf.set_log_level(logging.ERROR)
     core = openvino.Core()
