@@ -1,4 +1,4 @@
-"""Task scores of float32, the int8 of onnxruntime and NNCF, and QFP8 on real models: a table, and results/accuracy.json.
+"""Task scores of float32, the int8 of onnxruntime and NNCF, and QFP8 on real models; writes results/accuracy.json.
 
 Models and data are fetched as needed (see scripts/zoo/fetch.py). Needs the extra `bench`.
 """

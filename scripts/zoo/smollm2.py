@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct: a Llama decoder built as ONNX from a GGUF file, scored by its perplexity on news.
 
-The file's own weights are of 4 and 8 bits; their values in float32 are the network that is compared with. A window is the
-first 128 tokens of a document of Lee's background corpus; the first 127 are read, the last 127 are predicted.
+The file's own weights are of 4 and 8 bits; their values in float32 are the network that is compared with. A window is
+the first 128 tokens of a document of Lee's background corpus; the first 127 are read, the last 127 are predicted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A Llama decoder as an ONNX graph, node for node as torch.onnx exports it: RMSNorm, rotary positions, grouped heads, SiLU.
+"""A Llama decoder as an ONNX graph, written as torch.onnx exports it: RMSNorm, rotary positions, grouped heads, SiLU.
 
 One static window without a cache: token ids in, logits of every position out.
 """
