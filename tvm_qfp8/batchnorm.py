@@ -47,7 +47,8 @@ def recalibrate_batchnorm(
     Parameters
     ----------
     mod, params, input_shapes, config, progress
-        As for ``compile``; a torch module in memory has ``tvm_qfp8.torch.recalibrate_batchnorm``. BatchNorm has to be in the model: exporters fold it into convolutions unless told not to.
+        As for ``compile``; a torch module in memory has ``tvm_qfp8.torch.recalibrate_batchnorm``. BatchNorm has to
+        be in the model: exporters fold it into convolutions unless told not to.
     calibration : iterable of {input name: array}, or path of an .npz
         Consumed once; memory does not grow with their number. They have to be what the network is for: some thousand
         images, and without a metric at least 256, or the old statistics stay.
