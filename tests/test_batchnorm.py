@@ -186,3 +186,40 @@ def test_record_in_words():
     assert str(done) == (
         "took new statistics of 2 of 3 BatchNorm layers, from 24 batches: score -1 with the old, -0.5 with the new"
     )
+
+
+def test_layers_on_the_input_and_behind_dense_layers():
+    rng = np.random.default_rng(0)
+    constants = {
+        "w": rng.normal(size=(4, 3, 3, 3)).astype(np.float32),
+        "dense": rng.normal(size=(36 * 4, 16)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("BatchNormalization", ["image", *_statistics(constants, "first", 3)], ["n"]),
+        helper.make_node("Conv", ["n", "w"], ["c"]),
+        helper.make_node("Flatten", ["c"], ["f"]),
+        helper.make_node("Gemm", ["f", "dense"], ["g"]),
+        helper.make_node("BatchNormalization", ["g", *_statistics(constants, "last", 16)], ["y"]),
+    ]
+    made = model(nodes, {"image": (64, 3, 8, 8)}, {"y": (64, 16)}, constants)
+    given = [{"image": rng.normal(size=(64, 3, 8, 8)).astype(np.float32) * 3 + 2} for _ in range(4)]
+    mod, done = q.recalibrate_batchnorm(made, given)
+    assert (done.taken, done.layers) == (2, 2)
+    first, last = find_batchnorms(mod)
+    fitted = np.concatenate([x["image"] for x in given[:3]])
+    np.testing.assert_allclose(first.mean, fitted.mean(axis=(0, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(first.variance, fitted.var(axis=(0, 2, 3), ddof=1), rtol=1e-5)
+    (result,) = zip(*(evaluate(prepare(mod), x) for x in given[:3]), strict=True)
+    np.testing.assert_allclose(
+        np.concatenate(result).mean(axis=0), 0, atol=0.05
+    )  # normalized by quantized values
+    np.testing.assert_allclose(np.concatenate(result).var(axis=0), 1, atol=0.1)
+    assert last.mean.shape == (16,)
+
+
+def _statistics(constants, name, channels) -> list[str]:
+    """Names of gamma, beta, mean and variance that normalize nothing."""
+    names = [f"{name}_{part}" for part in ("gamma", "beta", "mean", "var")]
+    for key, value in zip(names, (1.0, 0.0, 0.0, 1.0), strict=True):
+        constants[key] = np.full(channels, value, np.float32)
+    return names
