@@ -90,7 +90,8 @@ def calibrate(
             report("quantize weights", done, len(steps.linear))
         return plan
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
-        walk = Walk(program, steps, spill, plan, token_mask=token_mask, **options)
+        in_bytes = config.activations == "auto"
+        walk = Walk(program, steps, spill, plan, token_mask=token_mask, in_bytes=in_bytes, **options)
         plan.samples = walk.spill_inputs(batches)
         walk.run(lambda: report("calibrate", len(plan.linear), len(steps.linear)))
     return plan
