@@ -23,7 +23,7 @@ from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.linear import Linear, LinearSteps, Product
 from tvm_qfp8.calibration.output_error import OutputError
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
-from tvm_qfp8.calibration.rounding import InputRows, can_round, layer_input, rounded_on_data
+from tvm_qfp8.calibration.rounding import InputRows, can_round, rounded_on_data
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.tabulated import tabulated_steps
@@ -244,14 +244,14 @@ class Walk:
 
     def _input_rows(self, linear: Linear, chosen: LinearQuantization) -> InputRows:
         """What the layer reads, in both flows."""
-        rows = InputRows(linear, self.samples)
+        rows = InputRows(linear, self.samples, chosen)
         for sample in range(self.samples):
             exact = self._read(linear.source, _FLOAT, sample)
             received = (
                 exact if linear.source not in self.differs else self._read(linear.source, _QUANTIZED, sample)
             )
             tokens = self._tokens(exact.size // exact.shape[-1], sample)
-            rows.add(layer_input(received, chosen), exact, tokens)
+            rows.add(received, exact, tokens)
         return rows
 
     def run_product(self, product: Product) -> None:
