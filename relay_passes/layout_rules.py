@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
+from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
 
 TO_NHWC = {4: [0, 2, 3, 1], 3: [0, 2, 1]}
@@ -146,6 +147,15 @@ def trained(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Cal
     return relax.Call(value.op, [y, *value.args[1:]], value.attrs)
 
 
+def batchnorm_input(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call:
+    """The mark of what a BatchNorm layer receives says where its channels are."""
+    rank = _rank(value)
+    number, axis = (int(argument) for argument in value.args[1:])
+    return qfp8_ops.batchnorm_input(
+        rewriter.channels_last(value.args[0], rank), number, nhwc_axis(axis, rank)
+    )
+
+
 def prelu(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
     """A slope per channel, which is the last axis then."""
     rank = _rank(value)
@@ -261,6 +271,7 @@ FOLLOWS: dict[str, Callable] = {
     **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(AXIS_OPERATORS, along_axis),
     "relax.qfp8.trained": trained,
+    "relax.qfp8.batchnorm_input": batchnorm_input,
     "relax.nn.prelu": prelu,
     "relax.nn.max_pool1d": pooling,
     "relax.nn.max_pool2d": pooling,

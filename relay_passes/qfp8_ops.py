@@ -17,6 +17,7 @@ qfp8.take           table codes ``(rows, width)``, scale       float32: rows of 
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
 qfp8.fake_quantize  x float32, scale                           x rounded to ``layout``; ``ClaimTrained`` takes it
 qfp8.trained        a linear layer's result, weight scales     the same: how the layer was trained (``trained``)
+qfp8.batchnorm_input  x float32, number, axis            x: what BatchNorm layer ``number`` receives
 qfp8.l2_normalize   x float32, floor                           float32: x / max(|x|, floor) over the last axis
 qfp8.mish, selu     x float32                                  float32; until ``Interpolate`` only
 qfp8.elu, celu      x float32, alpha                           the same
@@ -80,7 +81,10 @@ _OPERATORS = {
     "batch_matmul": _batch_matmul_type,
     "take": _take_type,
     "interpolate": _same_type,
-    **dict.fromkeys(("l2_normalize", "fake_quantize", "trained", "mish", "selu", "elu", "celu"), _same_type),
+    **dict.fromkeys(
+        ("l2_normalize", "fake_quantize", "trained", "batchnorm_input", "mish", "selu", "elu", "celu"),
+        _same_type,
+    ),
 }
 
 
@@ -172,6 +176,11 @@ def trained(
         activation_layout=activation_layout,
         activation_scale=float(activation_scale),
     )
+
+
+def batchnorm_input(x, number: int, axis: int) -> relax.Call:
+    """``x`` with channels on ``axis``, as BatchNorm layer ``number`` receives it (``batchnorm_marks``)."""
+    return _call("batchnorm_input", [x, *(tvm.tirx.IntImm("int64", value) for value in (number, axis))])
 
 
 def activation(name: str, x, *parameters: float) -> relax.Call:

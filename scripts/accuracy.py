@@ -1,4 +1,4 @@
-"""Task scores of float32, onnxruntime's int8 and QFP8 on real models: a table, and JSON in results/accuracy.json.
+"""Task scores of float32, the int8 of onnxruntime and NNCF, and QFP8 on real models; writes results/accuracy.json.
 
 Models and data are fetched as needed (see scripts/zoo/fetch.py). Needs the extra `bench`.
 """
@@ -24,9 +24,9 @@ from zoo.bars import bars  # noqa: E402
 from zoo.machine import describe_machine  # noqa: E402
 from zoo.task import BOOTSTRAP_SEED, RESAMPLES, Model, Run, Task, compare_outputs, paired_bootstrap  # noqa: E402
 
-MODELS = ("ppocr", "mobilenetv2", "minilm")
-RUNNERS = ("float32", "int8", "qfp8")
-DATA_PACKAGES = ("pillow", "tokenizers", "scikit-learn")
+MODELS = ("ppocr", "mobilenetv2", "minilm", "smollm2")
+RUNNERS = ("float32", "int8", "nncf", "qfp8")
+DATA_PACKAGES = ("nncf", "pillow", "tokenizers", "scikit-learn")
 
 
 def main() -> int:
@@ -93,6 +93,10 @@ def build(model: Model, runner: str, samples: int) -> tuple[Run, dict[str, Any]]
         from zoo import peers
 
         return peers.session(peers.int8_path(model, samples)), {"seven_bit_weights": not peers.has_vnni()}
+    if runner == "nncf":
+        from zoo.nncf_peer import nncf_int8
+
+        return nncf_int8(model, samples), {}
     import tvm_qfp8
     from tvm_qfp8.cli.console import StageProgress
 

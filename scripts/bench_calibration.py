@@ -1,17 +1,20 @@
 """Peak memory and time of calibration against one float32 inference; writes results/bench_calibration.json.
 
-300 samples by default. Each measurement is a process of its own. The bars: peak resident memory (pages of spill files
-that the system keeps count, too) below twice that of a process which imports the same, loads the model and evaluates it
-once in float32, and below two minutes on two cores. Fewer photos than samples are taken round and round.
+300 samples by default. Each measurement is a process of its own. ``float32``: import the same, load the model, then
+evaluate it once; its peak counts from the loaded model on. ``calibrate``: the same with calibration in place of the
+inference; its peak is that of the whole process, loading included. Files of spilled values are not memory of a process.
+
+The bars: the second peak below twice the first, also with what the imports alone take (``imports_mib``) taken off
+both, and calibration below two minutes on two cores. Fewer photos than samples are taken round and round.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import itertools
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -40,12 +43,23 @@ def main() -> int:
     record: dict[str, Any] = {"machine": describe_machine(), "samples": arguments.samples, "models": {}}
     for model in arguments.models:
         found = {what: _child(what, model, arguments.samples) for what in ("float32", "calibrate")}
-        ratio = found["calibrate"]["peak_mib"] / found["float32"]["peak_mib"]
-        met = ratio < MEMORY_BAR and found["calibrate"]["seconds"] < SECONDS_BAR
-        record["models"][model] = {**found, "memory_ratio": round(ratio, 2), "met": met}
-        print(f"{model}: {found}, {ratio:.2f} times the memory, {'met' if met else 'missed'}", flush=True)
+        record["models"][model] = {**found, **judge(**found)}
+        print(f"{model}: {record['models'][model]}", flush=True)
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def judge(float32: dict[str, float], calibrate: dict[str, float]) -> dict[str, float | bool]:
+    """Calibration's memory over an inference's, with and without the imports', and whether the bars are met."""
+    peaks = calibrate["peak_mib"], float32["peak_mib"]
+    imports = float32["imports_mib"]
+    ratio, without = peaks[0] / peaks[1], (peaks[0] - imports) / (peaks[1] - imports)
+    met = max(ratio, without) < MEMORY_BAR and calibrate["seconds"] < SECONDS_BAR
+    return {
+        "memory_ratio": round(ratio, 2),
+        "memory_ratio_without_imports": round(without, 2),
+        "met": met,
+    }
 
 
 def _child(what: str, model: str, samples: int) -> dict[str, float]:
@@ -55,22 +69,35 @@ def _child(what: str, model: str, samples: int) -> dict[str, float]:
 
 
 def measure(what: str, name: str, count: int) -> dict[str, float]:
-    """Seconds of ``what`` ("float32" or "calibrate") and peak resident memory of this process in MiB."""
+    """Seconds of ``what`` ("float32" or "calibrate"), peak resident memory and that of the imports in MiB."""
+    from tvm.relax.frontend.onnx import from_onnx  # noqa: F401  (loading imports it)
+
     from tvm_qfp8.calibration import calibrate, evaluate
     from tvm_qfp8.importers import load_model
     from tvm_qfp8.relay_passes.prepare import prepare
 
+    imports = _mebibytes("VmRSS")
     model: Any = importlib.import_module(f"zoo.{name}")
     samples = model.calibration(count)
     mod = prepare(load_model(str(model.onnx_path()), input_shapes=model.input_shapes()).mod)
+    if what == "float32":
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten (man 5 proc)
     started = time.perf_counter()
     if what == "float32":
         evaluate(mod, samples[0])
     else:
         calibrate(mod, itertools.islice(itertools.cycle(samples), count))
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": round(seconds, 2), "peak_mib": round(peak, 1)}
+    return {"seconds": round(seconds, 2), "peak_mib": _mebibytes("VmHWM"), "imports_mib": imports}
+
+
+def _mebibytes(field: str) -> float:
+    """A field of this process's status; unlike ``ru_maxrss`` it knows nothing of the process that started this one."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return round(int(line.split()[1]) / 1024, 1)
+    raise KeyError(field)
 
 
 if __name__ == "__main__":

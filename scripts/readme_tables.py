@@ -57,6 +57,9 @@ def machine() -> str:
 SHOWN_VERSIONS = ("apache-tvm", "onnxruntime", "openvino")
 
 
+SCORED = {"int8": "onnxruntime int8", "nncf": "NNCF int8", "qfp8": "QFP8"}
+
+
 def accuracy() -> str:
     """Task scores."""
     record = _load("accuracy.json") or {}
@@ -65,13 +68,14 @@ def accuracy() -> str:
         runners = found["runners"]
         for task, base in runners["float32"]["tasks"].items():
             row = [model, f"{task}, {base['metric']} ({base['items']})", f"{base['score']:.4f}"]
-            for runner in ("int8", "qfp8"):
-                scored = runners[runner]["tasks"][task]
-                row.append(f"{scored['score']:.4f} ({0 - 100 * scored['relative_loss']:+.2f} %)")
+            for runner in SCORED:
+                scored = runners.get(runner, {}).get("tasks", {}).get(task)
+                change = scored and f"{scored['score']:.4f} ({0 - 100 * scored['relative_loss']:+.2f} %)"
+                row.append(change or "-")
             rows.append(row)
-        sqnr = [f"{runners[runner]['sqnr_db']:.1f}" for runner in ("int8", "qfp8")]
+        sqnr = [f"{runners[runner]['sqnr_db']:.1f}" if runner in runners else "-" for runner in SCORED]
         rows.append([model, "output SQNR, dB", "", *sqnr])
-    return _table(["model", "task (items)", "float32", "onnxruntime int8", "QFP8"], rows) if rows else ""
+    return _table(["model", "task (items)", "float32", *SCORED.values()], rows) if rows else ""
 
 
 def latency() -> str:

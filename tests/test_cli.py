@@ -138,6 +138,7 @@ def test_compile_passes_everything_on(invoke, compiler, model, tmp_path):
             "2",
             "--activations",
             "E3M4",
+            "--recalibrate-batchnorm",
         ),
     )
     assert result.exit_code == 0, result.output
@@ -153,6 +154,7 @@ def test_compile_passes_everything_on(invoke, compiler, model, tmp_path):
         2,
         "E3M4",
     )
+    assert config.recalibrate_batchnorm
     assert output.read_bytes() == b"library"
     assert "a note" in result.stdout
     assert str(output) in result.stdout

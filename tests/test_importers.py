@@ -10,6 +10,7 @@ from tvm import relax
 from tvm_qfp8.calibration import evaluate
 from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
 from tvm_qfp8.importers import load_model
+from tvm_qfp8.importers.onnx_operators import inferred_shapes
 from tvm_qfp8.relay_passes.prepare import prepare
 
 node = helper.make_node
@@ -338,3 +339,23 @@ def test_torch_with_open_dimensions_and_bad_weights():
     net.weight.data[1, 2] = float("inf")
     with pytest.raises(ModelError, match=r"'weight' is inf at index \(1, 2\)"):
         load_model(torch.export.export(net, (torch.zeros(2, 4),)))
+
+
+def test_shapes_are_inferred_without_the_weights():
+    weight = np.ones((64, 3, 5, 5), np.float32)  # large enough to be left out; the new shape is not
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["y"]),
+        helper.make_node("Reshape", ["y", "shape"], ["z"]),
+    ]
+    constants = {"w": weight, "shape": np.array([1, 64, 16], np.int64)}
+    made = model(nodes, {"x": (1, 3, 8, 8)}, {"z": (1, 64, 16)}, constants)
+    found = inferred_shapes(made)
+    assert (found["y"], found["z"]) == ([1, 64, 4, 4], [1, 64, 16])
+    assert numpy_helper.to_array(made.graph.initializer[0]).shape == weight.shape
+
+
+def test_a_given_model_is_left_as_it_was():
+    made = cnn()
+    before = made.SerializeToString()
+    load_model(made)
+    assert made.SerializeToString() == before

@@ -21,6 +21,7 @@ _PUBLIC = {
     "load": "runtime",
     "bundle": "bundling",
     "sensitivity": "analysis",
+    "recalibrate_batchnorm": "batchnorm",
     "CompiledModule": "runtime",
     "Report": "report",
     "encode": "format",

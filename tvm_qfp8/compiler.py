@@ -14,6 +14,7 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
+from tvm_qfp8.batchnorm import as_configured
 from tvm_qfp8.calibration import (
     Metric,
     Program,
@@ -138,7 +139,8 @@ def compile(  # noqa: A001 - the public name
         In percent of float32's score by ``metric``: the fewest layers that keep it are left in float32, the most
         harmful first; the report names them.
     metric : callable ``(run) -> float``
-        Scores a network given as ``run({input name: array}) -> outputs``, higher for better.
+        Scores a network given as ``run({input name: array}) -> outputs``, higher for better: for ``max_drop``, and
+        to accept what ``Config(recalibrate_batchnorm=True)`` finds.
     progress : callable ``(stage, done, total)``
         Called as the work goes on.
 
@@ -162,17 +164,22 @@ def compile(  # noqa: A001 - the public name
         raise
     check_static_shapes(canonical)
     stage("import", 1, 1)
-    if (max_drop is None) != (metric is None):
+    if max_drop is not None and metric is None:
         raise CalibrationError("max_drop and metric belong together: give both or neither")
+    if metric is not None and max_drop is None and not config.recalibrate_batchnorm:
+        raise CalibrationError(
+            "metric and max_drop (or recalibrate_batchnorm) belong together: give both or neither"
+        )
     if trained is not None and calibration is not None:
         raise CalibrationError(
             "the model was trained with its own layouts and scales; give no calibration data"
         )
-    samples, first = first_samples(calibration, Program(canonical).inputs, SENSITIVITY_SAMPLES)
-    plan = calibrate(canonical, samples, config, progress) if trained is None else trained
-    plan = choose_byte_layouts(canonical, plan, first, config.max_error, progress)
-    if metric is not None and max_drop is not None:
-        plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)
+    with as_configured(imported, canonical, calibration, config, metric, progress) as (canonical, batches):
+        samples, first = first_samples(batches, Program(canonical).inputs, SENSITIVITY_SAMPLES)
+        plan = calibrate(canonical, samples, config, progress) if trained is None else trained
+        plan = choose_byte_layouts(canonical, plan, first, config.max_error, progress)
+        if metric is not None and max_drop is not None:
+            plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)
     keep_sums_in_int32(plan)
     threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
     report = describe(canonical, plan, config, parsed, imported.notes)

@@ -20,6 +20,9 @@ class Config:
     method : str
         How the scale of an activation is found: ``mse`` (least squared error), ``max``, ``percentile`` (99.99 %) or
         ``entropy`` (least Kullback-Leibler divergence). All stream over the samples in bounded memory.
+    recalibrate_batchnorm : bool
+        Estimate BatchNorm's statistics anew on the calibration data before folding, layer by layer where that serves
+        (see ``recalibrate_batchnorm``); for networks whose weights were rounded, pruned or changed without training.
     check_finite : bool
         ``run`` refuses inputs with NaN or infinity, naming input and index, where any layer is quantized.
     winograd : bool
@@ -33,6 +36,7 @@ class Config:
     skip: tuple[str, ...] = ()
     activations: str = "auto"
     method: str = "mse"
+    recalibrate_batchnorm: bool = False
     check_finite: bool = True
     winograd: bool = True
     threads: int | None = None

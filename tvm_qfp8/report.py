@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from tvm_qfp8.distribution import Distribution
+from tvm_qfp8.layer_effect import LayerEffect
 
 if TYPE_CHECKING:
     from tvm_qfp8.profiling import KernelTime
@@ -17,7 +21,7 @@ class LayerReport:
 
     ``sqnr_db`` is signal to error of the layer's output on calibration data, every earlier layer quantized.
     ``bias`` is the dynamic bias b of the activation, scale = 2**-b. ``function`` names the table that a nonlinear layer
-    became, for ``build_table``.
+    became, for ``build_table``. ``weights`` and ``activations`` are how the values lie on their layouts' grids.
     """
 
     name: str
@@ -31,6 +35,8 @@ class LayerReport:
     bytes_after: int = 0
     reason: str = ""
     function: str = ""
+    weights: Distribution | None = None
+    activations: Distribution | None = None
 
 
 @dataclass
@@ -43,20 +49,30 @@ class Report:
     totals: dict[str, Any] = field(default_factory=dict)
     max_error: float = 1e-3
     """What the tables were made for."""
+    sensitivity: list[LayerEffect] = field(default_factory=list)
+    """Layers by the harm that each alone does to the outputs, where that was analysed; most harmful first."""
 
     def to_json(self) -> str:
         """The report as a JSON object."""
-        return json.dumps(asdict(self), indent=1)
+        text = json.dumps(asdict(self), indent=1)
+        # Lists of numbers on one line each; a line break stands in no JSON string.
+        return re.sub(r"\[\n[\d\s,]+\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The inverse of ``to_json``."""
         data = json.loads(text)
         layers = [LayerReport(**layer) for layer in data.pop("layers")]
-        return cls(layers=layers, **data)
+        for layer in layers:
+            for name in ("weights", "activations"):
+                stored = getattr(layer, name)
+                if stored is not None:
+                    setattr(layer, name, Distribution(**stored))
+        effects = [LayerEffect(**effect) for effect in data.pop("sensitivity", [])]
+        return cls(layers=layers, sensitivity=effects, **data)
 
     def to_html(self, kernels: Sequence[KernelTime] | None = None) -> str:
-        """The report as one page without outside references, with the error curve of each table.
+        """The report as one page without outside references: layers, distributions on the grid, error curves of tables.
 
         ``kernels`` are times from ``profiling.profile``, shown where given.
 

@@ -11,6 +11,7 @@ from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.config import Config
+from tvm_qfp8.distribution import distribution_of
 from tvm_qfp8.relay_passes.fuse import ROW, is_row_operator, op_name
 from tvm_qfp8.relay_passes.interpolate import called_function
 from tvm_qfp8.report import LayerReport, Report
@@ -23,7 +24,7 @@ def describe(
     canonical: tvm.IRModule,
     plan: QuantizationPlan,
     config: Config,
-    target: tvm.target.Target,
+    target: tvm.target.Target | str,
     notes: list[str],
 ) -> Report:
     """The report of a compilation."""
@@ -80,6 +81,9 @@ def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPla
         reason = plan.skipped.get(var.name, "no constant weight")
         return LayerReport(var.name, short, "float32", bytes_before=before, bytes_after=before, reason=reason)
     scale = quantization.activation_scale
+    weight = quantization.weight
+    shape = [-1 if axis == weight.axis else 1 for axis in range(weight.codes.ndim)]
+    steps = constants[0] / np.asarray(weight.scale).reshape(shape if weight.axis is not None else ())
     after = quantization.weight.codes.nbytes + np.asarray(quantization.weight.scale).nbytes
     kind = "QFP8" if scale is not None else "QFP8 weights"
     return LayerReport(
@@ -93,4 +97,6 @@ def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPla
         before,
         after,
         quantization.note,
+        weights=distribution_of(steps),
+        activations=quantization.received,
     )

@@ -10,39 +10,16 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
+
+from zoo.onnx_graph import Graph
 
 OPSET = 14
 EPSILON = 1e-12
 MASKED = -10000.0
 
 
-class _Graph:
-    """Nodes and initializers in the making; each method adds what it names and returns the output's name."""
-
-    def __init__(self, weights: Mapping[str, np.ndarray]) -> None:
-        self.weights = weights
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
-
-    def op(self, kind: str, *inputs: str, **attributes: object) -> str:
-        output = f"/{kind}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output[1:], **attributes))
-        return output
-
-    def constant(self, name: str, value: np.ndarray) -> str:
-        self.constants.setdefault(name, numpy_helper.from_array(np.asarray(value, order="C"), name))
-        return name
-
-    def number(self, value: float) -> str:
-        return self.constant(f"float_{value!r}", np.array(value, np.float32))
-
-    def integers(self, *values: int) -> str:
-        return self.constant("int64_" + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def weight(self, name: str) -> str:
-        return self.constant(name, self.weights[name])
-
+class _Graph(Graph):
     def linear(self, x: str, name: str) -> str:
         kernel = self.constant(f"{name}.kernel", self.weights[f"{name}.weight"].T)
         return self.op("Add", self.weight(f"{name}.bias"), self.op("MatMul", x, kernel))

@@ -1,5 +1,6 @@
 """Calibration: run a module on samples, choose layouts and scales, correct biases."""
 
+from tvm_qfp8.calibration.batchnorm import estimate_batchnorms
 from tvm_qfp8.calibration.byte_layouts import choose_byte_layouts
 from tvm_qfp8.calibration.calibrate import calibrate
 from tvm_qfp8.calibration.evaluate import Program, evaluate
@@ -7,7 +8,8 @@ from tvm_qfp8.calibration.max_drop import Metric, keep_within
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.quantized import QuantizedProgram, evaluate_quantized
 from tvm_qfp8.calibration.samples import first_samples
-from tvm_qfp8.calibration.sensitivity import LayerEffect, layer_effects
+from tvm_qfp8.calibration.sensitivity import layer_effects
+from tvm_qfp8.layer_effect import LayerEffect
 
 __all__ = [
     "LayerEffect",
@@ -17,6 +19,7 @@ __all__ = [
     "QuantizationPlan",
     "QuantizedProgram",
     "calibrate",
+    "estimate_batchnorms",
     "choose_byte_layouts",
     "evaluate",
     "evaluate_quantized",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tvm_qfp8.calibration.thresholds import threshold
+from tvm_qfp8.distribution import Distribution, distribution_of
 from tvm_qfp8.format import get_layout
 
 LAYOUTS = ("E2M5", "E3M4", "UE2M6", "UE3M5")
@@ -29,11 +30,15 @@ _MIN_SCALE = 2.0**-126
 
 @dataclass(frozen=True)
 class Choice:
-    """Layout and float32 scale of an activation, or None for both: it stays float32 and ``note`` says why."""
+    """Layout and float32 scale of an activation, or None for both: it stays float32 and ``note`` says why.
+
+    ``distribution`` is how the values lie on the layout's grid, for the report.
+    """
 
     layout: str | None
     scale: float | None
     note: str = ""
+    distribution: Distribution | None = None
 
 
 class Observer:
@@ -91,7 +96,10 @@ class Observer:
                 for name in allowed
             }
         layout = min(allowed, key=lambda name: best[name][0])
-        return Choice(layout, best[layout][1])
+        scale = best[layout][1]
+        zeros = self._counts.sum() - counts.sum()
+        on_grid = distribution_of(np.append(values / scale, 0.0), np.append(counts, zeros))
+        return Choice(layout, scale, distribution=on_grid)
 
 
 def _bulk_limit(values: np.ndarray, counts: np.ndarray, widest: int) -> float | None:

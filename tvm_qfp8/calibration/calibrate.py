@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tvm
@@ -10,7 +11,7 @@ import tvm
 from tvm_qfp8.calibration.activations import LAYOUTS
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.linear import Linear, Product, find_linear
+from tvm_qfp8.calibration.linear import find_linear
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.samples import Batches
 from tvm_qfp8.calibration.spill import Spill
@@ -20,6 +21,21 @@ from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
 
 Progress = Callable[[str, int, int], None]
+TOKEN_MASK = "attention_mask"
+
+
+def walk_options(config: Config) -> dict[str, Any]:
+    """What a configuration says about activations and tables, for ``Walk``.
+
+    Raises
+    ------
+    CalibrationError
+        The method is not known.
+    """
+    if config.method not in METHODS:
+        raise CalibrationError(f"method {config.method!r} is not known; use one of {', '.join(METHODS)}")
+    layouts = LAYOUTS if config.activations == "auto" else (config.activations,)
+    return {"layouts": layouts, "method": config.method, "max_error": config.max_error}
 
 
 def calibrate(
@@ -28,7 +44,7 @@ def calibrate(
     config: Config | None = None,
     progress: Progress | None = None,
     *,
-    token_mask: str = "attention_mask",
+    token_mask: str = TOKEN_MASK,
     spill_folder: str | None = None,
 ) -> QuantizationPlan:
     """Choose layouts, scales and bias corrections of all linear operators.
@@ -62,9 +78,7 @@ def calibrate(
     """
     program = Program(mod)
     config = config or Config()
-    if config.method not in METHODS:
-        raise CalibrationError(f"method {config.method!r} is not known; use one of {', '.join(METHODS)}")
-    layouts = LAYOUTS if config.activations == "auto" else (config.activations,)
+    options = walk_options(config)
     steps = find_linear(program, config.skip)
     report = progress or (lambda stage, done, total: None)
     plan = QuantizationPlan(skipped=steps.skipped)
@@ -76,25 +90,8 @@ def calibrate(
             report("quantize weights", done, len(steps.linear))
         return plan
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
-        walk = Walk(
-            program,
-            steps,
-            spill,
-            plan,
-            layouts=layouts,
-            method=config.method,
-            token_mask=token_mask,
-            max_error=config.max_error,
-            in_bytes=config.activations == "auto",
-        )
+        in_bytes = config.activations == "auto"
+        walk = Walk(program, steps, spill, plan, token_mask=token_mask, in_bytes=in_bytes, **options)
         plan.samples = walk.spill_inputs(batches)
-        for group in walk.groups():
-            if isinstance(group, Linear):
-                walk.run_linear(group)
-                report("calibrate", len(plan.linear), len(steps.linear))
-            elif isinstance(group, Product):
-                walk.run_product(group)
-            else:
-                walk.run_block(group)
-            walk.free_dead(group)
+        walk.run(lambda: report("calibrate", len(plan.linear), len(steps.linear)))
     return plan

@@ -11,8 +11,9 @@ import tvm
 from tvm_qfp8.calibration.evaluate import evaluate
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.quantized import QuantizedProgram
-from tvm_qfp8.calibration.sensitivity import LayerEffect, layer_effects
+from tvm_qfp8.calibration.sensitivity import layer_effects
 from tvm_qfp8.errors import CalibrationError
+from tvm_qfp8.layer_effect import LayerEffect
 
 Run = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 Metric = Callable[[Run], float]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tvm_qfp8.distribution import Distribution
 from tvm_qfp8.quantize import QTensor
 
 
@@ -26,6 +27,8 @@ class LinearQuantization:
         earlier layer quantized. None without data.
     note : str
         Why something differs from the usual, for the report; else empty.
+    received : Distribution
+        How the calibration data's activations lie on their grid, for the report. None without data.
     """
 
     weight: QTensor
@@ -34,6 +37,7 @@ class LinearQuantization:
     bias_correction: np.ndarray | None = None
     sqnr_db: float | None = None
     note: str = ""
+    received: Distribution | None = None
 
 
 @dataclass

@@ -32,22 +32,27 @@ LARGEST_DEPTH = 4096
 
 
 class InputRows:
-    """Moments of a layer's input patches, even and odd samples apart."""
+    """Moments of a layer's input patches as ``chosen`` (if given) rounds them, even and odd samples apart."""
 
-    def __init__(self, linear: Linear, samples: int, seed: int = 0) -> None:
-        self.linear, self._rng = linear, np.random.default_rng(seed)
+    def __init__(
+        self, linear: Linear, samples: int, chosen: LinearQuantization | None = None, seed: int = 0
+    ) -> None:
+        self.linear, self._chosen, self._rng = linear, chosen, np.random.default_rng(seed)
         groups, depth = _geometry(linear)
         self._most = -(-max(ROWS_PER_COLUMN * depth, 4096) // samples)
         self._samples = 0
         self.even, self.odd = Moments(groups, depth), Moments(groups, depth)
 
     def add(self, received: np.ndarray, exact: np.ndarray, tokens: np.ndarray | None) -> None:
-        """One sample's input, quantized and float32; ``tokens`` picks rows of a matmul."""
+        """One sample's input in the quantized and the float32 flow; ``tokens`` picks rows of a matmul."""
         seed = int(self._rng.integers(1 << 31))  # the same rows of both
         rows = [
             _patches(self.linear, x, tokens, self._most, np.random.default_rng(seed))
             for x in (received, exact)
         ]
+        # Rounded after the picking: with many samples few rows of each are picked.
+        if self._chosen is not None:
+            rows[0] = layer_input(rows[0], self._chosen)
         (self.odd if self._samples % 2 else self.even).add(*rows)
         self._samples += 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,21 +10,10 @@ import tvm
 
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.quantized import QuantizedProgram
+from tvm_qfp8.layer_effect import LayerEffect
 
 INFINITE_DB = 200.0
 """Stands for no error at all."""
-
-
-@dataclass(frozen=True)
-class LayerEffect:
-    """A quantized layer (linear, product of two activations, or embedding) and what it does to the outputs."""
-
-    layer: str
-    operator: str
-    sqnr_db: float | None
-    """Signal to error of its own output with all earlier layers quantized, from calibration."""
-    output_sqnr_db: float
-    """Signal to error of the module's outputs with this layer alone quantized."""
 
 
 def layer_effects(

@@ -69,6 +69,10 @@ class Spill:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Delete all values and the folder."""
         for name, flow in list(self._tensors):
             self.free(name, flow)
         self._temporary.cleanup()

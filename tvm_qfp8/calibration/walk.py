@@ -11,7 +11,7 @@ one shot, or after the activation function, the correction loses its effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.linear import Linear, LinearSteps, Product
 from tvm_qfp8.calibration.output_error import OutputError
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
-from tvm_qfp8.calibration.rounding import InputRows, can_round, layer_input, rounded_on_data
+from tvm_qfp8.calibration.rounding import InputRows, can_round, rounded_on_data
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.tabulated import tabulated_steps
@@ -95,6 +95,18 @@ class Walk:
                 yield block
             block = []
             yield self.alone[step.name]
+
+    def run(self, done: Callable[[], None]) -> None:
+        """All groups in order; ``done`` is called after each linear operator."""
+        for group in self.groups():
+            if isinstance(group, Linear):
+                self.run_linear(group)
+                done()
+            elif isinstance(group, Product):
+                self.run_product(group)
+            else:
+                self.run_block(group)
+            self.free_dead(group)
 
     def spill_inputs(self, batches: Batches) -> int:
         """Consume the samples; returns how many there were."""
@@ -184,7 +196,13 @@ class Walk:
         """Quantize one linear operator, measure its bias correction and put it into the plan."""
         name, source = linear.step.name, linear.source
         choice = self._choice(source)
-        chosen = LinearQuantization(quantized_weight(linear), choice.layout, choice.scale, note=choice.note)
+        chosen = LinearQuantization(
+            quantized_weight(linear),
+            choice.layout,
+            choice.scale,
+            note=choice.note,
+            received=choice.distribution,
+        )
         other = self._other(linear)
         if can_round(linear):
             inputs = self._input_rows(linear, chosen)
@@ -192,7 +210,7 @@ class Walk:
             if other is not None:  # the moments of its input are nearly the same
                 other = replace(other, weight=rounded_on_data(linear, other.weight, inputs))
         weight = chosen.weight.dequantize()
-        other_weight = other and other.weight.dequantize()
+        other_weight = None if other is None else other.weight.dequantize()
         kept, error, other_error = self._result(linear.step), OutputError(linear), OutputError(linear)
         for sample in range(self.samples):
             x = self._read(source, _FLOAT, sample)
@@ -205,7 +223,7 @@ class Walk:
                 self.spill.write(name, _QUANTIZED, sample, rounded)
             tokens = self._tokens(exact.size // exact.shape[linear.channel_axis], sample)
             error.add(exact, rounded, tokens)
-            if other is not None:
+            if other is not None and other_weight is not None:
                 other_error.add(exact, linear.quantized_output(x, other, other_weight), tokens)
         if other is not None:
             self.plan.in_bytes[name] = replace(
@@ -220,18 +238,19 @@ class Walk:
         choice = self.linear_choices.get(linear.source)
         if choice is None or choice.layout is None or linear.is_depthwise:
             return None
-        return LinearQuantization(quantized_weight(linear, "E1M6"), choice.layout, choice.scale)
+        weight = quantized_weight(linear, "E1M6")
+        return LinearQuantization(weight, choice.layout, choice.scale, received=choice.distribution)
 
     def _input_rows(self, linear: Linear, chosen: LinearQuantization) -> InputRows:
         """What the layer reads, in both flows."""
-        rows = InputRows(linear, self.samples)
+        rows = InputRows(linear, self.samples, chosen)
         for sample in range(self.samples):
             exact = self._read(linear.source, _FLOAT, sample)
             received = (
                 exact if linear.source not in self.differs else self._read(linear.source, _QUANTIZED, sample)
             )
             tokens = self._tokens(exact.size // exact.shape[-1], sample)
-            rows.add(layer_input(received, chosen), exact, tokens)
+            rows.add(received, exact, tokens)
         return rows
 
     def run_product(self, product: Product) -> None:

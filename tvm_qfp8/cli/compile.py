@@ -50,6 +50,13 @@ def compile_model(
         str,
         typer.Option("--method", help="How activation scales are found: mse, max, percentile or entropy."),
     ] = "mse",
+    recalibrate_batchnorm: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate-batchnorm",
+            help="Estimate BatchNorm's statistics anew on the calibration samples, where that serves.",
+        ),
+    ] = False,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads to write kernels for; the target's cores.")
     ] = None,
@@ -93,6 +100,7 @@ def compile_model(
         skip=tuple(skip or ()),
         activations=activations,
         method=method,
+        recalibrate_batchnorm=recalibrate_batchnorm,
         threads=threads,
         winograd=winograd,
     )

@@ -12,6 +12,7 @@ import typer
 from tvm_qfp8.cli.console import StageProgress, check_writable, reports_errors, write_whole
 from tvm_qfp8.cli.options import calibration_data, parse_shapes
 from tvm_qfp8.errors import InputError, ModelError
+from tvm_qfp8.layer_effect import LayerEffect
 
 
 @reports_errors
@@ -57,15 +58,18 @@ def report(
     tvm-qfp8 report mobilenet.so --html report.html --profile
     # which layer to blame: each quantized alone, seen at the outputs
     tvm-qfp8 report mobilenet.onnx --sensitivity -c samples.npz
+    tvm-qfp8 report mobilenet.onnx --sensitivity -c samples.npz --html blame.html
     """
     if profile and html is None:
         raise InputError(
             "--profile goes with --html PAGE.html; for times alone: tvm-qfp8 bench MODULE.so --profile"
         )
-    if html is not None and (sensitivity or as_json):
-        raise InputError("--html is a form of its own; give it without --sensitivity and --json")
+    if html is not None and as_json:
+        raise InputError("--html is a form of its own; give it without --json")
+    if sensitivity and profile:
+        raise InputError("--profile runs a compiled module; give it without --sensitivity")
     if sensitivity:
-        _print_sensitivity(module, calibration, input_shape or [], as_json)
+        _sensitivity(module, calibration, input_shape or [], as_json, html)
         return
     if module.suffix == ".onnx":
         raise ModelError(f"{module} is not compiled yet; report reads a module, or takes --sensitivity")
@@ -76,11 +80,14 @@ def report(
     loaded = tvm_qfp8.load(module)
     found = loaded.report
     if html is not None:
-        page = found.to_html(_kernel_times(loaded) if profile else None)
-        write_whole(html, lambda file: file.write(page.encode()))
-        typer.echo(f"wrote {html}")
+        _write_page(html, found.to_html(_kernel_times(loaded) if profile else None))
         return
     typer.echo(found.to_json() if as_json else found.to_text())
+
+
+def _write_page(path: Path, page: str) -> None:
+    write_whole(path, lambda file: file.write(page.encode()))
+    typer.echo(f"wrote {path}")
 
 
 def _kernel_times(module: Any) -> list[Any]:
@@ -90,20 +97,28 @@ def _kernel_times(module: Any) -> list[Any]:
     return profile(module, {info.name: random_input(info) for info in module.inputs})
 
 
-def _print_sensitivity(model: Path, calibration: Path | None, input_shape: list[str], as_json: bool) -> None:
+def _sensitivity(
+    model: Path, calibration: Path | None, input_shape: list[str], as_json: bool, html: Path | None
+) -> None:
     if not model.is_file():
         raise ModelError(f"no such model: {model}")
+    if html is not None:
+        check_writable(html)
     shapes = parse_shapes(input_shape)
     samples = calibration_data(calibration)
-    import tvm_qfp8
+    from tvm_qfp8.analysis import analyse
 
     with StageProgress(f"analysing {model.name}", as_json) as progress:
-        effects = tvm_qfp8.sensitivity(
-            str(model), calibration=samples, input_shapes=shapes or None, progress=progress
-        )
-    if as_json:
-        typer.echo(json.dumps([asdict(effect) for effect in effects], indent=1))
-        return
+        found = analyse(str(model), calibration=samples, input_shapes=shapes or None, progress=progress)
+    if html is not None:
+        _write_page(html, found.to_html())
+    elif as_json:
+        typer.echo(json.dumps([asdict(effect) for effect in found.sensitivity], indent=1))
+    else:
+        _print_sensitivity(found.sensitivity)
+
+
+def _print_sensitivity(effects: list[LayerEffect]) -> None:
     typer.echo(
         "signal to error in dB: of the model's outputs with this layer alone quantized, of its own output"
     )

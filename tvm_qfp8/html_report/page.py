@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from tvm_qfp8.html_report.histogram import HEIGHT, WIDTH, Histogram, histogram
 from tvm_qfp8.plots import table_svg
 from tvm_qfp8.tables import build_table
 
 if TYPE_CHECKING:
     from tvm_qfp8.profiling import KernelTime
-    from tvm_qfp8.report import Report
+    from tvm_qfp8.report import LayerReport, Report
 
 POOR_DB, FAIR_DB = 15.0, 25.0
 """Below the first a layer is the first to blame, below the second worth a look: int8 networks lie about there."""
@@ -49,11 +50,24 @@ def html_page(report: Report, kernels: Sequence[KernelTime] | None = None) -> st
         worst=sorted(measured, key=lambda layer: layer.sqnr_db or 0.0)[:5],
         poor_db=POOR_DB,
         fair_db=FAIR_DB,
+        best_output_db=max((effect.output_sqnr_db for effect in report.sensitivity), default=1.0),
+        grids=[(layer, drawn) for layer in report.layers if (drawn := _histograms(layer))],
+        width=WIDTH,
+        height=HEIGHT,
         functions=_functions(report),
         kernels=kernels or (),
         slowest=max((kernel.microseconds for kernel in kernels or ()), default=1.0),
         total=sum(kernel.microseconds for kernel in kernels or ()),
     )
+
+
+def _histograms(layer: LayerReport) -> list[Histogram]:
+    """Of a layer's weights and of its activations, as far as they were stored."""
+    stored = (
+        ("weights", layer.weight_layout, layer.weights),
+        ("activations", layer.activation_layout, layer.activations),
+    )
+    return [histogram(what, layout, values) for what, layout, values in stored if values is not None]
 
 
 def _functions(report: Report) -> list[_Function]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import warnings
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from tvm_qfp8.importers.onnx_recurrent import unroll_recurrent
 WEIGHTED = (
     "Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear", "RNN", "GRU", "LSTM",
 )  # fmt: skip
+KEPT_APART = ["FusionConvBN", "FusionConvTransposeBN"]
+"""Fusions left to our own passes: BatchNorm may be recalibrated before it is folded, and is folded in float64."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -48,17 +51,25 @@ def from_onnx_path(path: Path, input_shapes: Shapes) -> Imported:
         raise ModelError(f"{path} is not a readable ONNX file (truncated?): {reason}") from error
     if not model.graph.node:
         raise ModelError(f"{path} holds no operators (empty or truncated file)")
-    return from_onnx_model(model, input_shapes)
+    return _import(model, input_shapes)
 
 
 def from_onnx_model(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
     """Import a model; it is not changed."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    _check_weights(fixed)
-    fix_input_shapes(fixed, input_shapes)
-    notes = [*strip_quantization(fixed), *to_float32(fixed)]
-    simple = _simplified(expand_operators(fixed))
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return _import(copy, input_shapes)
+
+
+def _import(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
+    """Import a model that is not needed afterwards: it is changed, then emptied."""
+    _check_weights(model)
+    fix_input_shapes(model, input_shapes)
+    notes = [*strip_quantization(model), *to_float32(model)]
+    simple = _simplified(expand_operators(model))
+    if simple is not model:
+        model.Clear()
+    gc.collect()  # the simplifier leaves cycles that hold all weights
     while fold_if(simple):  # a branch may hold the condition of the next one
         simple = _simplified(expand_operators(simple))
     unroll_recurrent(simple)
@@ -74,9 +85,8 @@ def from_onnx_model(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
 def _check_weights(model: onnx.ModelProto) -> None:
     constants = constant_tensors(model)
     weights = {name for node in model.graph.node if node.op_type in WEIGHTED for name in node.input}
-    arrays = {name: numpy_helper.to_array(tensor) for name, tensor in constants.items()}
-    check_finite(item for item in arrays.items() if item[0] in weights)
-    check_finite((item for item in arrays.items() if item[0] not in weights), infinity_allowed=True)
+    for name, tensor in constants.items():  # one at a time: an array is a copy
+        check_finite([(name, numpy_helper.to_array(tensor))], infinity_allowed=name not in weights)
 
 
 def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -84,7 +94,7 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnxslim
 
     try:
-        simple = onnxslim.slim(model)
+        simple = onnxslim.slim(model, skip_fusion_patterns=KEPT_APART)
     except (
         Exception
     ):  # of many kinds; TVM may still import the model as it is, or name the operator that it cannot

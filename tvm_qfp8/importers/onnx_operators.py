@@ -6,6 +6,7 @@ refused with its node.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ ADVICE = "replace it in the model by supported operators, or cut the model befor
 COORDINATES = {
     b"half_pixel", b"pytorch_half_pixel", b"align_corners", b"asymmetric", b"tf_half_pixel_for_nn",
 }  # fmt: skip
+LARGEST_SHAPE = 1024
+"""Elements; larger constants are weights, smaller ones may say what shape a tensor is to have."""
 
 
 def expand_operators(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -98,11 +101,30 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 
 def inferred_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     """Shapes of all tensors that shape inference knows; 0 for a dimension that it does not."""
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    graph = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True).graph
     values = [
         v for v in (*graph.value_info, *graph.input, *graph.output) if v.type.tensor_type.HasField("shape")
     ]
     return {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights as inputs of their shapes: inference copies the model three times, and needs no weight's values."""
+    weights = [t for t in model.graph.initializer if math.prod(t.dims) > LARGEST_SHAPE]
+    if not weights:
+        return model
+    names = {tensor.name for tensor in weights}
+    bare = onnx.ModelProto(
+        ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions
+    )
+    graph, full = bare.graph, model.graph
+    graph.node.extend(full.node)
+    graph.output.extend(full.output)
+    graph.value_info.extend(full.value_info)
+    graph.initializer.extend(t for t in full.initializer if t.name not in names)
+    graph.input.extend(value for value in full.input if value.name not in names)
+    graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in weights)
+    return bare
 
 
 def _extra_outputs(count: int, what: str) -> Callable:

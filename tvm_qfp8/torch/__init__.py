@@ -9,8 +9,9 @@ except ImportError as error:
         f"tvm_qfp8.torch needs torch, which cannot be imported ({error}); pip install 'tvm-qfp8[torch]'"
     ) from error
 
+from tvm_qfp8.calibration.recalibration import Recalibration
 from tvm_qfp8.torch import functional
-from tvm_qfp8.torch.batchnorm import Recalibration, recalibrate_batchnorm
+from tvm_qfp8.torch.batchnorm import recalibrate_batchnorm
 from tvm_qfp8.torch.modules import (
     CELU,
     ELU,

@@ -9,42 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tvm_qfp8.calibration.recalibration import HOLD_OUT_EVERY, LEAST_GAIN, Recalibration
 from tvm_qfp8.errors import CalibrationError
 
-HOLD_OUT_EVERY = 4
 MOST_HELD_OUT = 8
-LEAST_GAIN = 0.01
-"""In log-likelihood, as a mean moved by 0.14 deviations gives: statistics of some thousand images differ by less."""
-
-
-@dataclass(frozen=True)
-class Recalibration:
-    """What ``recalibrate_batchnorm`` did."""
-
-    kept_old: bool
-    """The new statistics were worse, and the model is as it was."""
-    layers: int
-    """BatchNorm layers."""
-    batches: int
-    """Batches that the new statistics come from."""
-    before: float
-    """Score with the old statistics, higher for better."""
-    after: float
-    """Score with the new ones."""
-
-    def __str__(self) -> str:
-        what = "kept the old" if self.kept_old else "took new"
-        return (
-            f"{what} statistics of {self.layers} BatchNorm layers, from {self.batches} batches: "
-            f"score {self.before:.6g} with the old, {self.after:.6g} with the new"
-        )
 
 
 def recalibrate_batchnorm(
@@ -111,7 +85,7 @@ def recalibrate_batchnorm(
     finally:
         for module, mode in training.items():
             module.training = mode
-    return Recalibration(kept_old, len(seen), used, before, after)
+    return Recalibration(0 if kept_old else len(seen), len(seen), used, before, after)
 
 
 class _Moments:
