@@ -19,7 +19,6 @@ from tvm_qfp8.calibration import (
     Metric,
     Program,
     calibrate,
-    choose_byte_layouts,
     first_samples,
     keep_within,
 )
@@ -177,7 +176,6 @@ def compile(  # noqa: A001 - the public name
     with as_configured(imported, canonical, calibration, config, metric, progress) as (canonical, batches):
         samples, first = first_samples(batches, Program(canonical).inputs, SENSITIVITY_SAMPLES)
         plan = calibrate(canonical, samples, config, progress) if trained is None else trained
-        plan = choose_byte_layouts(canonical, plan, first, config.max_error, progress)
         if metric is not None and max_drop is not None:
             plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)
     keep_sums_in_int32(plan)

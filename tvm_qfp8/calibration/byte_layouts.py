@@ -33,6 +33,7 @@ def choose_byte_layouts(
     plan: QuantizationPlan,
     samples: Sequence[Mapping[str, np.ndarray]],
     max_error: float = 1e-3,
+    token_mask: str = "attention_mask",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> QuantizationPlan:
     """The plan with linear layouts where they cost little.
@@ -54,7 +55,7 @@ def choose_byte_layouts(
         def half_done(_stage: str, done: int, total: int) -> None:
             report("choose layouts", half * total + done, 2 * total)
 
-        effects = layer_effects(mod, found, samples, max_error, half_done, plan.in_bytes)
+        effects = layer_effects(mod, found, samples, max_error, half_done, plan.in_bytes, token_mask)
         return {effect.layer: 10 ** (-effect.output_sqnr_db / 10) for effect in effects}
 
     now, then = errors(plan, 0), errors(replace(plan, linear={**plan.linear, **plan.in_bytes}), 1)

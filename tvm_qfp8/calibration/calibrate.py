@@ -9,16 +9,20 @@ import numpy as np
 import tvm
 
 from tvm_qfp8.calibration.activations import LAYOUTS
+from tvm_qfp8.calibration.byte_layouts import choose_byte_layouts
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import find_linear
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
-from tvm_qfp8.calibration.samples import Batches
+from tvm_qfp8.calibration.samples import Batches, first_samples
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.thresholds import METHODS
 from tvm_qfp8.calibration.walk import Walk, quantized_weight
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
+
+COMPARED_SAMPLES = 4
+"""Samples on which each layer's layouts are compared at the outputs."""
 
 Progress = Callable[[str, int, int], None]
 TOKEN_MASK = "attention_mask"
@@ -89,9 +93,10 @@ def calibrate(
             plan.linear[name] = LinearQuantization(quantized_weight(linear))
             report("quantize weights", done, len(steps.linear))
         return plan
+    samples, first = first_samples(batches, program.inputs, COMPARED_SAMPLES)
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
         in_bytes = config.activations == "auto"
         walk = Walk(program, steps, spill, plan, token_mask=token_mask, in_bytes=in_bytes, **options)
-        plan.samples = walk.spill_inputs(batches)
+        plan.samples = walk.spill_inputs(samples or ())
         walk.run(lambda: report("calibrate", len(plan.linear), len(steps.linear)))
-    return plan
+    return choose_byte_layouts(mod, plan, first, config.max_error, token_mask, progress)

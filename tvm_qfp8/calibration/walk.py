@@ -33,6 +33,9 @@ from tvm_qfp8.quantize import QTensor, quantize
 Group = Linear | Product | list[Step]
 _FLOAT, _QUANTIZED = "float32", "quantized"
 
+OTHER_SAMPLES = 64
+"""The bias in linear layouts is corrected on so many samples, at most."""
+
 
 def quantized_weight(linear: Linear, layout: str = "E2M5") -> QTensor:
     """A linear operator's weight, one scale of least squared error per output channel."""
@@ -223,7 +226,7 @@ class Walk:
                 self.spill.write(name, _QUANTIZED, sample, rounded)
             tokens = self._tokens(exact.size // exact.shape[linear.channel_axis], sample)
             error.add(exact, rounded, tokens)
-            if other is not None and other_weight is not None:
+            if other is not None and other_weight is not None and sample < OTHER_SAMPLES:
                 other_error.add(exact, linear.quantized_output(x, other, other_weight), tokens)
         if other is not None:
             self.plan.in_bytes[name] = replace(
