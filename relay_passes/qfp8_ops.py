@@ -107,9 +107,9 @@ def encode(x, layout: Layout, scale: float) -> relax.Call:
     return _call("encode", [x], layout=layout.name, scale=float(scale))
 
 
-def l2_normalize(x, floor: float) -> relax.Call:
-    """``x`` divided by its length over the last axis, or by ``floor`` where that is larger."""
-    return _call("l2_normalize", [x, tvm.tirx.FloatImm("float32", floor)])
+def l2_normalize(x, floor: float, axis: int = -1) -> relax.Call:
+    """``x`` divided by its length over an axis, or by ``floor`` where that is larger."""
+    return _call("l2_normalize", [x, tvm.tirx.FloatImm("float32", floor), tvm.tirx.IntImm("int64", axis)])
 
 
 def matmul(x, weight, a, bias) -> relax.Call:
