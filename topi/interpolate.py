@@ -32,7 +32,8 @@ def emit_table(table: Table, x, isa: InstructionSet):
         return evaluate(table, bind(x), TirOps(lanes, isa))
     if lanes > native:
         parts = [
-            evaluate(table, lanes_from(x, start, native), TirOps(native, isa)) for start in range(0, lanes, native)
+            evaluate(table, lanes_from(x, start, native), TirOps(native, isa))
+            for start in range(0, lanes, native)
         ]
         return bind(tirx.Shuffle(parts, _indices(0, lanes)))
     # Fewer lanes than a register: the others compute the same values again.
