@@ -125,7 +125,7 @@ def emit_row_operator(
 
 def _on_cpu(call, isa: InstructionSet, threads: int, operands: Operands, max_error: float) -> Emitter:
     if Rows.of(call).inner > 1:
-        return emit_row_operator(call, isa, operands, max_error, _columns(isa, threads))
+        return emit_row_operator(call, isa, operands, max_error, _columns(threads))
     pad = float("-inf") if "softmax" in op_name(call) else 0.0
 
     def row_at(length: int, read: Callable, index) -> Row:
@@ -144,13 +144,13 @@ def _on_cpu(call, isa: InstructionSet, threads: int, operands: Operands, max_err
     return emit_row_operator(call, isa, operands, max_error, RowWalk(each, softmax))
 
 
-def _columns(isa: InstructionSet, threads: int) -> RowWalk:
+def _columns(threads: int) -> RowWalk:
     def each(rows: Rows, read: Callable, body: Callable) -> None:
         def block(outer, start, lanes: int) -> None:
             column = Column(rows.length, lanes, lambda offset: read((outer, start), offset, lanes))
             body(column, (outer, start))
 
-        for_each_columns(isa, (rows.outer, rows.length, rows.inner), threads, block)
+        for_each_columns((rows.outer, rows.length, rows.inner), threads, block)
 
     def softmax(rows: Rows, read: Callable, exp: Callable, finish: Callable) -> None:
         def one(column: Column, index) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import tvm
-from tvm import relax, tirx
+from tvm import relax
 from tvm.ir import GenericConst
 
 from tvm_qfp8.dtype import codes_tensor, layout_of

@@ -15,8 +15,6 @@ from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
 from tvm_qfp8.topi import reference
-from tvm_qfp8.topi.columns import block_lanes
-from tvm_qfp8.topi.isa import instruction_set
 
 F = torch.nn.functional
 LENGTH = 37
@@ -82,12 +80,6 @@ def test_aarch64_columns_equal_the_twin(run_aarch64, name):
     x = RNG.standard_normal((3, LENGTH, 23)).astype(np.float32) * 3
     (got,) = run_aarch64(build(quantized(name, 23), "aarch64"), [x])
     assert np.array_equal(got, twin(name, x))
-
-
-def test_blocks_waste_little():
-    avx512, neon = instruction_set("avx512"), instruction_set("neon")
-    assert [block_lanes(avx512, inner) for inner in (3, 16, 64, 65, 80, 1000)] == [0, 16, 64, 16, 16, 64]
-    assert [block_lanes(neon, inner) for inner in (3, 4, 23, 64)] == [0, 4, 8, 16]
 
 
 def compiled(nodes, shape, x):

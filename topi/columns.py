@@ -13,15 +13,12 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, sub, with_lanes
-from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import overlapped_start
 from tvm_qfp8.topi.prim_func import load, store
 from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
 
-VECTORS = (4, 2, 1)
-"""Registers of neighbouring columns: several, so that the cache lines and pages of a step are used while at hand."""
-BLOCK_COST = 4
-"""What a block costs beside its columns, in columns."""
+BLOCK = 16
+"""Columns of a block: a cache line of every row, whatever the registers hold."""
 
 
 class Column:
@@ -78,26 +75,18 @@ class Column:
             emit(bind(function(bind(self._read(i)))), i, self.lanes)
 
 
-def block_lanes(isa: InstructionSet, inner: int) -> int:
-    """Columns of a block: the whole registers that cover ``inner`` with little waste; 0 for less than one."""
-    fitting = [isa.lanes * count for count in VECTORS if isa.lanes * count <= inner]
-    return min(fitting, key=lambda lanes: -(-inner // lanes) * (lanes + BLOCK_COST), default=0)
-
-
-def for_each_columns(
-    isa: InstructionSet, shape: tuple[int, int, int], threads: int, body: Callable[..., None]
-) -> None:
+def for_each_columns(shape: tuple[int, int, int], threads: int, body: Callable[..., None]) -> None:
     """``body(outer, start, lanes)`` for all blocks of columns of ``(outer, length, inner)``, in parallel where it pays.
 
     The last block overlaps the one before it: input and output must not alias.
     """
     outer, length, inner = shape
-    lanes = block_lanes(isa, inner)
-    blocks = -(-inner // lanes) if lanes else 1
+    whole = inner >= BLOCK
+    blocks = -(-inner // BLOCK) if whole else 1
     parallel = threads > 1 and outer * blocks > 1 and outer * length * inner >= MIN_PARALLEL_ELEMENTS
     with (T.parallel if parallel else T.serial)(0, outer * blocks) as index:
-        if lanes:
-            body(T.bind(index // blocks), overlapped_start(T.bind(index % blocks), lanes, inner), lanes)
+        if whole:
+            body(T.bind(index // blocks), overlapped_start(T.bind(index % blocks), BLOCK, inner), BLOCK)
             return
         start = 0
         while start < inner:
