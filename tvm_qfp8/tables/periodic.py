@@ -33,13 +33,13 @@ MAX_PERIODS = 1 << 14
 def periodic(table: Table, x, ops):
     """Reduction ``periodic``: p(x - n P), x clamped to the domain."""
     low, high, inverse, first, second = table.period
-    x = ops.maximum(ops.const(low), ops.minimum(ops.const(high), x))
+    x = ops.keep(ops.maximum(ops.const(low), ops.minimum(ops.const(high), x)))
     magic = ops.const(MAGIC)
-    count = ops.sub(ops.add(ops.mul(x, ops.const(inverse)), magic), magic)
+    count = ops.keep(ops.sub(ops.add(ops.mul(x, ops.const(inverse)), magic), magic))
     rest = ops.sub(x, ops.mul(count, ops.const(first)))
     if second:
         rest = ops.sub(rest, ops.mul(count, ops.const(second)))
-    return interpolate(table, signed_argument(table, rest, ops), ops)
+    return interpolate(table, signed_argument(table, ops.keep(rest), ops), ops)
 
 
 def build_periodic(
@@ -106,7 +106,7 @@ def _values(name: str, function: Scalar, x: np.ndarray) -> np.ndarray:
         raise TableError(f"{name} gave shape {value.shape} for {x.shape}; pass a function of NumPy arrays")
     if not np.isfinite(value).all():
         raise TableError(
-            f"{name} is not finite at {x[~np.isfinite(value)][0]:g}; a periodic table needs a whole period without a pole"
+            f"{name} is not finite at {x[~np.isfinite(value)][0]:g}; it needs a whole period without a pole"
         )
     return value
 
