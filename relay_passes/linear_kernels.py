@@ -19,7 +19,7 @@ from tvm_qfp8.topi.float_matmul import emit_float_batch_matmul
 from tvm_qfp8.topi.gemm import GemmShape, emit_gemm
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.overflow import INT32_LIMIT
-from tvm_qfp8.topi.panels import pack_panels, pad_channels
+from tvm_qfp8.topi.panels import pack_weights, pad_channels
 from tvm_qfp8.topi.prim_func import load
 from tvm_qfp8.topi.schedules import (
     REGISTER_DECODE_ROWS,
@@ -52,10 +52,11 @@ def _in_bytes(
 ) -> InstructionSet:
     """The variant of the instruction set that multiplies int8 parts, where it is faster and no sum overflows.
 
-    With few rows decoding weights takes the time, and a value has more parts than halves.
+    With few rows decoding weights takes the time, and a value has more parts than halves; but where weights are stored
+    as the bytes to multiply there is nothing to decode.
     """
     variant = isa.in_bytes(activation, weight, dense)
-    if variant.split is None or rows <= REGISTER_DECODE_ROWS:
+    if variant.split is None or (rows <= REGISTER_DECODE_ROWS and not variant.split.weights_ready):
         return isa
     grid = decode_grid(codes, weight)
     return variant if variant.split.largest_sum(grid, activation) < INT32_LIMIT else isa
@@ -75,7 +76,7 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     isa = _in_bytes(isa, rows, array_of(weight), activation, layout)
     schedule = choose(GemmSchedule, isa, shape, threads)
     operands.tensor(x)
-    operands.constant(pack_panels(array_of(weight), schedule.vectors * isa.lanes, isa.pair))
+    operands.constant(pack_weights(isa, layout, array_of(weight), schedule.vectors))
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
 
@@ -151,7 +152,8 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         isa = in_bytes
         dense = GemmShape(pixels, shape.out_channels, shape.channels, *shape.layouts())
         schedule = choose(GemmSchedule, isa, dense, threads)
-        packed = pack_panels(codes.reshape(shape.out_channels, -1), schedule.vectors * isa.lanes, isa.pair)
+        flat = codes.reshape(shape.out_channels, -1)
+        packed = pack_weights(isa, dense.weight, flat, schedule.vectors)
         emit: Callable = emit_gemm
         described: GemmShape | ConvShape = dense
     elif is_depthwise(isa, shape):

@@ -1,16 +1,20 @@
-"""Arm's byte products: int8 parts of grid values give the integers that int16 products give, bit for bit."""
+"""Byte products: bytes of grid values, or their parts, give the integers that int16 products give, bit for bit."""
 
 import itertools
 
 import numpy as np
 import pytest
-from quantized_programs import build, program, random_codes
+import tvm
+from quantized_programs import build, program, random_codes, run
 from tvm import relax
 
+from tvm_qfp8.cpu_features import cpuinfo_flags
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.linear_kernels import conv_shape
+from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
+from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
 from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_of
 from tvm_qfp8.topi import reference
@@ -28,12 +32,25 @@ TARGETS = {
 def test_every_product_of_grid_values(activation, weight):
     x, w = get_layout(activation), get_layout(weight)
     split = split_of(x, w)
-    total = np.zeros((256, 256), np.int64)
+    total = np.zeros((256, 256), np.int64) - split.offset * w.grid.astype(np.int64)
     for factor, x_part, w_part in zip(split.factors, split.activation, split.weight, strict=True):
-        left, right = split.part(x_part, x.grid), split.part(w_part, w.grid)
+        left, right = split.part(x_part, x.grid) + split.offset, split.part(w_part, w.grid)
         assert min(left.min(), right.min()) >= -128 and max(left.max(), right.max()) <= 127
         total += factor * np.multiply.outer(left, right)
     assert np.array_equal(total, np.multiply.outer(x.grid.astype(np.int64), w.grid.astype(np.int64)))
+
+
+@pytest.mark.parametrize("activation", ["E1M6", "UE1M7"])
+def test_unsigned_bytes(activation):
+    x, w = get_layout(activation), get_layout("E1M6")
+    split = split_of(x, w, unsigned=True)
+    found = split.part("whole", x.grid) + split.offset
+    assert found.min() >= 0 and found.max() <= 255 and split.products == 1
+
+
+def test_unsigned_bytes_are_for_linear_layouts():
+    assert split_of(get_layout("E2M5"), get_layout("E1M6"), unsigned=True) is None
+    assert split_of(get_layout("E1M6"), get_layout("E2M5"), unsigned=True) is None
 
 
 def test_bound_covers_every_partial_sum():
@@ -76,37 +93,40 @@ def _dense(rows, columns, depth, layout, weight_layout="E2M5"):
     return program([((rows, depth), layout)], emit), x, reference.scale_and_bias(sums, a, bias)
 
 
+MATMULS = [
+    (7, 5, 3, "UE2M6", "E2M5"),
+    (8, 4, 16, "E3M4", "E2M5"),
+    (50, 70, 30, "UE3M5", "E2M5"),
+    (131, 33, 65, "E3M4", "E2M5"),
+    (49, 48, 128, "UE2M6", "E2M5"),
+    (9, 8, 33, "E1M6", "E2M5"),
+    (1, 33, 70, "UE2M6", "E2M5"),
+    (9, 8, 33, "E1M6", "E1M6"),
+    (50, 70, 30, "UE1M7", "E1M6"),
+    (64, 96, 32, "UE1M7", "E1M6"),
+    (1, 33, 70, "E1M6", "E1M6"),
+    (5, 17, 256, "UE1M7", "E1M6"),
+]
+
+
 @pytest.mark.aarch64
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize(
-    "rows, columns, depth, layout",
-    [
-        (7, 5, 3, "UE2M6"),
-        (8, 4, 16, "E3M4"),
-        (50, 70, 30, "UE3M5"),
-        (131, 33, 65, "E3M4"),
-        (49, 48, 128, "UE2M6"),
-        (9, 8, 33, "E1M6"),
-        (1, 33, 70, "UE2M6"),
-    ],
-)
-def test_matmul(run_aarch64, target, rows, columns, depth, layout):
-    mod, x, expected = _dense(rows, columns, depth, layout)
+@pytest.mark.parametrize("rows, columns, depth, layout, weight", MATMULS)
+def test_matmul(run_aarch64, target, rows, columns, depth, layout, weight):
+    mod, x, expected = _dense(rows, columns, depth, layout, weight)
     assert np.array_equal(run_aarch64(build(mod, target), [x])[0], expected)
 
 
-@pytest.mark.aarch64
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize(
-    "size, channels, out, kernel, stride, padding, dilation, groups",
-    [
-        ((9, 11), 3, 8, (3, 3), 2, 1, 1, 1),
-        ((7, 7), 16, 33, (3, 3), 1, 1, 1, 1),
-        ((6, 5), 20, 40, (1, 1), 1, 0, 1, 1),
-        ((12, 13), 6, 9, (3, 2), 2, 1, 2, 3),
-    ],
-)
-def test_conv2d(run_aarch64, target, size, channels, out, kernel, stride, padding, dilation, groups):
+CONVOLUTIONS = [
+    ((9, 11), 3, 8, (3, 3), 2, 1, 1, 1),
+    ((7, 7), 16, 33, (3, 3), 1, 1, 1, 1),
+    ((6, 5), 20, 40, (1, 1), 1, 0, 1, 1),
+    ((12, 13), 6, 9, (3, 2), 2, 1, 2, 3),
+]
+LAYOUTS = [("UE2M6", "E2M5"), ("E1M6", "E1M6"), ("UE1M7", "E1M6")]
+
+
+def _convolution(size, channels, out, kernel, stride, padding, dilation, groups, layout, weight_layout):
     rng = np.random.default_rng(channels)
     weight = random_codes(rng, (out, *kernel, channels // groups))
     x = random_codes(rng, (2, *size, channels))
@@ -116,7 +136,7 @@ def test_conv2d(run_aarch64, target, size, channels, out, kernel, stride, paddin
     def emit(builder, q):
         call = qfp8_ops.conv2d(
             q,
-            codes_constant(weight, "E2M5"),
+            codes_constant(weight, weight_layout),
             relax.const(a),
             relax.const(bias),
             strides=(stride, stride),
@@ -127,6 +147,58 @@ def test_conv2d(run_aarch64, target, size, channels, out, kernel, stride, paddin
         shapes.append(conv_shape(call))
         return call
 
-    mod = program([(x.shape, "UE2M6")], emit)
-    expected = reference.scale_and_bias(reference.conv2d(x, weight, shapes[0]), a, bias)
+    mod = program([(x.shape, layout)], emit)
+    return mod, x, reference.scale_and_bias(reference.conv2d(x, weight, shapes[0]), a, bias)
+
+
+@pytest.mark.aarch64
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("layout, weight", LAYOUTS)
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_conv2d(run_aarch64, target, shape, layout, weight):
+    mod, x, expected = _convolution(*shape, layout, weight)
     assert np.array_equal(run_aarch64(build(mod, target), [x])[0], expected)
+
+
+X86 = {"avx512": "llvm -mcpu=icelake-server", "avx2": "llvm -mcpu=alderlake"}
+
+
+@pytest.mark.parametrize("name", X86)
+def test_vnni_is_used(name):
+    for layout, used in (("UE1M7", True), ("E1M6", True), ("E2M5", False)):
+        executable = build(_dense(20, 24, 64, layout, "E1M6")[0], X86[name])
+        modules = [executable.mod, *executable.mod.imports]
+        text = "".join(m.inspect_source("s") for m in modules if m.kind == "llvm")
+        assert ("vpdpbusd" in text) == used
+
+
+needs_vnni = pytest.mark.skipif(
+    "avx512_vnni" not in cpuinfo_flags(), reason="this machine has no AVX-512 VNNI to run vpdpbusd"
+)
+LANES = {16: "native", 8: "llvm -mcpu=haswell -mattr=+avx512vnni,+avx512vl"}
+"""Both vector lengths; AVX-512 encodes the shorter one too."""
+
+
+def _build_vnni(mod, lanes: int):
+    target = parse_target(LANES[lanes])
+    found = instruction_set({16: "avx512", 8: "avx2"}[lanes], {"avx512vnni", "avxvnni"})
+    with target:
+        mod = ScheduleRest(1)(relax.transform.LegalizeOps()(LowerGroups(found, 1)(mod)))
+        return tvm.compile(mod, target=target)
+
+
+@needs_vnni
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("rows, columns, depth, layout, weight", MATMULS[-5:])
+def test_matmul_vnni(lanes, rows, columns, depth, layout, weight):
+    mod, x, expected = _dense(rows, columns, depth, layout, weight)
+    assert np.array_equal(run(_build_vnni(mod, lanes), x)[0], expected)
+
+
+@needs_vnni
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("layout, weight", LAYOUTS[1:])
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_conv2d_vnni(lanes, shape, layout, weight):
+    mod, x, expected = _convolution(*shape, layout, weight)
+    assert np.array_equal(run(_build_vnni(mod, lanes), x)[0], expected)

@@ -1,4 +1,4 @@
-"""Codes to the int8 parts of their grid values (``split.py``), sixteen at a time with NEON's shifts by register.
+"""Codes to the bytes that are multiplied (``split.py``), for more than one product with NEON's shifts by register.
 
 A magnitude is ``M << shift`` with ``M`` of at most seven bits. So its high part is one rounding shift of ``M`` by
 ``shift - bits``, to either side, and its low part is what is left, which bytes that wrap around hold exactly.
@@ -19,7 +19,10 @@ NEON_BYTES = 8
 
 
 def decode_parts(codes, layout: Layout, split: Split, names: Sequence[str]) -> list:
-    """The named parts of ``codes`` (uint8, vectors of 8 or 16), each int8; code 0x80 reads as 0."""
+    """The named parts of ``codes`` (uint8, vectors), each int8; code 0x80 reads as 0.
+
+    An offset may make bytes of 128 to 255, which int8 holds as they are.
+    """
     lanes = lanes_of(codes)
     signed = with_lanes("int8", lanes)
 
@@ -40,7 +43,9 @@ def decode_parts(codes, layout: Layout, split: Split, names: Sequence[str]) -> l
         return bind((value ^ sign) - sign) if layout.signed else value
 
     if names[0] == WHOLE:
-        return [with_sign(magnitude)] * len(names)
+        # int8 has no 128; -128 is the same byte.
+        whole = with_sign(magnitude)
+        return [bind(whole ^ const(-128)) if split.offset else whole] * len(names)
     exponent = bind(shift("ushl", magnitude, const(-layout.mantissa_bits)))
     by = bind(tirx.max(exponent, const(1)) - const(1))
     # E == 0 and E == 1 share the step 1, so only the shift's multiple of 2**m has to be taken off.

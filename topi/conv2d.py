@@ -27,7 +27,8 @@ from tvm_qfp8.topi.panels import (
     decode_run,
     for_each_panel,
     overlapped_start,
-    pack_panels,
+    pack_weights,
+    panel_bytes,
     round_up,
     zero_run,
 )
@@ -95,7 +96,8 @@ def pack_conv_weights(
     padding = round_up(codes.shape[3], isa.pair) - codes.shape[3]
     padded = np.pad(codes, ((0, 0), (0, 0), (0, 0), (0, padding)))
     per_group = padded.reshape(shape.groups, codes.shape[0] // shape.groups, -1)
-    return np.stack([pack_panels(group, schedule.vectors * isa.lanes, isa.pair) for group in per_group])
+    _, layout = shape.layouts()
+    return np.stack([pack_weights(isa, layout, group, schedule.vectors) for group in per_group])
 
 
 def emit_conv2d(
@@ -120,7 +122,7 @@ def emit_conv2d(
     depth = kernel_h * kernel_w * slab_channels
     out_h, out_w = shape.out_height, shape.out_width
     panel_shape = PanelShape(out_channels, depth, vectors, weight)
-    panel_codes = round_up(out_channels, vectors * isa.lanes) * depth
+    group_bytes = -(-out_channels // (vectors * isa.lanes)) * panel_bytes(isa, depth, vectors)
 
     macs = shape.batch * out_h * out_w * shape.out_channels * depth
     parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
@@ -227,7 +229,8 @@ def emit_conv2d(
         for i in range(tile_rows):
             for j, valid in enumerate(weights.valid):
                 column = group * out_channels + weights.column(j)
-                epilogue(registers.value(i, j), out_row_at + first_pixel + i, column, valid)
+                total = weights.without_offset(registers.value(i, j), j)
+                epilogue(total, out_row_at + first_pixel + i, column, valid)
 
     def tiles_of_block(slab, image, first_out_row, group, weights: PanelWeights) -> None:
         with T.serial(0, block_h) as row:
@@ -245,7 +248,7 @@ def emit_conv2d(
             parts = isa.split.activation_parts
             decode_operand(isa, activation, parts, codes, 0, slab, 0, slab_size, slab_size)
         group_panels = (
-            T.decl_buffer((panel_codes,), "uint8", data=panels.data, elem_offset=group * panel_codes)
+            T.decl_buffer((group_bytes,), "uint8", data=panels.data, elem_offset=group * group_bytes)
             if shape.groups > 1
             else panels
         )

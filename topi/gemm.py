@@ -111,7 +111,8 @@ def emit_gemm(
         for i in range(tile_rows):
             for j, valid in enumerate(weights.valid):
                 row = first_row + row_of(row_in_block + i)
-                epilogue(registers.value(i, j), row, weights.column(j), valid)
+                total = weights.without_offset(registers.value(i, j), j)
+                epilogue(total, row, weights.column(j), valid)
 
     def tiles_of_block(body: Callable, prefetch: Callable = lambda part, parts: None) -> None:
         tiles = -(-stored_rows // tile_rows)

@@ -8,13 +8,13 @@ and decoding keeps the order, so a panel is decoded into cache by one straight r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.format import Layout
+from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.codec_parts import decode_parts
 from tvm_qfp8.topi.float_contract import with_lanes
@@ -57,6 +57,30 @@ def pack_panels(codes: np.ndarray, width: int, pair: int) -> np.ndarray:
     starts = [min(start, len(padded) - width) for start in range(0, len(padded), width)]
     panels = np.stack([padded[start : start + width] for start in starts])
     return np.ascontiguousarray(panels.reshape(len(starts), width, -1, pair).transpose(0, 2, 1, 3))
+
+
+def pack_weights(isa: InstructionSet, layout: Layout, codes: np.ndarray, vectors: int) -> np.ndarray:
+    """Codes ``(columns, depth)`` -> what a kernel reads, uint8 ``(panels, panel_bytes)``.
+
+    Codes in panels, or where the instruction set multiplies linear bytes (``Split.weights_ready``) these themselves;
+    after them, if activations have an offset, what each column's sum is off by, negated: an int32 of four bytes.
+    """
+    width = vectors * isa.lanes
+    if isa.split is None or not isa.split.weights_ready:
+        panels = pack_panels(codes, width, isa.pair)
+        return panels.reshape(len(panels), -1)
+    panels = pack_panels(decode_grid(codes, layout).astype(np.int8), width, isa.pair)
+    packed = panels.reshape(len(panels), -1).view(np.uint8)
+    if not isa.split.offset:
+        return packed
+    sums = panels.sum(axis=(1, 3), dtype=np.int32) * np.int32(-isa.split.offset)
+    return np.concatenate([packed, sums.astype("<i4").view(np.uint8)], axis=1)
+
+
+def panel_bytes(isa: InstructionSet, depth: int, vectors: int) -> int:
+    """Bytes of one panel of ``pack_weights``."""
+    width = vectors * isa.lanes
+    return depth * width + (4 * width if isa.split and isa.split.offset else 0)
 
 
 CHANNEL_PADDING = 16
@@ -151,6 +175,8 @@ class PanelWeights:
     """(part, parts) -> None: ask the cache for that part of the next panel's codes, while this one is computed."""
     valid: list[int]
     """Real output channels in each vector; fewer than the lanes only where there are fewer than a panel's."""
+    without_offset: Callable = lambda total, vector: total
+    """(int32 dot products, vector) -> the same without what the activations' offset added."""
 
 
 def for_each_panel(
@@ -164,23 +190,38 @@ def for_each_panel(
 ) -> None:
     """Emit ``body(PanelWeights)`` for all panels.
 
-    A panel is decoded into cache first, or vector by vector in registers where too few rows reuse it.
+    A panel is decoded into cache first, or vector by vector in registers where too few rows reuse it; bytes that are
+    multiplied as they are stay where they are.
     """
     lanes, width = isa.lanes, shape.vectors * isa.lanes
     vector_codes = lanes * isa.pair
 
     valid = [min(lanes, shape.columns - at) for at in range(0, min(width, shape.columns), lanes)]
 
+    size = panel_bytes(isa, shape.depth, shape.vectors)
+
+    def without_offset_at(start):
+        def without_offset(total, vector):
+            at = start + shape.depth * width + vector * (4 * lanes)
+            error = tirx.reinterpret(with_lanes("int32", lanes), load(panels, at, 4 * lanes))
+            return T.bind(total + error)
+
+        return without_offset
+
     def one_panel(panel) -> None:
-        start = panel * (shape.depth * width)
+        start = panel * size
         first_column = overlapped_start(panel, width, shape.columns)
-        if in_registers:
+        if isa.split is not None and isa.split.weights_ready:
+
+            def load_weights(step, vector, product=0):
+                stored = load(panels, start + step * (width * isa.pair) + vector * vector_codes, vector_codes)
+                return T.bind(tirx.reinterpret(with_lanes("int8", vector_codes), stored))
+        elif in_registers:
 
             def load_weights(step, vector, product=0):
                 codes = load(panels, start + step * (width * isa.pair) + vector * vector_codes, vector_codes)
                 return T.bind(decode_expr(codes, shape.weight, "int16", isa))
         else:
-            size = shape.depth * width
             decoded = T.alloc_buffer((isa.products * size,), isa.operand_dtype, align=64)
             parts = isa.split.weight if isa.split else None
             decode_operand(isa, shape.weight, parts, panels, start, decoded, 0, size, size)
@@ -190,13 +231,16 @@ def for_each_panel(
                 return T.bind(load(decoded, at, vector_codes))
 
         def prefetch_next(part, parts: int) -> None:
-            length = -(-shape.depth * width // parts)
-            prefetch_run(panels, start + shape.depth * width + part * length, length)
+            length = -(-size // parts)
+            prefetch_run(panels, start + size + part * length, length)
 
         def column(vector):
             return first_column + vector * lanes
 
-        body(PanelWeights(load_weights, column, prefetch_next, valid))
+        found = PanelWeights(load_weights, column, prefetch_next, valid)
+        if isa.split is not None and isa.split.offset:
+            found = replace(found, without_offset=without_offset_at(start))
+        body(found)
 
     with loop(0, -(-shape.columns // width)) as panel:
         one_panel(panel)

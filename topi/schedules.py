@@ -82,8 +82,9 @@ class GemmSchedule:
     def default(cls, isa: InstructionSet, shape: GemmShape, threads: int) -> GemmSchedule:
         few = shape.rows <= REGISTER_DECODE_ROWS
         if few:
-            widest = min(4, -(-shape.columns // isa.lanes), (isa.registers - 4) // (shape.rows + 2))
-            tile = shape.rows, max(1, widest)
+            rows = -(-shape.rows // isa.row_group) * isa.row_group
+            widest = min(4, -(-shape.columns // isa.lanes), (isa.registers - 4) // (rows + 2 * isa.row_group))
+            tile = rows, max(1, widest)
         else:
             tile = isa.tile(shape.rows, shape.columns)
         prefetch = not few and shape.rows <= PREFETCH_TILES * tile[0]

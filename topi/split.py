@@ -6,7 +6,9 @@ With a base ``B = 2**s`` every magnitude is ``|G| = B * h + r``, ``h`` rounded t
 
     G G' = B (B - 1) h h' + B (h + r)(h' + r') - (B - 1) r r'
 
-and two where one operand fits int8 as it is, as E1M6 does: ``G G' = B G h' + G r'``.
+and two where one operand fits int8 as it is, as E1M6 does: ``G G' = B G h' + G r'``. Linear layouts on both sides take
+one: the activation as a byte, which an offset brings into the range that the multiply-add takes, and ``offset`` times
+the weights' sum, known before, is taken off.
 """
 
 from __future__ import annotations
@@ -36,6 +38,13 @@ class Split:
     weight: tuple[str, ...]
     factors: tuple[int, ...]
     """The dot product is the sum of factor times product."""
+    offset: int = 0
+    """Added to every activation; only where there is one product."""
+
+    @property
+    def weights_ready(self) -> bool:
+        """Weights are stored as the bytes that are multiplied, with nothing to decode."""
+        return self.weight == (WHOLE,)
 
     @property
     def products(self) -> int:
@@ -72,17 +81,24 @@ class Split:
         flat = weight_grid.reshape(len(weight_grid), -1)
         total = np.zeros(len(weight_grid), np.int64)
         for factor, x, w in zip(self.factors, self.activation, self.weight, strict=True):
-            largest = int(np.abs(self.part(x, activation.grid)).max())
+            largest = int(np.abs(self.part(x, activation.grid)).max()) + 2 * abs(self.offset)
             total += abs(factor) * largest * np.abs(self.part(w, flat)).sum(axis=1)
         return int(total.max(initial=0))
 
 
 @functools.cache
-def split_of(activation: Layout, weight: Layout) -> Split:
-    """The split of fewest products."""
+def split_of(activation: Layout, weight: Layout, unsigned: bool = False) -> Split | None:
+    """The split of fewest products; None where only more than one would do and ``unsigned`` is asked for.
+
+    ``unsigned``: the multiply-add takes activations of 0 to 255 instead of -128 to 127, and only twice as many of them
+    as of int16 values, so that more than one product does not pay.
+    """
     whole = [layout.max_grid <= 127 for layout in (activation, weight)]
-    if all(whole):
-        return Split(0, (WHOLE,), (WHOLE,), (1,))
+    if whole[1] and activation.max_grid - int(activation.grid.min()) <= 255:
+        lowest = -128 if activation.signed else 0
+        return Split(0, (WHOLE,), (WHOLE,), (1,), offset=(0 if unsigned else -128) - lowest)
+    if unsigned:
+        return None
     for bits in range(1, MOST_BITS + 1):
         base = 1 << bits
         if whole[0]:

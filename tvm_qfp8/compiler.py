@@ -14,7 +14,14 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
-from tvm_qfp8.calibration import Metric, Program, calibrate, first_samples, keep_within
+from tvm_qfp8.calibration import (
+    Metric,
+    Program,
+    calibrate,
+    choose_byte_layouts,
+    first_samples,
+    keep_within,
+)
 from tvm_qfp8.config import Config
 from tvm_qfp8.cpu_features import used_features
 from tvm_qfp8.cuda_code import register_compiler
@@ -167,6 +174,7 @@ def compile(  # noqa: A001 - the public name
         )
     samples, first = first_samples(calibration, Program(canonical).inputs, SENSITIVITY_SAMPLES)
     plan = calibrate(canonical, samples, config, progress) if trained is None else trained
+    plan = choose_byte_layouts(canonical, plan, first, config.max_error, progress)
     if metric is not None and max_drop is not None:
         plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)
     keep_sums_in_int32(plan)

@@ -45,6 +45,8 @@ class InstructionSet:
     """The same for matrices of int8 values; for dense layers, whose rows can be interleaved."""
     extension: str = ""
     """What a multiply-add of bytes needs besides ``name``."""
+    unsigned_activations: bool = False
+    """A multiply-add of bytes takes activations of 0 to 255, weights of -128 to 127 (``vpdpbusd``)."""
     split: Split | None = None
     """The int8 parts that this multiply-add takes; None where it takes int16 grid values."""
 
@@ -80,7 +82,8 @@ class InstructionSet:
     def in_bytes(self, activation: Layout, weight: Layout, dense: bool) -> InstructionSet:
         """The variant that multiplies the int8 parts of these layouts; itself where there is none."""
         variant = (dense and self.matrix_products) or self.byte_products
-        return replace(variant, split=split_of(activation, weight)) if variant else self
+        split = variant and split_of(activation, weight, variant.unsigned_activations)
+        return replace(variant, split=split) if variant and split else self
 
     def fits(self, rows: int, vectors: int) -> bool:
         """Whether accumulators, the weight vectors of one step and the activations fit the registers."""
@@ -115,7 +118,7 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
 
     ``features`` are LLVM's names of the target's features; some widen what an instruction set can do.
     """
-    from tvm_qfp8.topi.isa import avx2, avx512, neon, neon_dotprod, neon_i8mm, sse2
+    from tvm_qfp8.topi.isa import avx2, avx2_vnni, avx512, avx512_vnni, neon, neon_dotprod, neon_i8mm, sse2
 
     if name == "cuda":
         from tvm_qfp8.topi.cuda import isa as cuda
@@ -131,4 +134,9 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
             matrix_products=neon_i8mm.INSTRUCTION_SET if "i8mm" in features else None,
         )
     sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon}
-    return replace(sets[name].INSTRUCTION_SET, byte_permute="avx512vbmi" in features)
+    found = replace(sets[name].INSTRUCTION_SET, byte_permute="avx512vbmi" in features)
+    if name == "avx512" and "avx512vnni" in features:
+        return replace(found, byte_products=avx512_vnni.INSTRUCTION_SET)
+    if name == "avx2" and "avxvnni" in features:
+        return replace(found, byte_products=avx2_vnni.INSTRUCTION_SET)
+    return found

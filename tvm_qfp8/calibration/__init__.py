@@ -1,5 +1,6 @@
 """Calibration: run a module on samples, choose layouts and scales, correct biases."""
 
+from tvm_qfp8.calibration.byte_layouts import choose_byte_layouts
 from tvm_qfp8.calibration.calibrate import calibrate
 from tvm_qfp8.calibration.evaluate import Program, evaluate
 from tvm_qfp8.calibration.max_drop import Metric, keep_within
@@ -16,6 +17,7 @@ __all__ = [
     "QuantizationPlan",
     "QuantizedProgram",
     "calibrate",
+    "choose_byte_layouts",
     "evaluate",
     "evaluate_quantized",
     "first_samples",

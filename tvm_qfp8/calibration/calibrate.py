@@ -85,6 +85,7 @@ def calibrate(
             method=config.method,
             token_mask=token_mask,
             max_error=config.max_error,
+            in_bytes=config.activations == "auto",
         )
         plan.samples = walk.spill_inputs(batches)
         for group in walk.groups():

@@ -37,6 +37,19 @@ class Linear:
     weight_axis: int
     channel_axis: int
 
+    @property
+    def is_depthwise(self) -> bool:
+        """A convolution with one input channel in each group."""
+        attrs = self.step.attrs
+        is_grouped = self.step.operator == "relax.nn.conv2d" and int(attrs.groups) > 1
+        return is_grouped and self.weight.shape[attrs.kernel_layout.index("I")] == 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one call."""
+        outputs = int(np.prod(self.step.spec.shape))  # type: ignore[union-attr]
+        return outputs * self.weight.size // self.weight.shape[self.weight_axis]
+
     def output(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """The operator's float32 result for an activation and a weight."""
         return TABLE[self.step.operator](self.step.attrs, x, weight)

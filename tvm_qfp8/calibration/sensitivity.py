@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ def layer_effects(
     samples: Sequence[Mapping[str, np.ndarray]],
     max_error: float = 1e-3,
     progress: Callable[[str, int, int], None] | None = None,
+    names: Collection[str] | None = None,
 ) -> list[LayerEffect]:
     """The quantized layers of a plan, the most harmful first.
 
@@ -45,10 +46,12 @@ def layer_effects(
         Of ``calibrate``.
     samples : sequence of {input name: array}
         A few are enough. Only what a layer's error reaches is computed again, once per layer and sample.
+    names : collection of str
+        Layers to look at; None: all.
     """
     program = QuantizedProgram(mod, plan, max_error)
     steps = program.program.steps
-    names = [step.name for step in steps if program.is_quantized(step.name)]
+    names = [s.name for s in steps if program.is_quantized(s.name) and (names is None or s.name in names)]
     errors = dict.fromkeys(names, 0.0)
     signal = 0.0
     report = progress or (lambda stage, done, total: None)

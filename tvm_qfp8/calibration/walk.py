@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tvm_qfp8.calibration.activations import Choice, Observer
+from tvm_qfp8.calibration.activations import LINEAR_LAYOUTS, Choice, Observer
 from tvm_qfp8.calibration.embeddings import embedding_steps
 from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.linear import Linear, LinearSteps, Product
@@ -34,9 +34,9 @@ Group = Linear | Product | list[Step]
 _FLOAT, _QUANTIZED = "float32", "quantized"
 
 
-def quantized_weight(linear: Linear) -> QTensor:
-    """A linear operator's weight in E2M5, one scale of least squared error per output channel."""
-    return quantize(linear.weight, axis=linear.weight_axis, layout="E2M5", bias="mse")
+def quantized_weight(linear: Linear, layout: str = "E2M5") -> QTensor:
+    """A linear operator's weight, one scale of least squared error per output channel."""
+    return quantize(linear.weight, axis=linear.weight_axis, layout=layout, bias="mse")
 
 
 class Walk:
@@ -53,7 +53,9 @@ class Walk:
         method: str,
         token_mask: str,
         max_error: float,
+        in_bytes: bool = False,
     ) -> None:
+        self.in_bytes = in_bytes
         self.program, self.spill, self.plan = program, spill, plan
         self.layouts, self.method, self.token_mask = layouts, method, token_mask
         self.alone: dict[str, Linear | Product] = {**found.linear, **found.products}
@@ -70,6 +72,7 @@ class Walk:
         self.corrections: dict[str, np.ndarray] = {}
         self.observers: dict[str, Observer] = {}
         self.choices: dict[str, Choice] = {}
+        self.linear_choices: dict[str, Choice] = {}
 
     def _needed_steps(self) -> list[Step]:
         """Steps that some quantized operator depends on, in binding order."""
@@ -162,7 +165,10 @@ class Walk:
             if name not in self.observers:  # a module input or another quantized operator's result
                 for sample in range(self.samples):
                     self._record(name, self._read(name, self._flow(name), sample), sample)
-            self.choices[name] = self.observers.pop(name).choose(self.layouts, self.method)
+            observer = self.observers.pop(name)
+            self.choices[name] = observer.choose(self.layouts, self.method)
+            if self.in_bytes:
+                self.linear_choices[name] = observer.choose(LINEAR_LAYOUTS, self.method)
         return self.choices[name]
 
     def _result(self, step: Step) -> bool:
@@ -179,11 +185,16 @@ class Walk:
         name, source = linear.step.name, linear.source
         choice = self._choice(source)
         chosen = LinearQuantization(quantized_weight(linear), choice.layout, choice.scale, note=choice.note)
+        other = self._other(linear)
         if can_round(linear):
             inputs = self._input_rows(linear, chosen)
             chosen = replace(chosen, weight=rounded_on_data(linear, chosen.weight, inputs))
+            if other is not None:
+                inputs = self._input_rows(linear, other)
+                other = replace(other, weight=rounded_on_data(linear, other.weight, inputs))
         weight = chosen.weight.dequantize()
-        kept, error = self._result(linear.step), OutputError(linear)
+        other_weight = other and other.weight.dequantize()
+        kept, error, other_error = self._result(linear.step), OutputError(linear), OutputError(linear)
         for sample in range(self.samples):
             x = self._read(source, _FLOAT, sample)
             exact = linear.output(x, linear.weight)
@@ -193,10 +204,24 @@ class Walk:
             if kept:
                 self.spill.write(name, _FLOAT, sample, exact)
                 self.spill.write(name, _QUANTIZED, sample, rounded)
-            error.add(exact, rounded, self._tokens(exact.size // exact.shape[linear.channel_axis], sample))
+            tokens = self._tokens(exact.size // exact.shape[linear.channel_axis], sample)
+            error.add(exact, rounded, tokens)
+            if other is not None:
+                other_error.add(exact, linear.quantized_output(x, other, other_weight), tokens)
+        if other is not None:
+            self.plan.in_bytes[name] = replace(
+                other, bias_correction=other_error.correction(), sqnr_db=other_error.sqnr_db()
+            )
         correction = error.correction()
         self.corrections[name] = linear.per_channel(correction)
         self.plan.linear[name] = replace(chosen, bias_correction=correction, sqnr_db=error.sqnr_db())
+
+    def _other(self, linear: Linear) -> LinearQuantization | None:
+        """The layer in linear layouts, if it may be in these and byte multiply-adds serve it."""
+        choice = self.linear_choices.get(linear.source)
+        if choice is None or choice.layout is None or linear.is_depthwise:
+            return None
+        return LinearQuantization(quantized_weight(linear, "E1M6"), choice.layout, choice.scale)
 
     def _input_rows(self, linear: Linear, chosen: LinearQuantization) -> InputRows:
         """What the layer reads, in both flows."""
