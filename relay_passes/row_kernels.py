@@ -66,13 +66,15 @@ class Rows:
     outer: int
     length: int
     inner: int
+    last: bool
+    """Along the last axis."""
 
     @classmethod
     def of(cls, call) -> Rows:
         """Of a row operator."""
         shape, axis = shape_of(call.args[0]), normalized_axis(call)
         assert axis is not None
-        return cls(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+        return cls(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]), axis == len(shape) - 1)
 
     @property
     def count(self) -> int:
@@ -80,7 +82,7 @@ class Rows:
 
     def place(self, index, offset) -> tuple:
         """Row and column of an element of the output, as an epilogue counts them."""
-        if self.inner == 1:
+        if self.last:
             return index, offset
         outer, column = (
             index if isinstance(index, tuple) else (index // self.inner, tirx.floormod(index, self.inner))
@@ -89,7 +91,7 @@ class Rows:
 
     def read(self, buffer) -> Callable:
         """``read(index, offset, lanes)`` of the input."""
-        columns = self.length if self.inner == 1 else self.inner
+        columns = self.length if self.last else self.inner
 
         def read(index, offset, lanes: int):
             row, column = self.place(index, offset)
@@ -99,7 +101,7 @@ class Rows:
 
     def per_element(self, buffer, offset, lanes: int):
         """What belongs to the elements from ``offset`` of a row."""
-        return load(buffer, offset, lanes) if self.inner == 1 else like_scalar(load(buffer, offset, 1), lanes)
+        return load(buffer, offset, lanes) if self.last else like_scalar(load(buffer, offset, 1), lanes)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def emit_row_operator(
 
 
 def _on_cpu(call, isa: InstructionSet, threads: int, operands: Operands, max_error: float) -> Emitter:
-    if Rows.of(call).inner > 1:
+    if not Rows.of(call).last:
         return emit_row_operator(call, isa, operands, max_error, _columns(threads))
     pad = float("-inf") if "softmax" in op_name(call) else 0.0
 
