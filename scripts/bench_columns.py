@@ -1,8 +1,8 @@
 """Times softmax over an axis before the last, and functions of codes by table, one thread.
 
 Contestants take turns on the same data in one process; every figure is the median over the turns, every ratio the
-median of the turns' ratios. Softmax: against torch and onnxruntime over the same axis. Codes: each form of the look-up against
-the plain one, which reads the table in cache byte by byte.
+median of the turns' ratios. Softmax: against torch and onnxruntime over the same axis. Codes: each form of the
+look-up against the plain one, which reads the table in cache byte by byte.
 """
 
 from __future__ import annotations
