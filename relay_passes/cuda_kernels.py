@@ -13,7 +13,7 @@ from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, scaled
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
-from tvm_qfp8.relay_passes.row_kernels import RowWalk, emit_row_operator, pool_shape
+from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, emit_row_operator, pool_shape
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.batch_matmul import emit_batch_matmul
@@ -117,7 +117,13 @@ def _take(call, operands: Operands, _max_error: float) -> Emitter:
 
 
 def _rows(call, operands: Operands, max_error: float) -> Emitter:
-    return emit_row_operator(call, INSTRUCTION_SET, operands, max_error, RowWalk(for_each_row, emit_softmax))
+    def each(rows: Rows, read: Callable, body: Callable) -> None:
+        for_each_row(rows.count, rows.length, read, body)
+
+    def softmax(rows: Rows, read: Callable, exp: Callable, finish: Callable) -> None:
+        emit_softmax(rows.count, rows.length, read, exp, finish)
+
+    return emit_row_operator(call, INSTRUCTION_SET, operands, max_error, RowWalk(each, softmax))
 
 
 def _pool(call, operands: Operands, _max_error: float) -> Emitter:

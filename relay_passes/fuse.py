@@ -92,16 +92,26 @@ def _pointwise(value: relax.Expr) -> bool:
     )
 
 
-def is_row_operator(value: relax.Expr) -> bool:
-    """Softmax, log-softmax, LayerNorm, RMSNorm or L2 normalisation over the last axis of a float32 tensor."""
-    if op_name(value) not in ROW or not _is_float_or_code(value.args[0]):
-        return False
+def normalized_axis(value: relax.Expr) -> int | None:
+    """The one axis of a float32 tensor that softmax, log-softmax, LayerNorm, RMSNorm or L2 normalisation goes over."""
+    if op_name(value) not in ROW or str(value.args[0].ty.dtype) != "float32":
+        return None
+    shape = static_shape(value.args[0])
+    if not shape or 0 in shape:
+        return None
     if op_name(value) == "relax.qfp8.l2_normalize":
-        return True
-    rank = len(value.args[0].ty.shape)
-    if op_name(value) in ("relax.nn.layer_norm", "relax.nn.rms_norm"):
-        return [int(axis) % rank for axis in value.attrs.axes] == [rank - 1]
-    return int(value.attrs.axis) % rank == rank - 1
+        axes = [int(value.args[2].value)]
+    elif op_name(value) in ("relax.nn.layer_norm", "relax.nn.rms_norm"):
+        axes = [int(axis) for axis in value.attrs.axes]
+    else:
+        axes = [int(value.attrs.axis)]
+    return axes[0] % len(shape) if len(axes) == 1 else None
+
+
+def is_row_operator(value: relax.Expr) -> bool:
+    """Softmax or a norm as the row kernels take it: over the last axis, or the one before it."""
+    axis = normalized_axis(value)
+    return axis is not None and axis >= len(shape_of(value.args[0])) - 2
 
 
 def is_pooling(value: relax.Expr) -> bool:

@@ -25,8 +25,9 @@ from tvm import relax
 from tvm_qfp8.relay_passes import cuda_kernels
 from tvm_qfp8.relay_passes.fuse import Group, Single, op_name, partition, shape_of, static_shape
 from tvm_qfp8.relay_passes.kernels import write_kernel
-from tvm_qfp8.relay_passes.operands import storage_dtype
+from tvm_qfp8.relay_passes.operands import array_of, storage_dtype
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
+from tvm_qfp8.topi.code_lookup import look_up_prim_func
 from tvm_qfp8.topi.concat import concat_prim_func
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec
@@ -100,10 +101,26 @@ class _Rewriter(MainRewriter):
         call = relax.call_tir(self._written[key], parts, result)
         self.variables[var] = self.builder.emit(call, var.name)
 
+    def look_up(self, var: relax.Var, value: relax.Call) -> None:
+        codes, table = value.args
+        shape, values = shape_of(var), array_of(table)
+        dtype = str(values.dtype)
+        key = repr(("look_up", shape, dtype))
+        if key not in self._written:
+            function = look_up_prim_func(self.options.isa, self.options.threads, shape, dtype)
+            self._written[key] = self.builder.add_func(
+                function.without_attr("global_symbol"), "look_up_codes"
+            )
+        arguments = [self.expression(codes), relax.const(values)]
+        call = relax.call_tir(self._written[key], arguments, relax.TensorType(shape, dtype))
+        self.variables[var] = self.builder.emit(call, var.name)
+
     def step(self, step: Group | Single) -> None:
         if isinstance(step, Single):
             if _is_plain_concat(step):
                 self.concat(step.var, step.value)
+            elif op_name(step.value) == "relax.qfp8.look_up":
+                self.look_up(step.var, step.value)
             else:
                 self.keep(step.var, step.value)
             return

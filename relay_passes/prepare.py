@@ -12,6 +12,7 @@ from tvm import relax
 
 from tvm_qfp8.relay_passes.canonicalize import Canonicalize
 from tvm_qfp8.relay_passes.choose_layout import ChooseLayout
+from tvm_qfp8.relay_passes.flatten_columns import FlattenColumns
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
@@ -45,6 +46,7 @@ def prepare_passes() -> list:
         RecognizeL2(),
         # -- channels last, without transpositions that cancel
         ChooseLayout(),
+        FlattenColumns(),
         # -- reshapes that files hold around dense layers, out of the way of fusion
         SinkReshapes(),
         SimplifyViews(),

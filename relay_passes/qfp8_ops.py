@@ -74,7 +74,12 @@ def _take_type(call, _builder):
     return relax.TensorType([*indices.ty.shape, table.ty.shape[1]], "float32")
 
 
+def _look_up_type(call, _builder):
+    return relax.TensorType(call.args[0].ty.shape, call.args[1].ty.dtype)
+
+
 _OPERATORS = {
+    "look_up": _look_up_type,
     "encode": _encode_type,
     "matmul": _matmul_type,
     "conv2d": _conv2d_type,
@@ -111,9 +116,9 @@ def encode(x, layout: Layout, scale: float) -> relax.Call:
     return _call("encode", [x], layout=layout.name, scale=float(scale))
 
 
-def l2_normalize(x, floor: float) -> relax.Call:
-    """``x`` divided by its length over the last axis, or by ``floor`` where that is larger."""
-    return _call("l2_normalize", [x, tvm.tirx.FloatImm("float32", floor)])
+def l2_normalize(x, floor: float, axis: int = -1) -> relax.Call:
+    """``x`` divided by its length over an axis, or by ``floor`` where that is larger."""
+    return _call("l2_normalize", [x, tvm.tirx.FloatImm("float32", floor), tvm.tirx.IntImm("int64", axis)])
 
 
 def matmul(x, weight, a, bias) -> relax.Call:
@@ -186,6 +191,11 @@ def batchnorm_input(x, number: int, axis: int) -> relax.Call:
 def activation(name: str, x, *parameters: float) -> relax.Call:
     """Mish, SELU, ELU or CELU of a canonical program, where Relax has no operator; ELU and CELU take alpha."""
     return _call(name, [x, *(tvm.tirx.FloatImm("float32", value) for value in parameters)])
+
+
+def look_up(codes, table) -> relax.Call:
+    """``table[codes]``; the table has 256 float32 values, or 256 codes of a QFP8 data type."""
+    return _call("look_up", [codes, table])
 
 
 def interpolate(x, function: str, max_error: float) -> relax.Call:

@@ -1,4 +1,4 @@
-"""Recognises L2 normalisation of the last axis, which no importer has an operator for.
+"""Recognises L2 normalisation over an axis, which no importer has an operator for.
 
 Runs after import. Before (as torch's exporter writes ``functional.normalize``)::
 
@@ -10,7 +10,7 @@ Runs after import. Before (as torch's exporter writes ``functional.normalize``):
 
 After::
 
-    lv5 = R.qfp8.l2_normalize(x, 1e-12)
+    lv5 = R.qfp8.l2_normalize(x, 1e-12, -1)
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class RecognizeL2:
 
 class _Rewriter(MainRewriter):
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
-        floor = self._floor_of(value) if op_name(value) == "relax.divide" else None
-        if floor is None:
+        found = self._floor_and_axis(value) if op_name(value) == "relax.divide" else None
+        if found is None:
             self.keep(var, value)
             return
-        call = qfp8_ops.l2_normalize(self.expression(value.args[0]), floor)
+        call = qfp8_ops.l2_normalize(self.expression(value.args[0]), *found)
         self.variables[var] = self.builder.emit(call, var.name)
 
-    def _floor_of(self, value: relax.Call) -> float | None:
-        """The least norm that the quotient divides by, 0 without one; None if it is no normalisation."""
+    def _floor_and_axis(self, value: relax.Call) -> tuple[float, int] | None:
+        """The least norm that the quotient divides by, 0 without one, and the axis; None if it is none."""
         x, norm = value.args
         if static_shape(x) is None or str(x.ty.dtype) != "float32" or 0 in shape_of(x):
             return None
@@ -60,10 +60,10 @@ class _Rewriter(MainRewriter):
         total: Any = self._call(call.args[0]) if self._is_root(call) else None
         if op_name(total) != "relax.sum" or not total.attrs.keepdims or total.attrs.axis is None:
             return None
-        rank = len(shape_of(x))
-        if [int(axis) % rank for axis in total.attrs.axis] != [rank - 1]:
+        axes = [int(axis) % len(shape_of(x)) for axis in total.attrs.axis]
+        if len(axes) != 1 or not self._is_square(self._call(total.args[0]), x):
             return None
-        return floor if self._is_square(self._call(total.args[0]), x) else None
+        return floor, axes[0]
 
     def _is_root(self, call: Any) -> bool:
         return op_name(call) == "relax.sqrt" or (

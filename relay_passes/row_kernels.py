@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tvm import relax
+from tvm import tirx
 
-from tvm_qfp8.relay_passes.fuse import op_name, shape_of
+from tvm_qfp8.relay_passes.fuse import normalized_axis, op_name, shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
+from tvm_qfp8.topi.columns import Column, emit_column_softmax, for_each_columns
 from tvm_qfp8.topi.embedding import emit_embedding
 from tvm_qfp8.topi.float_contract import add, bind, mul
-from tvm_qfp8.topi.interpolate import emit_table
+from tvm_qfp8.topi.interpolate import emit_table, lanes_from
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
 from tvm_qfp8.topi.prim_func import load
-from tvm_qfp8.topi.rows import Row, emit_l2_normalize, emit_layer_norm, emit_rms_norm, for_each_row
+from tvm_qfp8.topi.rows import (
+    Row,
+    emit_l2_normalize,
+    emit_layer_norm,
+    emit_rms_norm,
+    for_each_row,
+    like_scalar,
+)
 from tvm_qfp8.topi.softmax import emit_log_softmax, emit_softmax
 
 
@@ -47,9 +56,52 @@ def _take(call, isa: InstructionSet, threads: int, operands: Operands, _max_erro
     return body, ("embedding", layout, shape, count)
 
 
-def _row_shape(x: relax.Expr) -> tuple[int, int]:
-    shape = shape_of(x)
-    return int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
+@dataclass(frozen=True)
+class Rows:
+    """The rows that an operator works on: ``length`` elements, ``inner`` apart, in a tensor ``(outer, length, inner)``.
+
+    Rows along the last axis have an index; others are columns, with an index ``(outer, inner)``.
+    """
+
+    outer: int
+    length: int
+    inner: int
+    last: bool
+    """Along the last axis."""
+
+    @classmethod
+    def of(cls, call) -> Rows:
+        """Of a row operator."""
+        shape, axis = shape_of(call.args[0]), normalized_axis(call)
+        assert axis is not None
+        return cls(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]), axis == len(shape) - 1)
+
+    @property
+    def count(self) -> int:
+        return self.outer * self.inner
+
+    def place(self, index, offset) -> tuple:
+        """Row and column of an element of the output, as an epilogue counts them."""
+        if self.last:
+            return index, offset
+        outer, column = (
+            index if isinstance(index, tuple) else (index // self.inner, tirx.floormod(index, self.inner))
+        )
+        return outer * self.length + offset, column
+
+    def read(self, buffer) -> Callable:
+        """``read(index, offset, lanes)`` of the input."""
+        columns = self.length if self.last else self.inner
+
+        def read(index, offset, lanes: int):
+            row, column = self.place(index, offset)
+            return load(buffer, row * columns + column, lanes)
+
+        return read
+
+    def per_element(self, buffer, offset, lanes: int):
+        """What belongs to the elements from ``offset`` of a row."""
+        return load(buffer, offset, lanes) if self.last else like_scalar(load(buffer, offset, 1), lanes)
 
 
 @dataclass(frozen=True)
@@ -57,9 +109,9 @@ class RowWalk:
     """How a machine walks over the rows of a tensor; ``read(index, offset, lanes)`` loads."""
 
     each: Callable
-    """``each(rows, length, read, body)``: ``body(row, index)`` for all rows."""
+    """``each(rows, read, body)``: ``body(row, index)`` for all rows."""
     softmax: Callable
-    """``softmax(rows, length, read, exp, finish)``: ``finish(index, value, offset, lanes)`` stores."""
+    """``softmax(rows, read, exp, finish)``: ``finish(index, value, offset, lanes)`` stores."""
 
 
 def emit_row_operator(
@@ -69,33 +121,69 @@ def emit_row_operator(
     if op_name(call) in ("relax.nn.softmax", "relax.nn.log_softmax"):
         return _softmax(call, isa, operands, max_error, walk)
     if op_name(call) == "relax.qfp8.l2_normalize":
-        return _l2_normalize(call, operands, walk)
-    return _norm(call, operands, walk)
+        return _l2_normalize(call, operands, isa, walk)
+    return _norm(call, operands, isa, walk)
 
 
 def _on_cpu(call, isa: InstructionSet, threads: int, operands: Operands, max_error: float) -> Emitter:
+    if not Rows.of(call).last:
+        return emit_row_operator(call, isa, operands, max_error, _columns(threads))
     pad = float("-inf") if "softmax" in op_name(call) else 0.0
 
     def row_at(length: int, read: Callable, index) -> Row:
         return Row(isa, length, lambda offset, lanes: read(index, offset, lanes), pad=pad)
 
-    def each(rows: int, length: int, read: Callable, body: Callable) -> None:
-        for_each_row(rows, length, threads, lambda index: body(row_at(length, read, index), index))
+    def each(rows: Rows, read: Callable, body: Callable) -> None:
+        for_each_row(
+            rows.count, rows.length, threads, lambda index: body(row_at(rows.length, read, index), index)
+        )
 
-    def softmax(rows: int, length: int, read: Callable, exp: Callable, finish: Callable) -> None:
-        emit_softmax(lambda index: row_at(length, read, index), rows, length, threads, exp, finish)
+    def softmax(rows: Rows, read: Callable, exp: Callable, finish: Callable) -> None:
+        emit_softmax(
+            lambda index: row_at(rows.length, read, index), rows.count, rows.length, threads, exp, finish
+        )
 
     return emit_row_operator(call, isa, operands, max_error, RowWalk(each, softmax))
 
 
+def _columns(threads: int) -> RowWalk:
+    def each(rows: Rows, read: Callable, body: Callable) -> None:
+        def block(outer, start, lanes: int) -> None:
+            column = Column(rows.length, lanes, lambda offset: read((outer, start), offset, lanes))
+            body(column, (outer, start))
+
+        for_each_columns((rows.outer, rows.length, rows.inner), threads, block)
+
+    def softmax(rows: Rows, read: Callable, exp: Callable, finish: Callable) -> None:
+        def one(column: Column, index) -> None:
+            emit_column_softmax(column, exp, lambda *value: finish(index, *value))
+
+        each(rows, read, one)
+
+    return RowWalk(each, softmax)
+
+
+def _writer(rows: Rows, isa: InstructionSet, finish: Callable) -> Callable:
+    """``write(index, value, offset, lanes)`` by way of an epilogue, which takes a register at a time."""
+
+    def write(index, value, offset, lanes: int) -> None:
+        row, column = rows.place(index, offset)
+        for start in range(0, lanes, isa.lanes):
+            width = min(isa.lanes, lanes)
+            part = value if width == lanes else lanes_from(value, start, width)
+            finish(part, row, column + start if start else column, width, width)
+
+    return write
+
+
 def _softmax(call, isa: InstructionSet, operands: Operands, max_error: float, walk: RowWalk) -> Emitter:
-    rows, length = _row_shape(call.args[0])
+    rows = Rows.of(call)
     at = operands.tensor(call.args[0])
     logarithmic = op_name(call) == "relax.nn.log_softmax"
     if logarithmic:
         exp_table = build_table("exp", max_error=max_error / 4, domain=(-87.0, 0.0))
     else:
-        exp_table = build_softmax_exp(softmax_exp_error(max_error, length))
+        exp_table = build_softmax_exp(softmax_exp_error(max_error, rows.length))
     log_table = build_table("log", max_error=max_error / 4)
 
     def exp(v):
@@ -105,64 +193,58 @@ def _softmax(call, isa: InstructionSet, operands: Operands, max_error: float, wa
         return bind(emit_table(log_table, v, isa))
 
     def body(inputs, finish) -> None:
-        def read(index, offset, lanes):
-            return load(inputs[at], index * length + offset, lanes)
-
-        def write(index, value, offset, lanes) -> None:
-            finish(value, index, offset, lanes, lanes)
+        read, write = rows.read(inputs[at]), _writer(rows, isa, finish)
 
         def one(row, index) -> None:
             emit_log_softmax(row, exp, log, lambda *value: write(index, *value))
 
         if logarithmic:
-            walk.each(rows, length, read, one)
+            walk.each(rows, read, one)
         else:
-            walk.softmax(rows, length, read, exp, write)
+            walk.softmax(rows, read, exp, write)
 
-    return body, (op_name(call), rows, length, max_error)
+    return body, (op_name(call), rows, max_error)
 
 
-def _norm(call, operands: Operands, walk: RowWalk) -> Emitter:
+def _norm(call, operands: Operands, isa: InstructionSet, walk: RowWalk) -> Emitter:
     x, gamma, *beta = call.args
-    rows, length = _row_shape(x)
+    rows = Rows.of(call)
     at = operands.tensor(x)
     scale = operands.constant(pad_channels(array_of(gamma).reshape(-1)))
     shift = operands.constant(pad_channels(array_of(beta[0]).reshape(-1))) if beta else None
     emit = emit_layer_norm if beta else emit_rms_norm
 
     def body(inputs, finish) -> None:
+        write = _writer(rows, isa, finish)
+
         def one(row, index) -> None:
             def scaled(value, offset, lanes) -> None:
-                value = bind(mul(value, load(inputs[scale], offset, lanes)))
+                value = bind(mul(value, rows.per_element(inputs[scale], offset, lanes)))
                 if shift is not None:
-                    value = bind(add(value, load(inputs[shift], offset, lanes)))
-                finish(value, index, offset, lanes, lanes)
+                    value = bind(add(value, rows.per_element(inputs[shift], offset, lanes)))
+                write(index, value, offset, lanes)
 
             emit(row, float(call.attrs.epsilon), scaled)
 
-        walk.each(
-            rows, length, lambda index, offset, lanes: load(inputs[at], index * length + offset, lanes), one
-        )
+        walk.each(rows, rows.read(inputs[at]), one)
 
-    return body, (op_name(call), rows, length)
+    return body, (op_name(call), rows)
 
 
-def _l2_normalize(call, operands: Operands, walk: RowWalk) -> Emitter:
+def _l2_normalize(call, operands: Operands, isa: InstructionSet, walk: RowWalk) -> Emitter:
     x, floor = call.args[0], float(call.args[1].value)
-    rows, length = _row_shape(x)
+    rows = Rows.of(call)
     at = operands.tensor(x)
 
     def body(inputs, finish) -> None:
+        write = _writer(rows, isa, finish)
+
         def one(row, index) -> None:
-            emit_l2_normalize(
-                row, floor, lambda value, offset, lanes: finish(value, index, offset, lanes, lanes)
-            )
+            emit_l2_normalize(row, floor, lambda *value: write(index, *value))
 
-        walk.each(
-            rows, length, lambda index, offset, lanes: load(inputs[at], index * length + offset, lanes), one
-        )
+        walk.each(rows, rows.read(inputs[at]), one)
 
-    return body, (op_name(call), rows, length, floor)
+    return body, (op_name(call), rows, floor)
 
 
 def pool_shape(call) -> PoolShape:

@@ -236,6 +236,10 @@ def _kernel_inputs(count: int) -> np.ndarray:
     return np.resize(x, count)
 
 
+def _wave(x):
+    return np.sin(2 * np.pi * x / 0.7) + 0.3 * np.cos(4 * np.pi * x / 0.7)
+
+
 def _all_tables() -> dict:
     tables = {
         f"{re.sub(r'[^a-z]', '_', name)}_{len(name)}_{i}": build_table(name, e)
@@ -250,6 +254,9 @@ def _all_tables() -> dict:
     tables["rectifier"] = build_table(
         lambda x: 0.5 * (x + np.sqrt(x * x + 1.0)), 1e-3, domain=(-5.0, 5.0), symmetry="rectifier"
     )
+    tables["continuous"] = build_table("tanh", 1e-3, continuous=True)
+    tables["symmetric"] = build_table(lambda x: 1 / (1 + x * x), 1e-4, domain=(-5.0, 5.0), symmetry="even")
+    tables["periodic"] = build_table(_wave, 1e-4, domain=(-300.0, 400.0), period=0.7)
     tables["power"] = build_table(lambda x: x**1.7, 1e-4, domain=(1.0, 9.0))
     return tables
 

@@ -32,7 +32,8 @@ def emit_table(table: Table, x, isa: InstructionSet):
         return evaluate(table, bind(x), TirOps(lanes, isa))
     if lanes > native:
         parts = [
-            evaluate(table, _part(x, start, native), TirOps(native, isa)) for start in range(0, lanes, native)
+            evaluate(table, lanes_from(x, start, native), TirOps(native, isa))
+            for start in range(0, lanes, native)
         ]
         return bind(tirx.Shuffle(parts, _indices(0, lanes)))
     # Fewer lanes than a register: the others compute the same values again.
@@ -41,14 +42,15 @@ def emit_table(table: Table, x, isa: InstructionSet):
         if lanes == 1
         else tirx.Shuffle([x] * (native // lanes), _indices(0, native))
     )
-    return _part(evaluate(table, bind(repeated), TirOps(native, isa)), 0, lanes)
+    return lanes_from(evaluate(table, bind(repeated), TirOps(native, isa)), 0, lanes)
 
 
 def _indices(start: int, count: int) -> list:
     return [tirx.const(i, "int32") for i in range(start, start + count)]
 
 
-def _part(x, start: int, lanes: int):
+def lanes_from(x, start: int, lanes: int):
+    """``lanes`` of a vector from ``start``."""
     x = bind(x)
     return bind(tirx.Shuffle([x], _indices(start, lanes)))
 

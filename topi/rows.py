@@ -11,7 +11,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import LANES, add, bind, lanes_of, mul, sub, with_lanes
+from tvm_qfp8.topi.float_contract import LANES, add, bind, lanes_of, like, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, store
 
@@ -177,8 +177,9 @@ def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
 
     Before the squares are summed the padding becomes the mean, so that it adds nothing.
     """
-    inverse = tirx.const(1.0 / row.length, "float32")
-    mean = T.bind(mul(row.sum(), inverse))
+    total = row.sum()
+    inverse = like(1.0 / row.length, total)
+    mean = T.bind(mul(total, inverse))
     row.set_padding(mean)
     wide = row.splat(mean)
 
@@ -187,8 +188,8 @@ def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
         return mul(centred, centred)
 
     variance = T.bind(mul(row.sum(square), inverse))
-    deviation = T.bind(tirx.sqrt(add(variance, tirx.const(epsilon, "float32"))))
-    factor = T.bind(tirx.const(1.0, "float32") / deviation)
+    deviation = T.bind(tirx.sqrt(add(variance, like(epsilon, variance))))
+    factor = T.bind(like(1.0, deviation) / deviation)
     row.finish(
         lambda v: mul(bind(sub(v, like_scalar(mean, lanes_of(v)))), like_scalar(factor, lanes_of(v))), finish
     )
@@ -197,9 +198,9 @@ def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
 def emit_rms_norm(row: Row, epsilon: float, finish: Callable) -> None:
     """x / sqrt(mean(x^2) + epsilon); the scale belongs to ``finish``. Padding is 0."""
     total = row.sum(lambda v: mul(v, v))
-    square = T.bind(mul(total, tirx.const(1.0 / row.length, "float32")))
-    deviation = T.bind(tirx.sqrt(add(square, tirx.const(epsilon, "float32"))))
-    factor = T.bind(tirx.const(1.0, "float32") / deviation)
+    square = T.bind(mul(total, like(1.0 / row.length, total)))
+    deviation = T.bind(tirx.sqrt(add(square, like(epsilon, square))))
+    factor = T.bind(like(1.0, deviation) / deviation)
     row.finish(lambda v: mul(v, like_scalar(factor, lanes_of(v))), finish)
 
 
@@ -207,11 +208,12 @@ def emit_l2_normalize(row: Row, floor: float, finish: Callable) -> None:
     """x / max(sqrt(sum(x^2)), floor). Padding is 0."""
     length = T.bind(tirx.sqrt(row.sum(lambda v: mul(v, v))))
     # The constant first: so a NaN stays.
-    divisor = T.bind(tirx.Select(tirx.const(floor, "float32") > length, tirx.const(floor, "float32"), length))
-    factor = T.bind(tirx.const(1.0, "float32") / divisor)
+    least = like(floor, length)
+    divisor = T.bind(tirx.Select(least > length, least, length))
+    factor = T.bind(like(1.0, divisor) / divisor)
     row.finish(lambda v: mul(v, like_scalar(factor, lanes_of(v))), finish)
 
 
 def like_scalar(scalar, lanes: int):
-    """A scalar in every lane."""
-    return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
+    """A scalar in every lane; what has so many lanes already is returned as it is."""
+    return scalar if lanes == lanes_of(scalar) else tirx.Broadcast(scalar, lanes)

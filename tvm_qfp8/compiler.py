@@ -33,9 +33,11 @@ from tvm_qfp8.relay_passes.for_cuda import ForCuda
 from tvm_qfp8.relay_passes.interpolate import Interpolate
 from tvm_qfp8.relay_passes.lower_dtype import LowerDtype
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
+from tvm_qfp8.relay_passes.operands import storage_dtype
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
+from tvm_qfp8.relay_passes.tabulate_codes import TabulateCodes
 from tvm_qfp8.relay_passes.trained import take_trained
 from tvm_qfp8.reporting import describe
 from tvm_qfp8.runtime import (
@@ -73,6 +75,8 @@ def lowering_passes(
     return [
         # -- quantize: linear layers on QFP8 tensors, with the calibration's layouts, scales and biases
         QuantizeLinear(plan),
+        # -- functions of what is held as codes only become tables of 256 results
+        TabulateCodes(),
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
@@ -182,7 +186,7 @@ def compile(  # noqa: A001 - the public name
     threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
     report = describe(canonical, plan, config, parsed, imported.notes)
     inputs = [
-        TensorInfo(name, tuple(int(d) for d in p.ty.shape), str(p.ty.dtype))
+        TensorInfo(name, tuple(int(d) for d in p.ty.shape), storage_dtype(str(p.ty.dtype)))
         for name, p in zip(imported.input_names, canonical["main"].params, strict=True)
     ]
     outputs = _output_infos(canonical, imported.output_names)
@@ -222,7 +226,7 @@ def _output_infos(mod: tvm.IRModule, names: list[str]) -> list[TensorInfo]:
     result = mod["main"].ret_ty
     types = list(result.fields) if isinstance(result, relax.TupleType) else [result]
     return [
-        TensorInfo(name, tuple(int(d) for d in ty.shape), str(ty.dtype))
+        TensorInfo(name, tuple(int(d) for d in ty.shape), storage_dtype(str(ty.dtype)))
         for name, ty in zip(names, types, strict=True)
     ]
 

@@ -14,6 +14,7 @@ from tvm_qfp8.config import Config
 from tvm_qfp8.distribution import distribution_of
 from tvm_qfp8.relay_passes.fuse import ROW, is_row_operator, op_name
 from tvm_qfp8.relay_passes.interpolate import called_function
+from tvm_qfp8.relay_passes.tabulate_codes import code_chains, is_tabulated
 from tvm_qfp8.report import LayerReport, Report
 from tvm_qfp8.tables import build_table
 
@@ -33,9 +34,12 @@ def describe(
         report.notes.append("layouts and scales are those of quantization-aware training")
     elif plan.samples == 0:
         report.notes.append("no calibration data: only weights are quantized, activations stay float32")
+    chains = code_chains(canonical)
     for block in canonical["main"].body.blocks:
         for binding in block.bindings:
             layer = _layer(binding.var, binding.value, plan, config)
+            if layer is not None and is_tabulated(chains.get(binding.var)):
+                layer = LayerReport(layer.name, layer.operator, "in a table of 256 codes, exact")
             if layer is not None:
                 report.layers.append(layer)
     before = sum(layer.bytes_before for layer in report.layers)

@@ -121,7 +121,7 @@ def rms_norm(attrs: SimpleNamespace, x: np.ndarray, weight: np.ndarray) -> np.nd
     return x / scale * _over_axes(x, axes, weight)
 
 
-def l2_normalize(x: np.ndarray, floor: float) -> np.ndarray:
-    """x / max(sqrt(sum(x^2)), floor) over the last axis."""
-    length = np.sqrt(np.square(x).sum(axis=-1, keepdims=True))
+def l2_normalize(x: np.ndarray, floor: float, axis: int) -> np.ndarray:
+    """x / max(sqrt(sum(x^2)), floor) over an axis."""
+    length = np.sqrt(np.square(x).sum(axis=axis, keepdims=True))
     return x / np.maximum(length, x.dtype.type(floor))

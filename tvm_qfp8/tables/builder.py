@@ -15,6 +15,7 @@ from tvm_qfp8.tables.exponent import build_exp, build_log
 from tvm_qfp8.tables.families import find_function
 from tvm_qfp8.tables.observe import observe
 from tvm_qfp8.tables.on_domain import build_on_domain, check_exact, exact_pins
+from tvm_qfp8.tables.periodic import build_periodic
 from tvm_qfp8.tables.power import build_power
 from tvm_qfp8.tables.proof import U
 from tvm_qfp8.tables.reduction import reduced_curve
@@ -37,6 +38,7 @@ def build_table(
     relative: bool = False,
     *,
     symmetry: str | None = None,
+    period: float | None = None,
     continuous: bool = False,
     exact_at: Sequence[float] = (),
     monotone: bool = False,
@@ -59,6 +61,9 @@ def build_table(
         Of a callable on a domain ``(-a, a)``, so that cells are spent on one half only: ``"even"``, f(-x) = f(x);
         ``"odd"``, f(-x) = -f(x); ``"logistic"``, f(-x) = 1 - f(x), as sigmoid; ``"rectifier"``, f(x) = x + f(-x), as
         GELU: beyond ``a`` it goes on with slope 1. Checked on a fine grid.
+    period
+        Of a callable: f(x + period) = f(x), so that cells are spent on one period only. Checked on a fine grid. The
+        domain may hold many periods: the bound covers the rounding of the phase. Goes with none of the other options.
     continuous
         Neighbouring cells give the same float32 at their boundary.
     exact_at
@@ -83,13 +88,20 @@ def build_table(
             raise TableError(f"domain is {domain}; give finite (low, high) with low < high")
     shape = Shape(continuous, _exact_points(exact_at, domain), monotone)
     if isinstance(function, str):
-        if symmetry is not None:
-            raise TableError(f"the symmetry of {function} is known; symmetry is for a callable")
+        if symmetry is not None or period is not None:
+            raise TableError(f"the symmetry of {function} is known; symmetry and period are for a callable")
         return _build_named(function, float(max_error), domain, relative, shape)
     if domain is None:
         raise TableError("a table of a callable needs domain=(low, high)")
     name = getattr(function, "__name__", "function")
-    table = build_on_domain(name, function, float(max_error), domain, relative, symmetry, shape)
+    if period is None:
+        table = build_on_domain(name, function, float(max_error), domain, relative, symmetry, shape)
+    elif relative or symmetry is not None or shape:
+        raise TableError(
+            "period goes without relative, symmetry, continuous, exact_at and monotone; leave them out"
+        )
+    else:
+        table = build_periodic(name, function, float(max_error), domain, float(period))
     return _finished(table, function, domain, shape)
 
 

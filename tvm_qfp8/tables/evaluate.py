@@ -20,6 +20,7 @@ exp_square  the same times a constant, with p(r) = (r + a)**2 + b: softmax
 exp_split   2**n * p(x - n * ln 2) with ln 2 in two parts: exp at small errors
 sine        p(|g|) with the sign of g; g in [-1, 1] is the angle in quarter turns, folded (see ``angle``); cosine
 log         e * ln 2 + p(m - 1), x = m * 2**e, 1 <= m < 2, from the bits
+periodic    p(x - n P), n = rint(x / P): a function with a declared period (see ``periodic``)
 power       2**n * p(t - n), t = a * (e + q(m - 1)): powers with a constant exponent
 product     repeated multiplication, root and reciprocal: powers with an exponent of whole or half numbers
 ==========  ==================================================================================================
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING
 
 from tvm_qfp8.tables.angle import cosine, sine
 from tvm_qfp8.tables.exponent_bits import exp, exp_flush, exp_split, log, power
+from tvm_qfp8.tables.periodic import periodic
 from tvm_qfp8.tables.polynomial import argument, interpolate, signed_argument
 
 if TYPE_CHECKING:
@@ -141,6 +143,7 @@ REDUCTIONS = {
     "exp_split": exp_split,
     "log": log,
     "power": power,
+    "periodic": periodic,
     "product": _product,
     "sine": sine,
     "cosine": cosine,

@@ -41,6 +41,8 @@ class Table:
     slope: float = 1.0
     inner: Table | None = None
     """The table of log2 on one binade (reduction power)."""
+    period: tuple[float, ...] = ()
+    """Domain (low, high), 1 / P and the two parts of P (reduction periodic)."""
     continuous: bool = False
     """Neighbouring cells were asked to meet: both give the same float32 at their boundary."""
     reversal: float | None = None
