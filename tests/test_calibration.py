@@ -265,7 +265,7 @@ def test_tensor_read_twice_is_encoded_once():
         second.activation_scale,
     )
     layouts = [chosen.activation_layout for chosen in plan.linear.values()]
-    assert layouts[0] in ("E2M5", "E3M4") and layouts[1][0] == layouts[2][0] == "U"
+    assert layouts[0][0] == "E" and layouts[1][0] == layouts[2][0] == "U"
 
 
 def test_one_negative_value_in_the_last_sample_needs_a_sign():

@@ -6,9 +6,8 @@ from tvm import relax
 
 from tvm_qfp8.calibration.compensation import Moments, compensated
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.linear import find_linear
+from tvm_qfp8.calibration.linear import find_linear, quantized_weight
 from tvm_qfp8.calibration.rounding import InputRows, can_round, round_columns, rounded_on_data
-from tvm_qfp8.calibration.walk import quantized_weight
 from tvm_qfp8.format import decode, get_layout
 
 RNG = np.random.default_rng(11)

@@ -9,15 +9,15 @@ import numpy as np
 import tvm
 
 from tvm_qfp8.calibration.activations import LAYOUTS
-from tvm_qfp8.calibration.byte_layouts import choose_byte_layouts
+from tvm_qfp8.calibration.byte_layouts import tensors_in_bytes
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.linear import find_linear
+from tvm_qfp8.calibration.linear import find_linear, quantized_weight
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.samples import Batches, first_samples
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.thresholds import METHODS
-from tvm_qfp8.calibration.walk import Walk, quantized_weight
+from tvm_qfp8.calibration.walk import Walk
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
 
@@ -95,8 +95,10 @@ def calibrate(
         return plan
     samples, first = first_samples(batches, program.inputs, COMPARED_SAMPLES)
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
-        in_bytes = config.activations == "auto"
+        in_bytes: set[str] = set()
+        if config.activations == "auto":
+            in_bytes = tensors_in_bytes(program, steps, first, config.method, token_mask, progress)
         walk = Walk(program, steps, spill, plan, token_mask=token_mask, in_bytes=in_bytes, **options)
         plan.samples = walk.spill_inputs(samples or ())
         walk.run(lambda: report("calibrate", len(plan.linear), len(steps.linear)))
-    return choose_byte_layouts(mod, plan, first, config.max_error, token_mask, progress)
+    return plan

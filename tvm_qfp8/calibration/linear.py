@@ -13,6 +13,10 @@ from tvm_qfp8.calibration.fake_quantize import fake_quantize
 from tvm_qfp8.calibration.operators import TABLE
 from tvm_qfp8.calibration.plan import LinearQuantization
 from tvm_qfp8.errors import ModelError
+from tvm_qfp8.quantize import QTensor, quantize
+
+WEIGHTS, LINEAR_WEIGHTS = "E2M5", "E1M6"
+"""Layouts of weights: the usual one, and that of layers whose bytes are multiplied as they are."""
 
 _OPERATORS = ("relax.nn.conv2d", "relax.nn.conv2d_transpose", "relax.matmul")
 
@@ -170,3 +174,8 @@ def _check_finite(step: Step, weight: np.ndarray) -> None:
             f"the weight of {step.name} ({step.operator}) holds {bad} values that are NaN or infinite; "
             "only finite weights can be quantized: repair the model file"
         )
+
+
+def quantized_weight(linear: Linear, layout: str = WEIGHTS) -> QTensor:
+    """A linear operator's weight, one scale of least squared error per output channel."""
+    return quantize(linear.weight, axis=linear.weight_axis, layout=layout, bias="mse")

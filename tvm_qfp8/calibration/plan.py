@@ -54,8 +54,6 @@ class QuantizationPlan:
         Linear calls and products that stay float32, with the reason.
     embeddings : dict of str to QTensor
         Tables that a ``take`` reads rows of, one scale per row.
-    in_bytes : dict of str to LinearQuantization
-        Layers of ``linear`` in linear layouts instead, of which ``byte_layouts`` takes what costs little.
     samples : int
         Number of calibration samples seen; 0 means weights only.
     trained : bool
@@ -66,6 +64,5 @@ class QuantizationPlan:
     products: dict[str, tuple[tuple[str, float], tuple[str, float]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     embeddings: dict[str, QTensor] = field(default_factory=dict)
-    in_bytes: dict[str, LinearQuantization] = field(default_factory=dict)
     samples: int = 0
     trained: bool = False

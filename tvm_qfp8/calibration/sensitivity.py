@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tvm
 
 from tvm_qfp8.calibration.plan import QuantizationPlan
+from tvm_qfp8.calibration.propagate import energy, outputs_with
 from tvm_qfp8.calibration.quantized import QuantizedProgram
 from tvm_qfp8.layer_effect import LayerEffect
 
@@ -22,7 +23,6 @@ def layer_effects(
     samples: Sequence[Mapping[str, np.ndarray]],
     max_error: float = 1e-3,
     progress: Callable[[str, int, int], None] | None = None,
-    names: Collection[str] | None = None,
     token_mask: str = "attention_mask",
 ) -> list[LayerEffect]:
     """The quantized layers of a plan, the most harmful first.
@@ -35,14 +35,12 @@ def layer_effects(
         Of ``calibrate``.
     samples : sequence of {input name: array}
         A few are enough. Only what a layer's error reaches is computed again, once per layer and sample.
-    names : collection of str
-        Layers to look at; None: all.
     token_mask : str
         Name of an input that is nonzero where a token is valid: other rows of outputs do not count.
     """
     program = QuantizedProgram(mod, plan, max_error)
     steps = program.program.steps
-    names = [s.name for s in steps if program.is_quantized(s.name) and (names is None or s.name in names)]
+    names = [step.name for step in steps if program.is_quantized(step.name)]
     errors = dict.fromkeys(names, 0.0)
     signal = 0.0
     report = progress or (lambda stage, done, total: None)
@@ -53,58 +51,15 @@ def layer_effects(
                 values[step.name] = step.run(values)
             outputs = program.program.outputs(values)
             mask = sample.get(token_mask)
-            signal += _energy(outputs, mask)
+            signal += energy(outputs, mask)
             for done, name in enumerate(names, 1):
-                found = _outputs_with(program, name, values)
-                errors[name] += _energy([a - b for a, b in zip(found, outputs, strict=True)], mask)
+                found = outputs_with(program.program, {name: program.value}, values)
+                errors[name] += energy([a - b for a, b in zip(found, outputs, strict=True)], mask)
                 report("sensitivity", index * len(names) + done, len(samples) * len(names))
     operators = {step.name: step.operator.removeprefix("relax.") for step in steps}
     own = {name: chosen.sqnr_db for name, chosen in plan.linear.items()}
     effects = [LayerEffect(n, operators[n], own.get(n), _decibel(signal, errors[n])) for n in names]
     return sorted(effects, key=lambda effect: effect.output_sqnr_db)
-
-
-def _outputs_with(program: QuantizedProgram, name: str, values: Mapping[str, Any]) -> list[np.ndarray]:
-    """The outputs with one layer quantized; ``values`` are those of the float32 program."""
-    changed: dict[str, Any] = {}
-    seen = _Overlay(changed, values)
-    for step in program.program.steps:
-        if step.name == name:
-            changed[name] = program.value(step, seen)
-        elif any(read in changed for read in step.reads):
-            changed[step.name] = step.run(seen)
-    return program.program.outputs(seen)
-
-
-class _Overlay(Mapping[str, Any]):
-    """Changed values before the original ones."""
-
-    def __init__(self, changed: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        self._changed, self._values = changed, values
-
-    def __getitem__(self, name: str) -> Any:
-        return self._changed[name] if name in self._changed else self._values[name]
-
-    def __iter__(self):
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-def _energy(arrays: Sequence[np.ndarray], mask: np.ndarray | None) -> float:
-    return sum(
-        float(np.sum(np.square(_valid(array, mask), dtype=np.float64)))
-        for array in arrays
-        if array.dtype.kind == "f"
-    )
-
-
-def _valid(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """The rows of valid tokens, where an array has one row for each element of the mask."""
-    if mask is None or array.ndim < 2 or array.size != mask.size * array.shape[-1] or not mask.any():
-        return array
-    return array.reshape(mask.size, -1)[mask.reshape(-1) != 0]
 
 
 def _decibel(signal: float, error: float) -> float:

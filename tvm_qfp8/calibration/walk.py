@@ -11,7 +11,7 @@ one shot, or after the activation function, the correction loses its effect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,14 @@ import numpy as np
 from tvm_qfp8.calibration.activations import LINEAR_LAYOUTS, Choice, Observer
 from tvm_qfp8.calibration.embeddings import embedding_steps
 from tvm_qfp8.calibration.evaluate import Program, Step
-from tvm_qfp8.calibration.linear import Linear, LinearSteps, Product
+from tvm_qfp8.calibration.linear import (
+    LINEAR_WEIGHTS,
+    WEIGHTS,
+    Linear,
+    LinearSteps,
+    Product,
+    quantized_weight,
+)
 from tvm_qfp8.calibration.output_error import OutputError
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.rounding import InputRows, can_round, rounded_on_data
@@ -28,18 +35,9 @@ from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.tabulated import tabulated_steps
 from tvm_qfp8.errors import CalibrationError
-from tvm_qfp8.quantize import QTensor, quantize
 
 Group = Linear | Product | list[Step]
 _FLOAT, _QUANTIZED = "float32", "quantized"
-
-OTHER_SAMPLES = 64
-"""The bias in linear layouts is corrected on so many samples, at most."""
-
-
-def quantized_weight(linear: Linear, layout: str = "E2M5") -> QTensor:
-    """A linear operator's weight, one scale of least squared error per output channel."""
-    return quantize(linear.weight, axis=linear.weight_axis, layout=layout, bias="mse")
 
 
 class Walk:
@@ -56,7 +54,7 @@ class Walk:
         method: str,
         token_mask: str,
         max_error: float,
-        in_bytes: bool = False,
+        in_bytes: Collection[str] = (),
     ) -> None:
         self.in_bytes = in_bytes
         self.program, self.spill, self.plan = program, spill, plan
@@ -75,7 +73,6 @@ class Walk:
         self.corrections: dict[str, np.ndarray] = {}
         self.observers: dict[str, Observer] = {}
         self.choices: dict[str, Choice] = {}
-        self.linear_choices: dict[str, Choice] = {}
 
     def _needed_steps(self) -> list[Step]:
         """Steps that some quantized operator depends on, in binding order."""
@@ -180,10 +177,8 @@ class Walk:
             if name not in self.observers:  # a module input or another quantized operator's result
                 for sample in range(self.samples):
                     self._record(name, self._read(name, self._flow(name), sample), sample)
-            observer = self.observers.pop(name)
-            self.choices[name] = observer.choose(self.layouts, self.method)
-            if self.in_bytes:
-                self.linear_choices[name] = observer.choose(LINEAR_LAYOUTS, self.method)
+            layouts = LINEAR_LAYOUTS if name in self.in_bytes else self.layouts
+            self.choices[name] = self.observers.pop(name).choose(layouts, self.method)
         return self.choices[name]
 
     def _result(self, step: Step) -> bool:
@@ -200,21 +195,17 @@ class Walk:
         name, source = linear.step.name, linear.source
         choice = self._choice(source)
         chosen = LinearQuantization(
-            quantized_weight(linear),
+            quantized_weight(linear, LINEAR_WEIGHTS if self._multiplies_bytes(linear) else WEIGHTS),
             choice.layout,
             choice.scale,
             note=choice.note,
             received=choice.distribution,
         )
-        other = self._other(linear)
         if can_round(linear):
             inputs = self._input_rows(linear, chosen)
             chosen = replace(chosen, weight=rounded_on_data(linear, chosen.weight, inputs))
-            if other is not None:  # the moments of its input are nearly the same
-                other = replace(other, weight=rounded_on_data(linear, other.weight, inputs))
         weight = chosen.weight.dequantize()
-        other_weight = None if other is None else other.weight.dequantize()
-        kept, error, other_error = self._result(linear.step), OutputError(linear), OutputError(linear)
+        kept, error = self._result(linear.step), OutputError(linear)
         for sample in range(self.samples):
             x = self._read(source, _FLOAT, sample)
             exact = linear.output(x, linear.weight)
@@ -224,25 +215,13 @@ class Walk:
             if kept:
                 self.spill.write(name, _FLOAT, sample, exact)
                 self.spill.write(name, _QUANTIZED, sample, rounded)
-            tokens = self._tokens(exact.size // exact.shape[linear.channel_axis], sample)
-            error.add(exact, rounded, tokens)
-            if other is not None and other_weight is not None and sample < OTHER_SAMPLES:
-                other_error.add(exact, linear.quantized_output(x, other, other_weight), tokens)
-        if other is not None:
-            self.plan.in_bytes[name] = replace(
-                other, bias_correction=other_error.correction(), sqnr_db=other_error.sqnr_db()
-            )
+            error.add(exact, rounded, self._tokens(exact.size // exact.shape[linear.channel_axis], sample))
         correction = error.correction()
         self.corrections[name] = linear.per_channel(correction)
         self.plan.linear[name] = replace(chosen, bias_correction=correction, sqnr_db=error.sqnr_db())
 
-    def _other(self, linear: Linear) -> LinearQuantization | None:
-        """The layer in linear layouts, if it may be in these and byte multiply-adds serve it."""
-        choice = self.linear_choices.get(linear.source)
-        if choice is None or choice.layout is None or linear.is_depthwise:
-            return None
-        weight = quantized_weight(linear, "E1M6")
-        return LinearQuantization(weight, choice.layout, choice.scale, received=choice.distribution)
+    def _multiplies_bytes(self, linear: Linear) -> bool:
+        return linear.source in self.in_bytes and not linear.is_depthwise
 
     def _input_rows(self, linear: Linear, chosen: LinearQuantization) -> InputRows:
         """What the layer reads, in both flows."""
