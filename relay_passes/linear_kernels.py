@@ -21,6 +21,7 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.overflow import INT32_LIMIT
 from tvm_qfp8.topi.panels import pack_weights, pad_channels
 from tvm_qfp8.topi.prim_func import load
+from tvm_qfp8.topi.rows import like_scalar
 from tvm_qfp8.topi.schedules import (
     REGISTER_DECODE_ROWS,
     BatchMatmulSchedule,
@@ -34,17 +35,24 @@ from tvm_qfp8.topi.winograd import emit_winograd, filter_function
 from tvm_qfp8.topi.winograd_plan import WinogradPlan, pack_winograd_weights, plan_winograd, winograd_is_faster
 
 
-def scaled(a, bias, finish: Callable) -> Callable:
-    """fl32(acc) -> * a[c] -> + bias[c], the fixed start of every linear epilogue."""
+def scaled(a, bias, finish: Callable, row_scales=None) -> Callable:
+    """fl32(acc) -> * a[c] -> * s[row], if rows have scales -> + bias[c], the fixed start of every linear epilogue."""
 
     def epilogue(total, row, column, valid) -> None:
         lanes = lanes_of(total)
         value = to_float(total) if dtype_of(total).startswith("int32") else total
         value = bind(mul(value, load(a, column, lanes)))
+        if row_scales is not None:
+            value = bind(mul(value, like_scalar(bind(load(row_scales, row, 1)), lanes)))
         value = bind(add(value, load(bias, column, lanes)))
         finish(value, row, column, lanes, valid)
 
     return epilogue
+
+
+def row_scales_of(call, operands: Operands) -> int | None:
+    """The argument that holds the scale of each row of a matmul's codes."""
+    return operands.tensor(call.args[4]) if len(call.args) > 4 else None
 
 
 def _in_bytes(
@@ -63,7 +71,7 @@ def _in_bytes(
 
 
 def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
-    x, weight, a, bias = call.args
+    x, weight, a, bias = call.args[:4]
     rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
     columns, depth = shape_of(weight)
     activation, layout = layout_of(x), layout_of(weight)
@@ -79,9 +87,11 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     operands.constant(pack_weights(isa, layout, array_of(weight), schedule.vectors))
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
+    scales_at = row_scales_of(call, operands)
 
     def body(inputs, finish) -> None:
-        epilogue = scaled(inputs[2], inputs[3], finish)
+        row_scales = None if scales_at is None else inputs[scales_at]
+        epilogue = scaled(inputs[2], inputs[3], finish, row_scales)
         emit_gemm(isa, shape, inputs[0], inputs[1], epilogue, threads, schedule)
 
     return body, (shape, isa.label)

@@ -22,6 +22,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import cuda_kernels
 from tvm_qfp8.relay_passes.fuse import Group, Single, op_name, partition, shape_of, static_shape
 from tvm_qfp8.relay_passes.kernels import write_kernel
@@ -29,6 +30,7 @@ from tvm_qfp8.relay_passes.operands import array_of, storage_dtype
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.topi.code_lookup import look_up_prim_func
 from tvm_qfp8.topi.concat import concat_prim_func
+from tvm_qfp8.topi.encode_rows import encode_rows_prim_func
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
@@ -115,12 +117,25 @@ class _Rewriter(MainRewriter):
         call = relax.call_tir(self._written[key], arguments, relax.TensorType(shape, dtype))
         self.variables[var] = self.builder.emit(call, var.name)
 
+    def encode_rows(self, var: relax.Var, value: relax.Call) -> None:
+        x, factors = value.args
+        shape, layout = shape_of(x), get_layout(str(value.attrs["layout"]))
+        key = repr(("encode_rows", shape, layout))
+        if key not in self._written:
+            function = encode_rows_prim_func(self.options.isa, self.options.threads, shape, layout)
+            self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), "encode_rows")
+        types = [relax.TensorType(shape, "uint8"), relax.TensorType(shape[:-1], "float32")]
+        call = relax.call_tir(self._written[key], [self.expression(x), factors], types)
+        self.variables[var] = self.builder.emit(call, var.name)
+
     def step(self, step: Group | Single) -> None:
         if isinstance(step, Single):
             if _is_plain_concat(step):
                 self.concat(step.var, step.value)
             elif op_name(step.value) == "relax.qfp8.look_up":
                 self.look_up(step.var, step.value)
+            elif op_name(step.value) == "relax.qfp8.encode_rows":
+                self.encode_rows(step.var, step.value)
             else:
                 self.keep(step.var, step.value)
             return

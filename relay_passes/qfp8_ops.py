@@ -9,7 +9,9 @@ They carry QFP8 tensors by their own data types, so that a printed program shows
 operator            arguments                                  result
 ==================  =========================================  ==================================================
 qfp8.encode         x float32                                  codes of ``layout``; r = fl32(1 / scale)
+qfp8.encode_rows    x float32, factors ``(channels,)``         (codes, scale of each row); ``topi.encode_rows``
 qfp8.matmul         x codes, w codes ``(out, in)``, a, bias    float32: fl32(fl32(acc) * a[c]) + bias[c]
+..                  [, row scales]                             float32: fl32(fl32(fl32(acc) * a[c]) * s[r]) + bias[c]
 qfp8.conv2d         x codes NHWC, w codes OHWI, a, bias        the same
 qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc) * scale
 qfp8.take           table codes ``(rows, width)``, scale       float32: rows of an embedding table, each with its
@@ -37,6 +39,12 @@ from tvm_qfp8.format import Layout, get_layout
 
 def _encode_type(call, _builder):
     return relax.TensorType(call.args[0].ty.shape, get_layout(str(call.attrs["layout"])).ir_dtype)
+
+
+def _encode_rows_type(call, _builder):
+    shape = list(call.args[0].ty.shape)
+    codes = relax.TensorType(shape, get_layout(str(call.attrs["layout"])).ir_dtype)
+    return relax.TupleType([codes, relax.TensorType(shape[:-1], "float32")])
 
 
 def _same_type(call, _builder):
@@ -81,6 +89,7 @@ def _look_up_type(call, _builder):
 _OPERATORS = {
     "look_up": _look_up_type,
     "encode": _encode_type,
+    "encode_rows": _encode_rows_type,
     "matmul": _matmul_type,
     "conv2d": _conv2d_type,
     "batch_matmul": _batch_matmul_type,
@@ -121,9 +130,17 @@ def l2_normalize(x, floor: float, axis: int = -1) -> relax.Call:
     return _call("l2_normalize", [x, tvm.tirx.FloatImm("float32", floor), tvm.tirx.IntImm("int64", axis)])
 
 
-def matmul(x, weight, a, bias) -> relax.Call:
-    """``x`` codes ``(..., in)`` times ``weight`` codes ``(out, in)``; ``a`` and ``bias`` float32 ``(out,)``."""
-    return _call("matmul", [x, weight, a, bias])
+def encode_rows(x, factors, layout: Layout) -> relax.Call:
+    """Codes of ``x`` and the scale of each row, as a tuple; channels are multiplied by ``factors`` before."""
+    return _call("encode_rows", [x, factors], layout=layout.name)
+
+
+def matmul(x, weight, a, bias, row_scales=None) -> relax.Call:
+    """``x`` codes ``(..., in)`` times ``weight`` codes ``(out, in)``; ``a`` and ``bias`` float32 ``(out,)``.
+
+    ``row_scales`` float32 ``(...,)`` where each row of ``x`` has its own.
+    """
+    return _call("matmul", [x, weight, a, bias, *([] if row_scales is None else [row_scales])])
 
 
 def conv2d(

@@ -11,9 +11,10 @@ After::
     lv2 = R.qfp8.conv2d(q, weight_codes, a, bias, ...)
 
 ``a[c]`` is the product of the weight's and the activation's scale; the bias already holds the calibration's
-correction. A tensor read by several layers is encoded once. An encode moves up through operators that only move
-data, so that they move bytes. Products of two activations (attention) are quantized where the plan has both. What
-the plan skips stays in float32, with its reason in the plan.
+correction. A tensor read by several layers is encoded once. Where the plan has a scale for each row, ``encode_rows``
+makes codes and scales, and the matmul takes both. An encode moves up through operators that only move data, so that
+they move bytes. Products of two activations (attention) are quantized where the plan has both. What the plan skips
+stays in float32, with its reason in the plan.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
-from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
+from tvm_qfp8.calibration.plan import (
+    ActivationQuantization,
+    LinearQuantization,
+    QuantizationPlan,
+)
 from tvm_qfp8.dtype import codes_tensor
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
@@ -109,7 +114,7 @@ class _Rewriter(MainRewriter):
         super().__init__(mod)
         self.plan = plan
         self.next_add: dict[relax.Var, tuple[relax.Var, np.ndarray]] = {}
-        self._encoded: dict[tuple, relax.Expr] = {}
+        self._encoded: dict[tuple, Any] = {}
         self._done: set[relax.Var] = set()
         for var, value in self.definition.items():
             self._note_bias(var, value)
@@ -172,23 +177,24 @@ class _Rewriter(MainRewriter):
         channels = weights.shape[0]
         target, bias = self.next_add.get(var, (var, np.zeros(channels, np.float32)))
         a = np.tile(scale, channels // len(scale))
-        x = value.args[0]
-        if quantization is not None and quantization.activation_layout is not None:
-            assert quantization.activation_scale is not None
-            a = a * np.float32(quantization.activation_scale)
+        x, image, row_scales = value.args[0], None, None
+        activation = None if quantization is None else quantization.activation
+        if quantization is None or activation is None:
+            x = self.expression(x)
+        else:
             if quantization.bias_correction is not None:
                 bias = (bias - quantization.bias_correction).astype(np.float32)
-            image = self._image(value)
-            source = x if image is None else image
-            x = self._encode(source, quantization.activation_layout, float(quantization.activation_scale))
-        else:
-            image = None
-            x = self.expression(x)
+            if activation.scale is None:
+                x, row_scales = self._encode_rows(x, activation)
+            else:
+                a = a * np.float32(activation.scale)
+                image = self._image(value)
+                x = self._encode(x if image is None else image, activation.layout, activation.scale)
         weights = np.ascontiguousarray(weights)
         weight = relax.const(weights) if layout is None else codes_constant(weights, layout)
-        constants = [weight, relax.const(a.astype(np.float32)), relax.const(bias)]
+        constants = (weight, relax.const(a.astype(np.float32)), relax.const(bias))
         if operator == "relax.matmul":
-            result = self.builder.emit(qfp8_ops.matmul(x, *constants), target.name)
+            result = self.builder.emit(qfp8_ops.matmul(x, *constants, row_scales=row_scales), target.name)
         elif operator == "relax.nn.conv2d":
             attributes = _conv2d_attributes(value)
             call = qfp8_ops.conv2d(x, *constants, **attributes, channels_first=image is not None)
@@ -208,7 +214,7 @@ class _Rewriter(MainRewriter):
         few = shape_of(x)[-1] <= MAX_IMAGE_CHANNELS and int(value.attrs.groups) == 1
         return made.args[0] if to_nhwc and few and isinstance(made.args[0], relax.Var) else None
 
-    def _transposed(self, x, constants: list, value: relax.Call, target: relax.Var) -> relax.Var:
+    def _transposed(self, x, constants: tuple, value: relax.Call, target: relax.Var) -> relax.Var:
         """A transposed convolution: a convolution over zeros between the pixels, in NHWC whatever the file has."""
         to_nhwc, back = [0, 2, 3, 1], [0, 3, 1, 2]
         nchw = str(value.attrs.data_layout) == "NCHW"
@@ -240,6 +246,21 @@ class _Rewriter(MainRewriter):
         rank = len(axes)
         swapped = [*range(rank - 2), rank - 1, rank - 2]
         return value.args[0] if axes == swapped and isinstance(value.args[0], relax.Var) else None
+
+    def _encode_rows(
+        self, expr: relax.Expr, activation: ActivationQuantization
+    ) -> tuple[relax.Expr, relax.Expr]:
+        """Codes and the scale of each row; layers that read one tensor have the same factors."""
+        key = (expr, activation.layout, None)
+        if key not in self._encoded:
+            channels = shape_of(expr)[-1]
+            factors = np.ones(channels, np.float32) if activation.factors is None else activation.factors
+            layout = get_layout(activation.layout)
+            call = qfp8_ops.encode_rows(self.expression(expr), relax.const(factors), layout)
+            both = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_rows")
+            self._encoded[key] = [self.builder.emit(relax.TupleGetItem(both, part)) for part in range(2)]
+        codes, scales = self._encoded[key]
+        return codes, scales
 
     def _encode(self, expr: relax.Expr, layout: str, scale: float) -> relax.Expr:
         key = (expr, layout, scale)

@@ -28,7 +28,7 @@ from tvm import relax
 from tvm_qfp8.calibration.embeddings import embedding_tables
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import find_linear
-from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
+from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.format import decode, encode, get_layout
 from tvm_qfp8.quantize import QTensor
@@ -197,4 +197,4 @@ def _linear(weight: np.ndarray, axis: int, scale: np.ndarray, attrs: tvm.ir.Attr
     codes = QTensor(encode(weight, scales, layout, channels), scales, layout, channels)
     if not activation:
         return LinearQuantization(codes)
-    return LinearQuantization(codes, activation, float(attrs["activation_scale"]))
+    return LinearQuantization(codes, ActivationQuantization(activation, float(attrs["activation_scale"])))

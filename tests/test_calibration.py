@@ -218,6 +218,19 @@ def images(count):
     return [{"x": random(1, 12, 12, 3, seed=i)} for i in range(count)]
 
 
+def as_codes(x, activation):
+    """Encoded and decoded, with one scale or one for each row."""
+    layout, scale = activation.layout, activation.scale
+    if scale is not None:
+        return decode(encode(x, scale, layout), scale, layout)
+    x = x if activation.factors is None else x * activation.factors
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    scale = np.maximum(
+        largest * (np.float32(1) / np.float32(get_layout(layout).max_grid)), np.float32(2**-126)
+    )
+    return decode(encode(x * (np.float32(1) / scale), 1.0, layout), 1.0, layout) * scale
+
+
 def test_correction_is_sequential_and_leaves_no_mean_error():
     """Second implementation: whole batches in memory, one layer after the other."""
     mod, samples = small_network(), images(9)
@@ -236,8 +249,7 @@ def test_correction_is_sequential_and_leaves_no_mean_error():
         chosen = plan.linear[step.name]
         source = step.arguments[0].name
         for values in rounded:
-            layout, scale = chosen.activation_layout, chosen.activation_scale
-            x = decode(encode(values[source], scale, layout), scale, layout)
+            x = as_codes(values[source], chosen.activation)
             values[step.name] = TABLE[step.operator](step.attrs, x, chosen.weight.dequantize())
         axes = tuple(range(len(step.spec.shape) - 1))
         difference = np.stack([r[step.name] - e[step.name] for r, e in zip(rounded, exact, strict=True)])
@@ -260,20 +272,17 @@ def _linear_steps(mod):
 def test_tensor_read_twice_is_encoded_once():
     plan = calibrate(small_network(), images(3))
     first, second = list(plan.linear.values())[-2:]
-    assert (first.activation_layout, first.activation_scale) == (
-        second.activation_layout,
-        second.activation_scale,
-    )
-    layouts = [chosen.activation_layout for chosen in plan.linear.values()]
+    assert first.activation == second.activation
+    layouts = [chosen.activation.layout for chosen in plan.linear.values()]
     assert layouts[0][0] == "E" and layouts[1][0] == layouts[2][0] == "U"
 
 
 def test_one_negative_value_in_the_last_sample_needs_a_sign():
     mod = build({"x": ((64, 8), "float32")}, lambda emit, x: emit(R.matmul(x, constant(8, 4))))
     samples = [{"x": np.abs(random(64, 8, seed=i))} for i in range(5)]
-    assert calibrate(mod, samples).linear["lv"].activation_layout[0] == "U"
+    assert calibrate(mod, samples).linear["lv"].activation.layout[0] == "U"
     samples[-1]["x"][63, 7] = -1e-3
-    assert calibrate(mod, samples).linear["lv"].activation_layout[0] == "E"
+    assert calibrate(mod, samples).linear["lv"].activation.layout[0] == "E"
 
 
 def test_stacked_samples_and_file_are_the_same_samples(tmp_path):
@@ -337,10 +346,10 @@ def test_mask_that_feeds_a_linear_layer_leaves_its_activation_in_float():
     """No layout holds -10000 beside values near 1, so neither is sacrificed."""
     mod = build({"x": ((64, 8), "float32")}, lambda emit, x: emit(R.matmul(x, constant(8, 4))))
     x = random(64, 8)
-    assert calibrate(mod, [{"x": x}]).linear["lv"].activation_layout is not None
+    assert calibrate(mod, [{"x": x}]).linear["lv"].activation is not None
     x[50:] -= 10000
     chosen = calibrate(mod, [{"x": x}]).linear["lv"]
-    assert chosen.activation_layout is None and "no 8-bit layout holds values up to 1e+04" in chosen.note
+    assert chosen.activation is None and "no 8-bit layout holds values up to 1e+04" in chosen.note
     assert chosen.bias_correction is not None and chosen.sqnr_db > 35
 
 
@@ -361,7 +370,7 @@ def test_layout_and_scale_have_the_least_error_over_all_values(tail):
     observer = Observer()
     for part in np.split(x, 8):
         observer.record(part)
-    choice = observer.choose()
+    choice = observer.choose().activation
     names = [name for name in ("E2M5", "E3M4", "UE2M6", "UE3M5") if get_layout(name).signed or x.min() >= 0]
     scales = {
         name: np.abs(x).max() / get_layout(name).max_grid * np.geomspace(2, 0.02, 400) for name in names
@@ -378,21 +387,21 @@ def test_layout_and_scale_have_the_least_error_over_all_values(tail):
 def test_gates_and_wide_distributions_are_no_masks(values):
     observer = Observer()
     observer.record(values)
-    assert observer.choose().layout is not None
+    assert observer.choose().activation is not None
 
 
 def test_all_zero_activation():
     observer = Observer()
     observer.record(np.zeros(10, np.float32))
     observer.record(np.zeros(10, np.float32))
-    assert observer.choose().scale == 1.0
+    assert observer.choose().activation.scale == 1.0
 
 
 def test_without_samples_only_weights_are_quantized():
     stages = []
     plan = calibrate(attention(with_mask=False), None, progress=lambda *args: stages.append(args))
     assert plan.samples == 0 and len(plan.linear) == 4 and len(plan.skipped) == 2 and not plan.products
-    assert all(q.activation_layout is None and q.bias_correction is None for q in plan.linear.values())
+    assert all(q.activation is None and q.bias_correction is None for q in plan.linear.values())
     assert stages[-1][1:] == (4, 4)
 
 
@@ -413,7 +422,7 @@ def test_transposed_convolution_and_nchw_are_corrected_along_their_channels():
 def test_configuration_skips_layers_and_fixes_the_layout():
     plan = calibrate(small_network(), images(2), Config(skip=("relax.matmul",), activations="E3M4"))
     assert len(plan.linear) == 3 and len(plan.skipped) == 2
-    assert {q.activation_layout for q in plan.linear.values()} == {"E3M4"}
+    assert {q.activation.layout for q in plan.linear.values()} == {"E3M4"}
 
 
 BAD = {

@@ -15,7 +15,7 @@ from tvm_qfp8.format import get_layout
 def _largest(method, values):
     observer = Observer()
     observer.record(values.reshape(1, -1))
-    choice = observer.choose(("E2M5",), method)
+    choice = observer.choose(("E2M5",), method).activation
     return choice.scale * get_layout("E2M5").max_grid
 
 

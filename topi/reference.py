@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tvm_qfp8.format import Layout, decode_grid
+from tvm_qfp8.format import Layout, decode_grid, encode
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.float_contract import LANES
@@ -33,9 +33,23 @@ def lane_sum(values: Array) -> Array:
     return lanes[..., 0]
 
 
-def scale_and_bias(accumulators: Array, a: Array, bias: Array) -> Array:
-    """fl32(fl32(acc) * a[c]) + bias[c] over the last axis."""
-    return (accumulators.astype(np.float32) * a.astype(np.float32)) + bias.astype(np.float32)
+def scale_and_bias(accumulators: Array, a: Array, bias: Array, row_scales: Array | None = None) -> Array:
+    """fl32(fl32(acc) * a[c]) [* s[row]] + bias[c] over the last axis."""
+    scaled = accumulators.astype(np.float32) * a.astype(np.float32)
+    if row_scales is not None:
+        scaled = scaled * row_scales[..., None]
+    return scaled + bias.astype(np.float32)
+
+
+def encode_rows(x: Array, layout: Layout, factors: Array | None = None) -> tuple[Array, Array]:
+    """Codes of ``x (..., channels)`` and the scale of each row, float32 ``(...,)`` (``encode_rows.py``)."""
+    values = x if factors is None else x * factors
+    limits = np.finfo(np.float32)
+    largest = np.minimum(np.abs(values).max(axis=-1, initial=0.0), limits.max)
+    inverse = np.float32(1) / np.float32(layout.max_grid)
+    scales = np.maximum(largest * inverse, limits.tiny)
+    with np.errstate(over="ignore"):
+        return encode(values * (np.float32(1) / scales)[..., None], 1.0, layout), scales
 
 
 def matmul(x: Array, weight: Array, x_layout: Layout, weight_layout: Layout) -> Array:

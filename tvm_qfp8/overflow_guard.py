@@ -11,12 +11,10 @@ from tvm_qfp8.topi.overflow import INT32_LIMIT, largest_sum
 def keep_sums_in_int32(plan: QuantizationPlan) -> None:
     """Change ``plan`` in place: layers over the bound quantize only their weights, and say so."""
     for name, linear in plan.linear.items():
-        if linear.activation_layout is None:
+        if linear.activation is None:
             continue
         weight = linear.weight
         axis = weight.axis if weight.axis is not None else 0
-        if largest_sum(weight.codes, axis, weight.layout, linear.activation_layout) >= INT32_LIMIT:
+        if largest_sum(weight.codes, axis, weight.layout, linear.activation.layout) >= INT32_LIMIT:
             note = "sums could overflow int32: the activation stays float32"
-            plan.linear[name] = replace(
-                linear, activation_layout=None, activation_scale=None, bias_correction=None, note=note
-            )
+            plan.linear[name] = replace(linear, activation=None, bias_correction=None, note=note)

@@ -84,18 +84,24 @@ def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPla
     if quantization is None:
         reason = plan.skipped.get(var.name, "no constant weight")
         return LayerReport(var.name, short, "float32", bytes_before=before, bytes_after=before, reason=reason)
-    scale = quantization.activation_scale
+    activation = quantization.activation
+    scale = None if activation is None else activation.scale
     weight = quantization.weight
     shape = [-1 if axis == weight.axis else 1 for axis in range(weight.codes.ndim)]
-    steps = constants[0] / np.asarray(weight.scale).reshape(shape if weight.axis is not None else ())
+    # Divided by factors the weight lies on the grid.
+    real = constants[0] if activation is None else activation.divided(constants[0])
+    steps = real / np.asarray(weight.scale).reshape(shape if weight.axis is not None else ())
     after = quantization.weight.codes.nbytes + np.asarray(quantization.weight.scale).nbytes
-    kind = "QFP8" if scale is not None else "QFP8 weights"
+    kind = "QFP8 weights" if activation is None else "QFP8"
+    activation_layout = "float32" if activation is None else activation.layout
+    if activation is not None and activation.by_rows:
+        activation_layout += " by row"
     return LayerReport(
         var.name,
         short,
         kind,
         quantization.weight.layout,
-        quantization.activation_layout or "float32",
+        activation_layout,
         -math.log2(scale) if scale else None,
         quantization.sqnr_db,
         before,

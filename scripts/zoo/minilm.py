@@ -27,7 +27,7 @@ from zoo.task import Run, Task, mean_of
 NAME = "minilm"
 LENGTH = 64
 SEED = 3532
-TRAINED, SCORED = 2000, 1000
+TRAINED, SCORED = 2000, 5000
 NEUTRAL = 0.5
 SENTIMENT = {"movie_sentiment": "movieReviewSnippets", "tweet_sentiment": "tweets"}
 
@@ -99,7 +99,8 @@ def word_pairs() -> tuple[list[tuple[str, str]], np.ndarray]:
 def sentences(corpus: str) -> list[tuple[str, bool]]:
     """Texts of a corpus of Hutto and Gilbert (2014), positive or not, in seeded order.
 
-    Their mean rating of -4 ... 4 is at least 0.5 from 0. 2,000 train the probe, the next 1,000 are scored.
+    Their mean rating of -4 ... 4 is at least 0.5 from 0. 2,000 train the probe, the next 5,000, or all that are left,
+    are scored.
     """
     with tarfile.open(fileobj=io.BytesIO(fetch.read("vaderSentiment", _RATINGS))) as tar:
         stream = tar.extractfile(f"hutto_ICWSM_2014/{corpus}_GroundTruth.txt")

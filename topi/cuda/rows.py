@@ -19,6 +19,12 @@ class ThreadRow:
         self.length, self._read, self._place, self._lane = length, read, place, lane
         self._groups = -(-length // LANES)
 
+    def mapped(self, function: Callable) -> ThreadRow:
+        """The row of ``function(value)``."""
+        return ThreadRow(
+            self.length, lambda offset, lanes: function(self._read(offset, lanes)), self._place, self._lane
+        )
+
     def set_padding(self, value) -> None:
         """The padding is never read."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.thresholds import threshold
 from tvm_qfp8.distribution import Distribution, distribution_of
 from tvm_qfp8.format import get_layout
@@ -21,7 +22,6 @@ LINEAR_LAYOUTS = ("E1M6", "UE1M7")
 _DROPPED_BITS = (
     14  # of a float32: bins of sign-less exponent and 9 mantissa bits, 4 or more to a rounding step
 )
-_BINS = 1 << (31 - _DROPPED_BITS)
 _MASK = 1000.0  # nothing smaller than this is taken for a mask
 _STEPS = np.arange(-16, 161)  # scales tried, in 1/16 octaves below the one that holds the largest value
 _GOLDEN = (5**0.5 - 1) / 2
@@ -30,13 +30,12 @@ _MIN_SCALE = 2.0**-126
 
 @dataclass(frozen=True)
 class Choice:
-    """Layout and float32 scale of an activation, or None for both: it stays float32 and ``note`` says why.
+    """How an activation is rounded, or None: it stays float32 and ``note`` says why.
 
     ``distribution`` is how the values lie on the layout's grid, for the report.
     """
 
-    layout: str | None
-    scale: float | None
+    activation: ActivationQuantization | None
     note: str = ""
     distribution: Distribution | None = None
 
@@ -45,8 +44,8 @@ class Observer:
     """Collects the range of a tensor and a histogram of its magnitudes, one sample at a time."""
 
     def __init__(self) -> None:
-        self._counts = np.zeros(_BINS, np.int64)
-        self._sums = np.zeros(_BINS)
+        self._bins = np.empty(0, np.int64)  # those with values, sorted
+        self._counts, self._sums = np.empty(0, np.int64), np.empty(0)
         self._low, self._high = math.inf, -math.inf
 
     def record(self, value: np.ndarray, tokens: np.ndarray | None = None) -> None:
@@ -60,8 +59,15 @@ class Observer:
             value = value.reshape(-1, value.shape[-1])[tokens]
         magnitude = np.abs(np.ascontiguousarray(value, np.float32)).reshape(-1)
         bins = magnitude.view(np.int32) >> _DROPPED_BITS
-        self._counts += np.bincount(bins, minlength=_BINS)
-        self._sums += np.bincount(bins, magnitude, minlength=_BINS)
+        counts, sums = np.bincount(bins), np.bincount(bins, magnitude)
+        used = np.flatnonzero(counts)
+        both = np.union1d(self._bins, used)
+        old, new = np.searchsorted(both, self._bins), np.searchsorted(both, used)
+        total_counts, total_sums = np.zeros(len(both), np.int64), np.zeros(len(both))
+        total_counts[old], total_sums[old] = self._counts, self._sums
+        total_counts[new] += counts[used]
+        total_sums[new] += sums[used]
+        self._bins, self._counts, self._sums = both, total_counts, total_sums
 
     def choose(self, layouts: Sequence[str] = LAYOUTS, method: str = "mse") -> Choice:
         """Layout and scale of least squared error over all values of all samples.
@@ -75,19 +81,19 @@ class Observer:
         a thousand times the rest, and a float32 activation with an 8-bit weight does neither.
         """
         if not (math.isfinite(self._low) and math.isfinite(self._high)):
-            return Choice(None, None, "the activation holds NaN or infinity")
+            return Choice(None, "the activation holds NaN or infinity")
         allowed = [name for name in layouts if get_layout(name).signed or self._low >= 0]
         if not allowed:
-            return Choice(None, None, f"negative values, and no signed layout among {', '.join(layouts)}")
+            return Choice(None, f"negative values, and no signed layout among {', '.join(layouts)}")
         used = np.flatnonzero(self._sums)
         if not len(used):
-            return Choice(allowed[0], 1.0)
+            return Choice(ActivationQuantization(allowed[0], 1.0))
         counts = self._counts[used].astype(np.float64)
         values = self._sums[used] / counts
         limit = _bulk_limit(values, counts, max(get_layout(name).max_grid for name in allowed))
         if limit is not None:
             found = f"values up to {values[-1]:.4g} beside a bulk within {limit:.4g}"
-            return Choice(None, None, f"no 8-bit layout holds {found} (a mask?)")
+            return Choice(None, f"no 8-bit layout holds {found} (a mask?)")
         if method == "mse":
             best = {name: _least_error(values, counts, name) for name in allowed}
         else:
@@ -99,7 +105,7 @@ class Observer:
         scale = best[layout][1]
         zeros = self._counts.sum() - counts.sum()
         on_grid = distribution_of(np.append(values / scale, 0.0), np.append(counts, zeros))
-        return Choice(layout, scale, distribution=on_grid)
+        return Choice(ActivationQuantization(layout, scale), distribution=on_grid)
 
 
 def _bulk_limit(values: np.ndarray, counts: np.ndarray, widest: int) -> float | None:

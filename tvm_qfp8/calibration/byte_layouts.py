@@ -10,33 +10,53 @@ does not look at the target: a module gives the same bits everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS, Choice, Observer
+from tvm_qfp8.calibration.activations import Observer
+from tvm_qfp8.calibration.choose_activation import ActivationChooser
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.fake_quantize import fake_quantize
-from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear, LinearSteps, quantized_weight
+from tvm_qfp8.calibration.linear import (
+    LINEAR_WEIGHTS,
+    WEIGHTS,
+    Linear,
+    LinearSteps,
+    quantized_weight,
+    read_only_by_linears,
+)
+from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.propagate import energy, outputs_with
 from tvm_qfp8.quantize import QTensor
 
-MOST_LOST_DB = 0.1
-"""Of the outputs' signal to error, estimated by the sum of all tensors' errors with weights rounded to nearest.
-
-Rounded on data, weights err less, so what is lost in the end is about twice as much.
-"""
+MOST_LOST_DB = 2.0
+"""Of the outputs' signal to error, estimated by the sum of what rounding each activation alone does to them."""
 
 LEAST_SHARE = 0.25
 """Of the multiply-adds of all layers that might be served: less is not worth any error."""
+
+COMPARED_SAMPLES = 4
+"""Samples on which outputs are compared; scales are found on all."""
+
+MOST_COMPARED = 160
+"""Tensors times samples: each takes three passes over what follows the tensor."""
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """An activation as it may be rounded, and the weights that meet it then, by the layer's variable."""
+
+    activation: ActivationQuantization | None
+    weights: Mapping[str, QTensor]
 
 
 def tensors_in_bytes(
     program: Program,
     found: LinearSteps,
     samples: Sequence[Mapping[str, np.ndarray]],
-    method: str = "mse",
+    chooser: ActivationChooser | None = None,
     token_mask: str = "attention_mask",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> set[str]:
@@ -49,37 +69,93 @@ def tensors_in_bytes(
     found : LinearSteps
         What is quantized in it.
     samples : sequence of {input name: array}
-        A few are enough.
-    method, token_mask
+        As many as scales need; outputs are compared on the first ones.
+    chooser : ActivationChooser
+    token_mask : str
         As in ``calibrate``.
     """
     report = progress or (lambda stage, done, total: None)
-    readers = _readers(found)
-    weights = {n: [_weights(linears, w) for w in (WEIGHTS, LINEAR_WEIGHTS)] for n, linears in readers.items()}
-    lost: dict[str, list[float]] = {name: [0.0, 0.0] for name in readers}
-    for index, sample in enumerate(samples):
+    readers = {name: linears for name, linears in read_only_by_linears(found).items() if _saved(linears)}
+    compared = _Comparison(program, readers, chooser or ActivationChooser(), token_mask)
+    few = samples[: min(COMPARED_SAMPLES, max(1, MOST_COMPARED // max(len(readers), 1)))]
+    with np.errstate(all="ignore"):
+        for sample in samples:
+            compared.observe(sample)
+        for index, sample in enumerate(few):
+            for done in compared.add(sample):
+                report("choose layouts", index * len(readers) + done, len(few) * len(readers))
+    return compared.within_budget() if samples else set()
+
+
+class _Comparison:
+    """What the outputs lose by each tensor's rounding, summed over samples."""
+
+    def __init__(
+        self,
+        program: Program,
+        readers: Mapping[str, list[Linear]],
+        chooser: ActivationChooser,
+        token_mask: str,
+    ) -> None:
+        self.program, self.readers = program, readers
+        self.chooser, self.token_mask = chooser, token_mask
+        self.observers = {name: Observer() for name in readers}
+        self.roundings: dict[tuple[str, bool], _Rounding] = {}
+        self.activation_alone = dict.fromkeys(readers, 0.0)
+        self.best, self.linear = dict.fromkeys(readers, 0.0), dict.fromkeys(readers, 0.0)
+
+    def _values(self, sample: Mapping[str, np.ndarray]) -> dict[str, Any]:
         values: dict[str, Any] = dict(sample)
-        mask = sample.get(token_mask)
-        with np.errstate(all="ignore"):
-            for step in program.steps:
-                values[step.name] = step.run(values)
-            exact = program.outputs(values)
-            for done, (name, linears) in enumerate(readers.items(), 1):
-                for place, choice in enumerate(_choices(values[name], mask, method)):
-                    outputs = _rounded(program, linears, values, choice, weights[name][place])
-                    change = [a - b for a, b in zip(outputs, exact, strict=True)] if outputs else None
-                    lost[name][place] += np.inf if change is None else energy(change, mask)
-                report("choose layouts", index * len(readers) + done, len(samples) * len(readers))
-    return _within_budget(readers, lost) if samples else set()
+        for step in self.program.steps:
+            values[step.name] = step.run(values)
+        return values
 
+    def observe(self, sample: Mapping[str, np.ndarray]) -> None:
+        """Statistics of one sample's tensors."""
+        values, mask = self._values(sample), sample.get(self.token_mask)
+        for name, observer in self.observers.items():
+            observer.record(_valid_rows(values[name], mask))
 
-def _readers(found: LinearSteps) -> dict[str, list[Linear]]:
-    """By tensor, the layers that read it, where one of them is dense and no product of activations is."""
-    readers: dict[str, list[Linear]] = {}
-    for linear in found.linear.values():
-        readers.setdefault(linear.source, []).append(linear)
-    products = {source for product in found.products.values() for source in product.sources}
-    return {name: linears for name, linears in readers.items() if name not in products and _saved(linears)}
+    def add(self, sample: Mapping[str, np.ndarray]) -> Iterator[int]:
+        """Compare outputs on one sample, after all were observed; yields how many tensors are done."""
+        values = self._values(sample)
+        mask = sample.get(self.token_mask)
+        exact = self.program.outputs(values)
+
+        def lost(name: str, rounding: _Rounding) -> float:
+            outputs = _outputs(self.program, self.readers[name], values, rounding)
+            return energy([a - b for a, b in zip(outputs, exact, strict=True)], mask) if outputs else np.inf
+
+        for count, name in enumerate(self.readers, 1):
+            best, linear = (self._rounding(name, in_bytes, values[name], mask) for in_bytes in (False, True))
+            self.activation_alone[name] += lost(name, replace(best, weights={}))
+            self.best[name] += lost(name, best)
+            self.linear[name] += lost(name, linear)
+            yield count
+
+    def _rounding(self, name: str, in_bytes: bool, value: np.ndarray, mask: np.ndarray | None) -> _Rounding:
+        """With the factors of the first sample that is compared, where rows have scales."""
+        if (name, in_bytes) not in self.roundings:
+            rows, linears = _valid_rows(value, mask), self.readers[name]
+            choice = self.chooser.choose(self.observers[name], linears, lambda: [rows], in_bytes)
+            layout = LINEAR_WEIGHTS if in_bytes else WEIGHTS
+            weights = _weights(linears, choice.activation, layout)
+            self.roundings[name, in_bytes] = _Rounding(choice.activation, weights)
+        return self.roundings[name, in_bytes]
+
+    def within_budget(self) -> set[str]:
+        """The tensors of least loss for each multiply-add that is saved."""
+        alone = sum(lost for lost in self.activation_alone.values() if np.isfinite(lost))
+        budget = alone * (10 ** (MOST_LOST_DB / 10) - 1)
+        cost = {name: max(self.linear[name] - self.best[name], 0.0) for name in self.readers}
+        saved = {name: _saved(linears) for name, linears in self.readers.items()}
+        chosen = set()
+        for name in sorted(cost, key=lambda name: cost[name] / saved[name]):
+            if cost[name] <= budget:  # never for what is infinite or no number
+                budget -= cost[name]
+                chosen.add(name)
+        enough = sum(saved[name] for name in chosen) >= LEAST_SHARE * sum(saved.values())
+        return chosen if enough else set()
 
 
 def _saved(linears: Sequence[Linear]) -> int:
@@ -87,48 +163,36 @@ def _saved(linears: Sequence[Linear]) -> int:
     return sum(linear.macs for linear in linears if not linear.is_depthwise)
 
 
-def _choices(value: np.ndarray, mask: np.ndarray | None, method: str) -> tuple[Choice, Choice]:
-    """The best layout and the best linear one for one sample's tensor."""
-    observer = Observer()
-    is_rows = mask is not None and mask.any() and value.ndim and mask.size * value.shape[-1] == value.size
-    observer.record(value, mask.reshape(-1) != 0 if mask is not None and is_rows else None)
-    return observer.choose(LAYOUTS, method), observer.choose(LINEAR_LAYOUTS, method)
+def _valid_rows(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    rows = value.reshape(-1, value.shape[-1])
+    return rows[mask.reshape(-1) != 0] if mask is not None and mask.size == len(rows) and mask.any() else rows
 
 
-def _weights(linears: Sequence[Linear], layout: str) -> dict[str, QTensor]:
+def _weights(
+    linears: Sequence[Linear], activation: ActivationQuantization | None, layout: str
+) -> dict[str, QTensor]:
+    if activation is None:
+        return {}
     return {
-        linear.step.name: quantized_weight(linear, layout) for linear in linears if not linear.is_depthwise
+        linear.step.name: quantized_weight(linear.meeting(activation), layout)
+        for linear in linears
+        if not linear.is_depthwise
     }
 
 
-def _rounded(
-    program: Program,
-    linears: Sequence[Linear],
-    values: Mapping[str, Any],
-    choice: Choice,
-    weights: Mapping[str, QTensor],
+def _outputs(
+    program: Program, linears: Sequence[Linear], values: Mapping[str, Any], rounding: _Rounding
 ) -> list[np.ndarray] | None:
-    """The outputs with the tensor of these layers and ``weights`` rounded; None where there is no layout for it."""
-    if choice.layout is None or choice.scale is None:
+    """The outputs with a tensor and the weights that meet it rounded; None where there is no layout for it."""
+    activation = rounding.activation
+    if activation is None:
         return None
-    rounded = fake_quantize(values[linears[0].source], choice.layout, choice.scale)
+    rounded = activation.rounded(values[linears[0].source])
     by_name = {linear.step.name: linear for linear in linears}
 
     def change(step, _seen):
-        linear, weight = by_name[step.name], weights.get(step.name)
-        return linear.output(rounded, linear.weight if weight is None else weight.dequantize())
+        linear, weight = by_name[step.name], rounding.weights.get(step.name)
+        exact = linear.meeting(activation).weight
+        return linear.output(rounded, exact if weight is None else weight.dequantize())
 
     return outputs_with(program, dict.fromkeys(by_name, change), values)
-
-
-def _within_budget(readers: Mapping[str, list[Linear]], lost: Mapping[str, list[float]]) -> set[str]:
-    budget = sum(best for best, _ in lost.values() if np.isfinite(best)) * (10 ** (MOST_LOST_DB / 10) - 1)
-    cost = {name: linear - best for name, (best, linear) in lost.items() if np.isfinite([best, linear]).all()}
-    saved = {name: _saved(linears) for name, linears in readers.items()}
-    chosen = set()
-    for name in sorted(cost, key=lambda name: cost[name] / saved[name]):
-        if cost[name] <= budget:
-            budget -= max(cost[name], 0.0)
-            chosen.add(name)
-    enough = sum(saved[name] for name in chosen) >= LEAST_SHARE * sum(saved.values())
-    return chosen if enough else set()

@@ -10,6 +10,7 @@ import tvm
 
 from tvm_qfp8.calibration.activations import LAYOUTS
 from tvm_qfp8.calibration.byte_layouts import tensors_in_bytes
+from tvm_qfp8.calibration.choose_activation import ActivationChooser
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import find_linear, quantized_weight
@@ -21,8 +22,8 @@ from tvm_qfp8.calibration.walk import Walk
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
 
-COMPARED_SAMPLES = 4
-"""Samples on which each layer's layouts are compared at the outputs."""
+FIRST_SAMPLES = 16
+"""Held in memory to choose between all layouts and linear ones."""
 
 Progress = Callable[[str, int, int], None]
 TOKEN_MASK = "attention_mask"
@@ -38,8 +39,12 @@ def walk_options(config: Config) -> dict[str, Any]:
     """
     if config.method not in METHODS:
         raise CalibrationError(f"method {config.method!r} is not known; use one of {', '.join(METHODS)}")
-    layouts = LAYOUTS if config.activations == "auto" else (config.activations,)
-    return {"layouts": layouts, "method": config.method, "max_error": config.max_error}
+    auto = config.activations == "auto"
+    layouts = LAYOUTS if auto else (config.activations,)
+    return {
+        "chooser": ActivationChooser(layouts, config.method, row_scales=auto),
+        "max_error": config.max_error,
+    }
 
 
 def calibrate(
@@ -93,11 +98,11 @@ def calibrate(
             plan.linear[name] = LinearQuantization(quantized_weight(linear))
             report("quantize weights", done, len(steps.linear))
         return plan
-    samples, first = first_samples(batches, program.inputs, COMPARED_SAMPLES)
+    samples, first = first_samples(batches, program.inputs, FIRST_SAMPLES)
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
         in_bytes: set[str] = set()
         if config.activations == "auto":
-            in_bytes = tensors_in_bytes(program, steps, first, config.method, token_mask, progress)
+            in_bytes = tensors_in_bytes(program, steps, first, options["chooser"], token_mask, progress)
         walk = Walk(program, steps, spill, plan, token_mask=token_mask, in_bytes=in_bytes, **options)
         plan.samples = walk.spill_inputs(samples or ())
         walk.run(lambda: report("calibrate", len(plan.linear), len(steps.linear)))

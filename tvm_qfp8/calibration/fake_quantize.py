@@ -54,3 +54,20 @@ def fake_quantize(x: np.ndarray, layout: str, scale: float) -> np.ndarray:
         value -= shift
         value *= scale32
     return out.reshape(np.shape(x))
+
+
+def row_scales(x: np.ndarray, layout: str) -> np.ndarray:
+    """The scale that each row of ``x`` gets at run time, float32 ``(..., 1)`` (``topi.encode_rows``).
+
+    ``max(fl32(m * fl32(1 / largest G)), 2^-126)`` for the row's largest magnitude ``m``.
+    """
+    limits = np.finfo(np.float32)
+    largest = np.fmax.reduce(np.abs(x), axis=-1, keepdims=True, initial=0.0)
+    inverse = np.float32(1) / np.float32(get_layout(layout).max_grid)
+    return np.maximum(np.minimum(largest, limits.max) * inverse, limits.tiny)
+
+
+def fake_quantize_rows(x: np.ndarray, layout: str) -> np.ndarray:
+    """Round each row of the float32 array ``x`` to a layout, with a scale of its own."""
+    scale = row_scales(x, layout)
+    return fake_quantize(x * (np.float32(1) / scale), layout, 1.0) * scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from tvm_qfp8.calibration.evaluate import Name, Program, Step, TensorSpec
 from tvm_qfp8.calibration.fake_quantize import fake_quantize
 from tvm_qfp8.calibration.operators import TABLE
-from tvm_qfp8.calibration.plan import LinearQuantization
+from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.quantize import QTensor, quantize
 
@@ -60,9 +60,11 @@ class Linear:
 
     def quantized_output(self, x: np.ndarray, chosen: LinearQuantization, weight: np.ndarray) -> np.ndarray:
         """The same with the activation rounded to its layout; ``weight`` is already the rounded one."""
-        if chosen.activation_layout is not None and chosen.activation_scale is not None:
-            x = fake_quantize(x, chosen.activation_layout, chosen.activation_scale)
-        return self.output(x, weight)
+        return self.output(x if chosen.activation is None else chosen.activation.rounded(x), weight)
+
+    def meeting(self, activation: ActivationQuantization) -> Linear:
+        """The layer with the weight that meets an activation as it is rounded."""
+        return self if activation.factors is None else replace(self, weight=activation.divided(self.weight))
 
     def per_channel(self, vector: np.ndarray) -> np.ndarray:
         """A vector of output channels, in a shape that broadcasts to the operator's result."""
@@ -174,6 +176,15 @@ def _check_finite(step: Step, weight: np.ndarray) -> None:
             f"the weight of {step.name} ({step.operator}) holds {bad} values that are NaN or infinite; "
             "only finite weights can be quantized: repair the model file"
         )
+
+
+def read_only_by_linears(found: LinearSteps) -> dict[str, list[Linear]]:
+    """The linear operators that read a variable, for those that no product of activations reads."""
+    readers: dict[str, list[Linear]] = {}
+    for linear in found.linear.values():
+        readers.setdefault(linear.source, []).append(linear)
+    products = {source for product in found.products.values() for source in product.sources}
+    return {name: linears for name, linears in readers.items() if name not in products}
 
 
 def quantized_weight(linear: Linear, layout: str = WEIGHTS) -> QTensor:

@@ -6,8 +6,44 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tvm_qfp8.calibration.fake_quantize import fake_quantize, fake_quantize_rows
 from tvm_qfp8.distribution import Distribution
 from tvm_qfp8.quantize import QTensor
+
+
+@dataclass(frozen=True)
+class ActivationQuantization:
+    """How an activation is rounded before the linear layers that read it.
+
+    Attributes
+    ----------
+    layout : str
+    scale : float or None
+        float32 scale of the whole tensor; None: every row (token) gets its own when it is there, its largest
+        magnitude on the largest grid value.
+    factors : float32 array ``(channels,)`` or None
+        What channels are multiplied by before they are rounded, with a scale for each row. The weights that meet
+        them are divided by it: outliers move from activations to weights (Xiao et al., "SmoothQuant", ICML 2023).
+    """
+
+    layout: str
+    scale: float | None
+    factors: np.ndarray | None = None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether every row has its own scale."""
+        return self.scale is None
+
+    def rounded(self, x: np.ndarray) -> np.ndarray:
+        """What a layer reads for ``x``: values on the grid, factors included."""
+        if self.scale is not None:
+            return fake_quantize(x, self.layout, self.scale)
+        return fake_quantize_rows(x if self.factors is None else x * self.factors, self.layout)
+
+    def divided(self, weight: np.ndarray) -> np.ndarray:
+        """A matrix ``(in, out)`` that meets this activation, float32."""
+        return weight if self.factors is None else weight / self.factors[:, None]
 
 
 @dataclass(frozen=True)
@@ -17,8 +53,8 @@ class LinearQuantization:
     Attributes
     ----------
     weight : QTensor
-        Codes in the operator's own weight shape, one scale per output channel.
-    activation_layout, activation_scale : str, float
+        Codes in the operator's own weight shape, one scale per output channel; divided by the activation's factors.
+    activation : ActivationQuantization
         Of the operator's input tensor; None when only the weight is quantized.
     bias_correction : float32 array ``(out_channels,)``
         Mean of (quantized - float32) output before the bias; to be taken off the bias. None without data.
@@ -32,8 +68,7 @@ class LinearQuantization:
     """
 
     weight: QTensor
-    activation_layout: str | None = None
-    activation_scale: float | None = None
+    activation: ActivationQuantization | None = None
     bias_correction: np.ndarray | None = None
     sqnr_db: float | None = None
     note: str = ""

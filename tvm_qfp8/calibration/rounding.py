@@ -14,9 +14,8 @@ import numpy as np
 
 from tvm_qfp8.calibration.compensation import Moments, compensated, output_error
 from tvm_qfp8.calibration.convolution import input_windows
-from tvm_qfp8.calibration.fake_quantize import fake_quantize
 from tvm_qfp8.calibration.linear import Linear
-from tvm_qfp8.calibration.plan import LinearQuantization
+from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.format import Layout, encode, get_layout, round_to_grid
 from tvm_qfp8.quantize import QTensor
 
@@ -32,12 +31,12 @@ LARGEST_DEPTH = 4096
 
 
 class InputRows:
-    """Moments of a layer's input patches as ``chosen`` (if given) rounds them, even and odd samples apart."""
+    """Moments of a layer's input patches as ``activation`` (if given) rounds them, even and odd samples apart."""
 
     def __init__(
-        self, linear: Linear, samples: int, chosen: LinearQuantization | None = None, seed: int = 0
+        self, linear: Linear, samples: int, activation: ActivationQuantization | None = None, seed: int = 0
     ) -> None:
-        self.linear, self._chosen, self._rng = linear, chosen, np.random.default_rng(seed)
+        self.linear, self._activation, self._rng = linear, activation, np.random.default_rng(seed)
         groups, depth = _geometry(linear)
         self._most = -(-max(ROWS_PER_COLUMN * depth, 4096) // samples)
         self._samples = 0
@@ -51,8 +50,9 @@ class InputRows:
             for x in (received, exact)
         ]
         # Rounded after the picking: with many samples few rows of each are picked.
-        if self._chosen is not None:
-            rows[0] = layer_input(rows[0], self._chosen)
+        if self._activation is not None:
+            rows[0] = self._activation.rounded(rows[0])
+            rows[1] = rows[1] if self._activation.factors is None else rows[1] * self._activation.factors
         (self.odd if self._samples % 2 else self.even).add(*rows)
         self._samples += 1
 
@@ -65,7 +65,10 @@ def can_round(linear: Linear) -> bool:
 
 
 def rounded_on_data(linear: Linear, weight: QTensor, inputs: InputRows) -> QTensor:
-    """``weight`` (rounded to nearest) with codes that give the smaller output error."""
+    """``weight`` (rounded to nearest) with codes that give the smaller output error.
+
+    The weight of ``linear`` is that which meets the activation as it is rounded: divided by its factors.
+    """
     layout = get_layout(weight.layout)
     exact, nearest = (_as_rows(linear, w) for w in (linear.weight, weight.dequantize()))
     scale = np.asarray(weight.scale, np.float32).reshape(exact.shape[:2])
@@ -176,10 +179,3 @@ def _patches(
 
 def _some(count: int, most: int, rng: np.random.Generator) -> np.ndarray:
     return np.arange(count) if count <= most else rng.choice(count, most, replace=False)
-
-
-def layer_input(x: np.ndarray, chosen: LinearQuantization) -> np.ndarray:
-    """The activation as the quantized layer reads it."""
-    if chosen.activation_layout is None or chosen.activation_scale is None:
-        return x
-    return fake_quantize(x, chosen.activation_layout, chosen.activation_scale)

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tvm_qfp8.calibration.activations import LINEAR_LAYOUTS, Choice, Observer
+from tvm_qfp8.calibration.activations import Choice, Observer
+from tvm_qfp8.calibration.choose_activation import ActivationChooser
 from tvm_qfp8.calibration.embeddings import embedding_steps
 from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.linear import (
@@ -27,9 +28,10 @@ from tvm_qfp8.calibration.linear import (
     LinearSteps,
     Product,
     quantized_weight,
+    read_only_by_linears,
 )
 from tvm_qfp8.calibration.output_error import OutputError
-from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
+from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.rounding import InputRows, can_round, rounded_on_data
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
@@ -38,6 +40,9 @@ from tvm_qfp8.errors import CalibrationError
 
 Group = Linear | Product | list[Step]
 _FLOAT, _QUANTIZED = "float32", "quantized"
+
+ROW_SAMPLES = 32
+"""Samples on which one scale for the tensor is compared with a scale for each row."""
 
 
 class Walk:
@@ -50,18 +55,18 @@ class Walk:
         spill: Spill,
         plan: QuantizationPlan,
         *,
-        layouts: tuple[str, ...],
-        method: str,
+        chooser: ActivationChooser,
         token_mask: str,
         max_error: float,
         in_bytes: Collection[str] = (),
     ) -> None:
-        self.in_bytes = in_bytes
+        self.chooser, self.in_bytes = chooser, in_bytes
         self.program, self.spill, self.plan = program, spill, plan
-        self.layouts, self.method, self.token_mask = layouts, method, token_mask
+        self.token_mask = token_mask
         self.alone: dict[str, Linear | Product] = {**found.linear, **found.products}
         self.sources = {linear.source for linear in found.linear.values()}
         self.sources.update(source for product in found.products.values() for source in product.sources)
+        self.readers = read_only_by_linears(found)
         self.tables = {
             **tabulated_steps(program, max_error),
             **embedding_steps(program, plan.embeddings),
@@ -177,9 +182,22 @@ class Walk:
             if name not in self.observers:  # a module input or another quantized operator's result
                 for sample in range(self.samples):
                     self._record(name, self._read(name, self._flow(name), sample), sample)
-            layouts = LINEAR_LAYOUTS if name in self.in_bytes else self.layouts
-            self.choices[name] = self.observers.pop(name).choose(layouts, self.method)
+            samples = range(min(self.samples, ROW_SAMPLES))
+            choice = self.chooser.choose(
+                self.observers.pop(name),
+                self.readers.get(name, []),
+                lambda: (self._rows(name, sample) for sample in samples),
+                name in self.in_bytes,
+            )
+            self.choices[name] = choice
         return self.choices[name]
+
+    def _rows(self, name: str, sample: int) -> np.ndarray:
+        """The rows of valid tokens of what layers receive."""
+        value = self._read(name, self._flow(name), sample)
+        rows = value.reshape(-1, value.shape[-1])
+        tokens = self._tokens(len(rows), sample)
+        return rows if tokens is None else rows[tokens]
 
     def _result(self, step: Step) -> bool:
         """Make room for both versions of a quantized operator's result, if anything reads it."""
@@ -194,16 +212,16 @@ class Walk:
         """Quantize one linear operator, measure its bias correction and put it into the plan."""
         name, source = linear.step.name, linear.source
         choice = self._choice(source)
+        meets = linear if choice.activation is None else linear.meeting(choice.activation)
         chosen = LinearQuantization(
-            quantized_weight(linear, LINEAR_WEIGHTS if self._multiplies_bytes(linear) else WEIGHTS),
-            choice.layout,
-            choice.scale,
+            quantized_weight(meets, LINEAR_WEIGHTS if self._multiplies_bytes(linear) else WEIGHTS),
+            choice.activation,
             note=choice.note,
             received=choice.distribution,
         )
         if can_round(linear):
-            inputs = self._input_rows(linear, chosen)
-            chosen = replace(chosen, weight=rounded_on_data(linear, chosen.weight, inputs))
+            inputs = self._input_rows(meets, choice.activation)
+            chosen = replace(chosen, weight=rounded_on_data(meets, chosen.weight, inputs))
         weight = chosen.weight.dequantize()
         kept, error = self._result(linear.step), OutputError(linear)
         for sample in range(self.samples):
@@ -223,9 +241,9 @@ class Walk:
     def _multiplies_bytes(self, linear: Linear) -> bool:
         return linear.source in self.in_bytes and not linear.is_depthwise
 
-    def _input_rows(self, linear: Linear, chosen: LinearQuantization) -> InputRows:
+    def _input_rows(self, linear: Linear, activation: ActivationQuantization | None) -> InputRows:
         """What the layer reads, in both flows."""
-        rows = InputRows(linear, self.samples, chosen)
+        rows = InputRows(linear, self.samples, activation)
         for sample in range(self.samples):
             exact = self._read(linear.source, _FLOAT, sample)
             received = (
@@ -239,12 +257,15 @@ class Walk:
         """Quantize a product of two activations; it has no bias, so nothing is corrected."""
         name, sources = product.step.name, product.sources
         choices = [self._choice(source) for source in sources]
-        first, second = ((choice.layout, choice.scale) for choice in choices)
-        if first[0] is None or first[1] is None or second[0] is None or second[1] is None:
+        first, second = (choice.activation for choice in choices)
+        if first is None or second is None:
             self.plan.skipped[name] = choices[0].note or choices[1].note
             self.run_block([product.step])
             return
-        chosen = ((first[0], first[1]), (second[0], second[1]))
+        assert (
+            first.scale is not None and second.scale is not None
+        )  # only dense layers' inputs have row scales
+        chosen = ((first.layout, first.scale), (second.layout, second.scale))
         self.plan.products[name] = chosen
         if not self._result(product.step):
             return

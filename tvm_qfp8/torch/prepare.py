@@ -201,6 +201,6 @@ def _choose_activations(
         raise CalibrationError("prepare_qat got no batches; give some, or None to round weights only")
     layouts = LAYOUTS if config.activations == "auto" else (config.activations,)
     for name, observer in observers.items():
-        choice = observer.choose(layouts)
-        if choice.layout is not None:
-            layers[name].input_quantizer.start(choice.layout, choice.scale)
+        found = observer.choose(layouts).activation
+        if found is not None:
+            layers[name].input_quantizer.start(found.layout, found.scale)

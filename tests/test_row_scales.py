@@ -1,0 +1,194 @@
+"""A scale for each row: the kernels are their NumPy twins bit for bit, and calibration takes it where it gains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from cuda_emulator import run_program
+from quantized_programs import TARGETS, build, machine_runs, program, run
+from tvm import relax
+
+from tvm_qfp8.calibration import calibrate
+from tvm_qfp8.calibration.fake_quantize import fake_quantize_rows, row_scales
+from tvm_qfp8.calibration.plan import ActivationQuantization
+from tvm_qfp8.calibration.quantized import evaluate_quantized
+from tvm_qfp8.compiler import compile
+from tvm_qfp8.config import Config
+from tvm_qfp8.format import decode, get_layout
+from tvm_qfp8.quantize import quantize
+from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes.quantize_linear import codes_constant
+from tvm_qfp8.topi import reference
+
+RNG = np.random.default_rng(0)
+RUNS = [name for name in TARGETS if machine_runs(name)]
+
+
+def rows(shape):
+    """Rows of very different sizes: ordinary, zero, tiny, huge."""
+    x = RNG.standard_normal(shape).astype(np.float32)
+    flat = x.reshape(-1, shape[-1])
+    for index, size in enumerate((1.0, 0.0, 1e-42, 1e37, 300.0)[: len(flat)]):
+        flat[index] *= np.float32(size)
+    return x
+
+
+def encoded(shape, layout, factors):
+    def emit(builder, x):
+        both = builder.emit(qfp8_ops.encode_rows(x, relax.const(factors), get_layout(layout)))
+        codes, scales = (builder.emit(relax.TupleGetItem(both, part)) for part in range(2))
+        return relax.Tuple([codes, scales])
+
+    return program([(shape, None)], emit)
+
+
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("layout", ["E2M5", "E3M4", "E1M6"])
+@pytest.mark.parametrize("shape", [(5, 384), (7, 1), (2, 3, 50), (1, 16), (0, 8)])
+def test_encode_is_its_twin(isa, layout, shape):
+    factors = np.exp2(RNG.uniform(-3, 3, shape[-1])).astype(np.float32)
+    x = rows(shape)
+    codes, scales = run(build(encoded(shape, layout, factors), TARGETS[isa]), x)
+    with np.errstate(all="ignore"):
+        expected = reference.encode_rows(x, get_layout(layout), factors)
+    np.testing.assert_array_equal(codes, expected[0])
+    np.testing.assert_array_equal(scales, expected[1])
+
+
+def test_infinity_and_nan_leave_numbers():
+    x = rows((3, 20))
+    x[0, 3], x[1, 4], x[2, 5] = np.inf, -np.inf, np.nan
+    codes, scales = run(build(encoded((3, 20), "E2M5", np.ones(20, np.float32)), TARGETS[RUNS[-1]]), x)
+    assert np.isfinite(scales).all() and np.isfinite(decode(codes, 1.0, "E2M5")).all()
+    assert (codes[0, 3], codes[1, 4], codes[2, 5]) == (0x7F, 0xFF, 0x00)
+
+
+@pytest.mark.parametrize("layout", ["E2M5", "E3M4", "E1M6"])
+def test_rounding_in_calibration_is_what_kernels_do(layout):
+    x = rows((5, 37))
+    codes, scales = reference.encode_rows(x, get_layout(layout))
+    np.testing.assert_array_equal(row_scales(x, layout)[:, 0], scales)
+    np.testing.assert_array_equal(fake_quantize_rows(x, layout), decode(codes, 1.0, layout) * scales[:, None])
+
+
+def dense(shape, columns, layout, weight_layout, factors):
+    weight = quantize(RNG.standard_normal((columns, shape[-1])).astype(np.float32), 0, weight_layout)
+    a, bias = RNG.standard_normal((2, columns)).astype(np.float32)
+
+    def emit(builder, x):
+        both = builder.emit(qfp8_ops.encode_rows(x, relax.const(factors), get_layout(layout)))
+        codes, scales = (builder.emit(relax.TupleGetItem(both, part)) for part in range(2))
+        constants = codes_constant(weight.codes, weight_layout), relax.const(a), relax.const(bias)
+        return qfp8_ops.matmul(codes, *constants, row_scales=scales)
+
+    def twin(x):
+        codes, scales = reference.encode_rows(x, get_layout(layout), factors)
+        total = reference.matmul(codes, weight.codes, get_layout(layout), get_layout(weight_layout))
+        return reference.scale_and_bias(total, a, bias, scales)
+
+    return program([(shape, None)], emit), twin
+
+
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("E3M4", "E2M5"), ("E1M6", "E1M6")])
+@pytest.mark.parametrize("shape, columns", [((1, 70), 33), ((2, 9, 64), 48), ((40, 30), 17)])
+def test_matmul_is_its_twin(isa, layouts, shape, columns):
+    factors = np.exp2(RNG.uniform(-3, 3, shape[-1])).astype(np.float32)
+    mod, twin = dense(shape, columns, *layouts, factors)
+    x = RNG.standard_normal(shape).astype(np.float32)
+    np.testing.assert_array_equal(run(build(mod, TARGETS[isa]), x)[0], twin(x))
+
+
+def outliers(count, tokens=24, channels=32):
+    """Tokens and channels a hundred times as large as the rest."""
+    samples = []
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((1, tokens, channels)).astype(np.float32)
+        x[:, 0] *= 300
+        x[..., 5] *= 40
+        samples.append({"x": x})
+    return samples
+
+
+def network(channels=32):
+    rng = np.random.default_rng(3)
+    weights = [relax.const(rng.standard_normal((channels, 40)).astype(np.float32)) for _ in range(2)]
+    return program([((1, 24, channels), None)], lambda builder, x: _two(builder, x, weights))
+
+
+def _two(builder, x, weights):
+    first, second = (builder.emit(relax.op.matmul(x, weight)) for weight in weights)
+    return relax.op.add(first, second)
+
+
+def db(exact, found):
+    """Mean over the tokens: the large ones would hide the rest."""
+    signal, error = np.square(exact).sum(-1), np.square(exact - found).sum(-1)
+    return float(np.mean(10 * np.log10(signal / error)))
+
+
+def test_calibration_takes_row_scales_where_tokens_differ():
+    mod, samples = network(), [{"x0": sample["x"]} for sample in outliers(6)]
+    plan = calibrate(mod, samples)
+    chosen = list(plan.linear.values())
+    assert all(one.activation.by_rows and one.activation.factors is not None for one in chosen)
+    assert chosen[0].activation is chosen[1].activation  # encoded once
+    exact = samples[0]["x0"] @ sum(w.value.numpy() for w in _weights_of(mod))
+    assert db(exact, evaluate_quantized(mod, plan, samples[0])[0]) > 30
+    fixed = calibrate(mod, samples, Config(activations="E3M4"))
+    assert not any(one.activation.by_rows for one in fixed.linear.values())
+    assert db(exact, evaluate_quantized(mod, fixed, samples[0])[0]) < 20
+
+
+def _weights_of(mod):
+    found = []
+    relax.analysis.post_order_visit(
+        mod["main"], lambda e: found.append(e) if isinstance(e, tvm.ir.GenericConst) else None
+    )
+    return found
+
+
+def test_calibration_keeps_one_scale_where_tokens_are_alike():
+    values = np.linspace(-1, 1, 32, dtype=np.float32)
+    samples = [{"x0": np.stack([RNG.permutation(values) for _ in range(24)])[None]} for _ in range(4)]
+    plan = calibrate(network(), samples)
+    assert not any(one.activation.by_rows for one in plan.linear.values())
+
+
+def test_a_compiled_module_says_so_and_computes_what_calibration_saw():
+    mod, samples = network(), [{"x0": sample["x"]} for sample in outliers(6)]
+    module = compile(mod, calibration=samples)
+    layers = [layer for layer in module.report.layers if layer.operator == "matmul"]
+    assert all(layer.activation_layout.endswith(" by row") for layer in layers)
+    assert "by row" in module.report.to_text()
+    exact = samples[0]["x0"] @ sum(w.value.numpy() for w in _weights_of(mod))
+    assert db(exact, module.run(samples[0])[0]) > 30
+
+
+def test_cuda_gives_the_same_bits(tmp_path):
+    factors = np.exp2(RNG.uniform(-3, 3, 48)).astype(np.float32)
+    mod, twin = dense((20, 48), 24, "E2M5", "E2M5", factors)
+    x = RNG.standard_normal((20, 48)).astype(np.float32)
+    lowered = lowered_for_cuda(mod)
+    np.testing.assert_array_equal(run_program(lowered, [x], tmp_path)[0], twin(x))
+
+
+def lowered_for_cuda(mod):
+    from tvm_qfp8.relay_passes.for_cuda import ForCuda
+    from tvm_qfp8.relay_passes.lower_groups import LowerGroups
+    from tvm_qfp8.targets import parse_target
+    from tvm_qfp8.topi.isa import instruction_set
+
+    with parse_target("cuda-sm80"):
+        return ForCuda()(LowerGroups(instruction_set("cuda", frozenset()), 1)(mod))
+
+
+def test_factors_belong_to_the_weights():
+    factors = np.array([4.0, 0.5, 1.0], np.float32)
+    activation = ActivationQuantization("E2M5", None, factors)
+    weight = RNG.standard_normal((3, 5)).astype(np.float32)
+    x = RNG.standard_normal((7, 3)).astype(np.float32)
+    product = (x * factors) @ activation.divided(weight)
+    np.testing.assert_allclose(product, x @ weight, rtol=1e-5, atol=1e-6)

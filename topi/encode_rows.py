@@ -1,0 +1,80 @@
+"""Encode with a scale for each row: the dynamic bias found when the data is there.
+
+With the row's values ``y = fl32(x * factors[c])`` and ``m`` their largest magnitude::
+
+    scale = max(fl32(min(m, largest float32) * fl32(1 / largest G)), 2^-126)
+    codes = encode(fl32(y * fl32(1 / scale)))
+
+The float operations are the same everywhere, and a maximum has no order, so every target gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from tvm import tirx
+
+from tvm_qfp8.format import Layout
+from tvm_qfp8.topi.codec import encode_expr
+from tvm_qfp8.topi.cuda.rows import for_each_row as for_each_cuda_row
+from tvm_qfp8.topi.float_contract import bind, lanes_of, like, mul
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
+from tvm_qfp8.topi.rows import Row, for_each_row, like_scalar
+
+
+def encode_rows_prim_func(
+    isa: InstructionSet, threads: int, shape: tuple[int, ...], layout: Layout
+) -> tirx.PrimFunc:
+    """``(x, factors, codes, scales) -> None`` for float32 ``x (..., channels)`` and scales ``(...,)``."""
+    rows, length = math.prod(shape[:-1]), shape[-1]
+    x, factors = TensorSpec(shape, "float32"), TensorSpec((length,), "float32")
+    codes, scales = TensorSpec(shape, "uint8"), TensorSpec(shape[:-1], "float32")
+
+    def body(source, factor_buffer, code_buffer, scale_buffer) -> None:
+        def read(index, offset, lanes: int):
+            value = bind(load(source, index * length + offset, lanes))
+            return bind(mul(value, load(factor_buffer, offset, lanes)))
+
+        def magnitude(index, offset, lanes: int):
+            return tirx.abs(read(index, offset, lanes))
+
+        def one(values, magnitudes, index) -> None:
+            def write(code, offset, lanes: int) -> None:
+                store(code_buffer, index * length + offset, code, lanes)
+
+            store(scale_buffer, index, emit_encode_row(values, magnitudes, layout, isa, write), 1)
+
+        def cpu_row(index) -> None:
+            def row(reader: Callable) -> Row:
+                return Row(isa, length, lambda offset, lanes: reader(index, offset, lanes), pad=0.0)
+
+            one(row(read), row(magnitude), index)
+
+        if isa.name == "cuda":
+            # The walk is over values; magnitudes are seen by the same threads.
+            for_each_cuda_row(
+                rows, length, read, lambda row, index: one(row, row.mapped(lambda v: tirx.abs(v)), index)
+            )
+        else:
+            for_each_row(rows, length, threads, cpu_row)
+
+    return build_prim_func("encode_rows", [x, factors, codes, scales], body)
+
+
+def emit_encode_row(values, magnitudes, layout: Layout, isa: InstructionSet, write: Callable):
+    """Encode one row, ``write(codes, offset, lanes)``; the scale. ``magnitudes`` is the row of absolute values."""
+    largest = magnitudes.first_lane(magnitudes.largest())
+    limits = np.finfo(np.float32)
+    finite = bind(tirx.min(largest, like(float(limits.max), largest)))
+    inverse = float(np.float32(1) / np.float32(layout.max_grid))
+    scale = bind(tirx.max(bind(mul(finite, like(inverse, finite))), like(float(limits.tiny), finite)))
+    reciprocal = bind(like(1.0, scale) / scale)
+
+    def code(value):
+        return encode_expr(bind(mul(value, like_scalar(reciprocal, lanes_of(value)))), layout, isa)
+
+    values.finish(code, write)
+    return scale

@@ -1,0 +1,108 @@
+"""A scale for each row (token) instead of one for the tensor, where dense layers read it and err less so.
+
+In transformers a few tokens and a few channels are a hundred times as large as the rest, and one scale for all leaves
+little of it. A row's scale is found when the row is there. Channels are evened out before: what an outlying channel is
+divided by, the weights that meet it are multiplied by (Xiao et al., "SmoothQuant", ICML 2023, section 4, with a
+strength of one half). Row scales cost a pass over the activation, so they must gain something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from tvm_qfp8.calibration.activations import Choice
+from tvm_qfp8.calibration.linear import Linear
+from tvm_qfp8.calibration.plan import ActivationQuantization
+from tvm_qfp8.format import get_layout
+from tvm_qfp8.quantize import quantize
+from tvm_qfp8.topi.overflow import INT32_LIMIT
+
+LEAST_GAIN = 1.5
+"""Of the energy of the layers' expected error."""
+
+COMPARED_CHANNELS = 64
+"""Output channels of a layer whose weights are rounded to compare; all would take long and say the same."""
+
+SMALLEST = 2.0**-10
+"""Of the largest channel: smaller ones are evened out no further."""
+
+Rows = Callable[[], Iterable[np.ndarray]]
+"""Gives the rows of each sample's activation, float32 ``(rows, channels)``."""
+
+
+def can_have_row_scales(linears: Sequence[Linear]) -> bool:
+    """Only dense layers read it."""
+    return all(linear.step.operator == "relax.matmul" for linear in linears)
+
+
+def with_row_scales(
+    choice: Choice, linears: Sequence[Linear], rows: Rows, layouts: Sequence[str], weights: str
+) -> Choice:
+    """``choice`` of one scale for the tensor, or a better one of row scales in one of ``layouts``.
+
+    Parameters
+    ----------
+    choice : Choice
+    linears : sequence of Linear
+        The dense layers that read the activation.
+    rows : callable
+        The activation on calibration data; called several times.
+    layouts : sequence of str
+        Signed ones.
+    weights : str
+        Layout of the layers' weights.
+    """
+    factors = _factors(linears, rows)
+    if choice.activation is None or factors is None:
+        return choice
+    depth, largest = len(factors), get_layout(weights).max_grid
+    candidates = [
+        ActivationQuantization(layout, None, factors)
+        for layout in layouts
+        if depth * largest * get_layout(layout).max_grid < INT32_LIMIT
+    ]
+    if not candidates:
+        return choice
+    errors = [_expected_error(one, linears, rows, weights) for one in candidates]
+    best = int(np.argmin(errors))
+    if errors[best] * LEAST_GAIN > _expected_error(choice.activation, linears, rows, weights):
+        return choice
+    return replace(choice, activation=candidates[best], distribution=None)
+
+
+def _factors(linears: Sequence[Linear], rows: Rows) -> np.ndarray | None:
+    """What channels are multiplied by, float32; None where activation or weights are zero."""
+    activation = np.max([np.abs(part).max(axis=0, initial=0.0) for part in rows()], axis=0)
+    weight = np.max([np.abs(linear.weight).max(axis=1) for linear in linears], axis=0)
+    if not (0 < activation.max() < np.inf and weight.max() > 0):
+        return None
+    activation, weight = (np.maximum(v, SMALLEST * v.max()).astype(np.float64) for v in (activation, weight))
+    logarithm = np.log2(weight / activation) / 2
+    return np.exp2(logarithm - logarithm.mean()).astype(np.float32)
+
+
+def _expected_error(
+    activation: ActivationQuantization, linears: Sequence[Linear], rows: Rows, weights: str
+) -> float:
+    """Energy of the layers' output error, were all rounding errors independent."""
+    channels = linears[0].weight.shape[0]
+    factors = np.ones(channels, np.float32) if activation.factors is None else activation.factors
+    energy: np.ndarray | float = 0.0
+    error: np.ndarray | float = 0.0
+    for part in rows():
+        difference = activation.rounded(part) / factors - part
+        energy = energy + np.square(part).sum(axis=0, dtype=np.float64)
+        error = error + np.square(difference).sum(axis=0, dtype=np.float64)
+    total = 0.0
+    for linear in linears:
+        weight = linear.weight
+        total += float(np.square(weight).sum(axis=1, dtype=np.float64) @ error)
+        some = activation.divided(weight)[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
+        off = (quantize(some, axis=1, layout=weights).dequantize() - some) * factors[:, None]
+        total += (
+            float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * weight.shape[1] / some.shape[1]
+        )
+    return total
