@@ -177,10 +177,16 @@ def _spearman(cosines: np.ndarray, index: np.ndarray) -> float:
     return float(np.corrcoef(rankdata(cosines[index]), rankdata(word_pairs()[1][index]))[0, 1])
 
 
+def _scored(corpus: str, count: int) -> list[tuple[str, bool]]:
+    return sentences(corpus)[TRAINED : TRAINED + count]
+
+
 def _hits(corpus: str, count: int, run: Run) -> np.ndarray:
     *weights, bias = _probe(corpus)
-    scored = sentences(corpus)[TRAINED : TRAINED + count]
-    return np.array([(embedding(run, text) @ weights + bias > 0) == positive for text, positive in scored])
+    found = [
+        (embedding(run, text) @ weights + bias > 0) == positive for text, positive in _scored(corpus, count)
+    ]
+    return np.array(found)
 
 
 def tasks(quick: bool = False) -> list[Task]:
@@ -190,7 +196,13 @@ def tasks(quick: bool = False) -> list[Task]:
         Task("lee_similarity", "Pearson", texts, functools.partial(_cosines_of_documents, texts), _pearson),
         Task("wordsim353", "Spearman", pairs, functools.partial(_cosines_of_pairs, pairs), _spearman),
         *(
-            Task(name, "accuracy", count, functools.partial(_hits, corpus, count), mean_of)
+            Task(
+                name,
+                "accuracy",
+                len(_scored(corpus, count)),
+                functools.partial(_hits, corpus, count),
+                mean_of,
+            )
             for name, corpus in SENTIMENT.items()
         ),
     ]

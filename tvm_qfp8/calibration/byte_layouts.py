@@ -28,11 +28,12 @@ from tvm_qfp8.calibration.linear import (
     read_only_by_linears,
 )
 from tvm_qfp8.calibration.plan import ActivationQuantization
-from tvm_qfp8.calibration.propagate import energy, outputs_with
+from tvm_qfp8.calibration.propagate import Compared, energy, values_with
 from tvm_qfp8.quantize import QTensor
 
 MOST_LOST_DB = 2.0
-"""Of the outputs' signal to error, estimated by the sum of what rounding each activation alone does to them."""
+"""Of the outputs' signal to error (of a softmax the logits'), estimated by the sum of what rounding each activation
+alone does to them."""
 
 LEAST_SHARE = 0.25
 """Of the multiply-adds of all layers that might be served: less is not worth any error."""
@@ -98,7 +99,7 @@ class _Comparison:
         token_mask: str,
     ) -> None:
         self.program, self.readers = program, readers
-        self.chooser, self.token_mask = chooser, token_mask
+        self.chooser, self.token_mask, self.compared = chooser, token_mask, Compared(program)
         self.observers = {name: Observer() for name in readers}
         self.roundings: dict[tuple[str, bool], _Rounding] = {}
         self.activation_alone = dict.fromkeys(readers, 0.0)
@@ -120,11 +121,14 @@ class _Comparison:
         """Compare outputs on one sample, after all were observed; yields how many tensors are done."""
         values = self._values(sample)
         mask = sample.get(self.token_mask)
-        exact = self.program.outputs(values)
+        exact = self.compared.values(values)
 
         def lost(name: str, rounding: _Rounding) -> float:
-            outputs = _outputs(self.program, self.readers[name], values, rounding)
-            return energy([a - b for a, b in zip(outputs, exact, strict=True)], mask) if outputs else np.inf
+            seen = _values_with(self.program, self.readers[name], values, rounding)
+            if seen is None:
+                return np.inf
+            found = self.compared.values(seen)
+            return energy([a - b for a, b in zip(found, exact, strict=True)], mask)
 
         for count, name in enumerate(self.readers, 1):
             best, linear = (self._rounding(name, in_bytes, values[name], mask) for in_bytes in (False, True))
@@ -180,10 +184,10 @@ def _weights(
     }
 
 
-def _outputs(
+def _values_with(
     program: Program, linears: Sequence[Linear], values: Mapping[str, Any], rounding: _Rounding
-) -> list[np.ndarray] | None:
-    """The outputs with a tensor and the weights that meet it rounded; None where there is no layout for it."""
+) -> Mapping[str, Any] | None:
+    """All values with a tensor and the weights that meet it rounded; None where there is no layout for it."""
     activation = rounding.activation
     if activation is None:
         return None
@@ -195,4 +199,4 @@ def _outputs(
         exact = linear.meeting(activation).weight
         return linear.output(rounded, exact if weight is None else weight.dequantize())
 
-    return outputs_with(program, dict.fromkeys(by_name, change), values)
+    return values_with(program, dict.fromkeys(by_name, change), values)

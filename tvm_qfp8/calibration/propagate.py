@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from tvm_qfp8.calibration.evaluate import Program, Step
+from tvm_qfp8.calibration.evaluate import Name, Program, Step
+
+_SOFTMAX = ("relax.nn.softmax", "relax.nn.log_softmax")
+_KEEPS_VALUES = ("alias", "relax.reshape", "relax.squeeze", "relax.expand_dims")
 
 Change = Callable[[Step, Mapping[str, Any]], Any]
 """(step, values) -> what the step gives instead."""
 
 
-def outputs_with(
+def values_with(
     program: Program, changes: Mapping[str, Change], values: Mapping[str, Any]
-) -> list[np.ndarray]:
-    """The outputs with some steps changed, by variable name; ``values`` are all values of the float32 program."""
+) -> Mapping[str, Any]:
+    """All values with some steps changed, by variable name; ``values`` are those of the float32 program."""
     changed: dict[str, Any] = {}
     seen = _Overlay(changed, values)
     for step in program.steps:
@@ -24,7 +27,38 @@ def outputs_with(
             changed[step.name] = changes[step.name](step, seen)
         elif any(read in changed for read in step.reads):
             changed[step.name] = step.run(seen)
-    return program.outputs(seen)
+    return seen
+
+
+class Compared:
+    """What stands for a program's outputs where errors are compared: of a softmax its input, less the mean.
+
+    Probabilities near 0 and 1 hide an error until a decision turns over, and then show nothing else.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._made = {step.name: step for step in program.steps}
+        results = program.result if isinstance(program.result, tuple) else (program.result,)
+        self._results = [self._source(part.name) for part in results if isinstance(part, Name)]
+
+    def _source(self, name: str) -> tuple[str, bool]:
+        """The variable to look at, and whether it holds logits."""
+        step = self._made.get(name)
+        while step is not None and isinstance(step.arguments[0], Name):
+            source = step.arguments[0].name
+            if step.operator in _SOFTMAX:
+                return source, True
+            if step.operator not in _KEEPS_VALUES:
+                break
+            step = self._made.get(source)
+        return name, False
+
+    def values(self, values: Mapping[str, Any]) -> list[np.ndarray]:
+        """From the values of all variables."""
+        return [
+            values[name] - values[name].mean(-1, keepdims=True) if is_logits else values[name]
+            for name, is_logits in self._results
+        ]
 
 
 class _Overlay(Mapping[str, Any]):

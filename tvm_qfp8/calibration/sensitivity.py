@@ -9,7 +9,7 @@ import numpy as np
 import tvm
 
 from tvm_qfp8.calibration.plan import QuantizationPlan
-from tvm_qfp8.calibration.propagate import energy, outputs_with
+from tvm_qfp8.calibration.propagate import energy, values_with
 from tvm_qfp8.calibration.quantized import QuantizedProgram
 from tvm_qfp8.layer_effect import LayerEffect
 
@@ -53,7 +53,7 @@ def layer_effects(
             mask = sample.get(token_mask)
             signal += energy(outputs, mask)
             for done, name in enumerate(names, 1):
-                found = outputs_with(program.program, {name: program.value}, values)
+                found = program.program.outputs(values_with(program.program, {name: program.value}, values))
                 errors[name] += energy([a - b for a, b in zip(found, outputs, strict=True)], mask)
                 report("sensitivity", index * len(names) + done, len(samples) * len(names))
     operators = {step.name: step.operator.removeprefix("relax.") for step in steps}
