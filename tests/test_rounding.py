@@ -67,7 +67,7 @@ def test_output_error_falls_and_codes_are_exact(name):
     np.testing.assert_array_equal(rounded.scale, nearest.scale)
     assert rounded.codes.shape == nearest.codes.shape and rounded.axis == nearest.axis
     np.testing.assert_array_equal(
-        rounded.dequantize(), decode(rounded.codes, rounded.scale, "E2M5", rounded.axis)
+        rounded.dequantize(), decode(rounded.codes, rounded.scale, rounded.layout, rounded.axis)
     )
 
     def output_error(weight):

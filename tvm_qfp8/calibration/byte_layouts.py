@@ -28,7 +28,7 @@ from tvm_qfp8.calibration.linear import (
     read_only_by_linears,
 )
 from tvm_qfp8.calibration.plan import ActivationQuantization
-from tvm_qfp8.calibration.propagate import Compared, energy, values_with
+from tvm_qfp8.calibration.propagate import Compared, relative_energy, values_with
 from tvm_qfp8.quantize import QTensor
 
 MOST_LOST_DB = 2.0
@@ -128,7 +128,7 @@ class _Comparison:
             if seen is None:
                 return np.inf
             found = self.compared.values(seen)
-            return energy([a - b for a, b in zip(found, exact, strict=True)], mask)
+            return relative_energy([a - b for a, b in zip(found, exact, strict=True)], exact, mask)
 
         for count, name in enumerate(self.readers, 1):
             best, linear = (self._rounding(name, in_bytes, values[name], mask) for in_bytes in (False, True))
@@ -142,8 +142,8 @@ class _Comparison:
         if (name, in_bytes) not in self.roundings:
             rows, linears = _valid_rows(value, mask), self.readers[name]
             choice = self.chooser.choose(self.observers[name], linears, lambda: [rows], in_bytes)
-            layout = LINEAR_WEIGHTS if in_bytes else WEIGHTS
-            weights = _weights(linears, choice.activation, layout)
+            layouts = LINEAR_WEIGHTS if in_bytes else WEIGHTS
+            weights = _weights(linears, choice.activation, layouts)
             self.roundings[name, in_bytes] = _Rounding(choice.activation, weights)
         return self.roundings[name, in_bytes]
 
@@ -173,12 +173,12 @@ def _valid_rows(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 
 def _weights(
-    linears: Sequence[Linear], activation: ActivationQuantization | None, layout: str
+    linears: Sequence[Linear], activation: ActivationQuantization | None, layouts: Sequence[str]
 ) -> dict[str, QTensor]:
     if activation is None:
         return {}
     return {
-        linear.step.name: quantized_weight(linear.meeting(activation), layout)
+        linear.step.name: quantized_weight(linear.meeting(activation), layouts)
         for linear in linears
         if not linear.is_depthwise
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -15,8 +15,9 @@ from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.quantize import QTensor, quantize
 
-WEIGHTS, LINEAR_WEIGHTS = "E2M5", "E1M6"
-"""Layouts of weights: the usual one, and that of layers whose bytes are multiplied as they are."""
+WEIGHTS, LINEAR_WEIGHTS = ("E2M5", "E1M6"), ("E1M6",)
+"""Layouts of weights: in general, and where bytes are multiplied as they are. Of many weights to a channel E2M5 is the
+best; of a few, as in depthwise and first convolutions, often E1M6."""
 
 _OPERATORS = ("relax.nn.conv2d", "relax.nn.conv2d_transpose", "relax.matmul")
 
@@ -187,6 +188,11 @@ def read_only_by_linears(found: LinearSteps) -> dict[str, list[Linear]]:
     return {name: linears for name, linears in readers.items() if name not in products}
 
 
-def quantized_weight(linear: Linear, layout: str = WEIGHTS) -> QTensor:
-    """A linear operator's weight, one scale of least squared error per output channel."""
-    return quantize(linear.weight, axis=linear.weight_axis, layout=layout, bias="mse")
+def quantized_weight(linear: Linear, layouts: Sequence[str] = WEIGHTS) -> QTensor:
+    """A linear operator's weight in the layout of least squared error, one scale for each output channel."""
+
+    def error(found: QTensor) -> float:
+        return float(np.square(found.dequantize() - linear.weight).sum(dtype=np.float64))
+
+    found = [quantize(linear.weight, axis=linear.weight_axis, layout=one, bias="mse") for one in layouts]
+    return found[0] if len(found) == 1 else min(found, key=error)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tvm_qfp8.calibration.evaluate import Name, Program, Step
+from tvm_qfp8.calibration.output_error import row_weights
 
 _SOFTMAX = ("relax.nn.softmax", "relax.nn.log_softmax")
 _KEEPS_VALUES = ("alias", "relax.reshape", "relax.squeeze", "relax.expand_dims")
@@ -84,6 +85,27 @@ def energy(arrays: Sequence[np.ndarray], mask: np.ndarray | None) -> float:
         for array in arrays
         if array.dtype.kind == "f"
     )
+
+
+def relative_energy(
+    changes: Sequence[np.ndarray], arrays: Sequence[np.ndarray], mask: np.ndarray | None
+) -> float:
+    """Energy of ``changes`` over that of ``arrays``, row by row (tokens, or vectors of logits), summed.
+
+    Of images, ``(batch, channels, height, width)``, each is one row.
+    """
+    total = 0.0
+    for change, array in zip(changes, arrays, strict=True):
+        if array.dtype.kind != "f" or not array.size:
+            continue
+        rows = [
+            part.reshape(len(part), -1)
+            if part.ndim == 4
+            else part.reshape(-1, part.shape[-1] if part.ndim else 1)
+            for part in (_valid(change, mask), _valid(array, mask))
+        ]
+        total += float(np.square(rows[0], dtype=np.float64).sum(axis=1) @ row_weights(rows[1]))
+    return total
 
 
 def _valid(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 from tvm_qfp8.calibration.compensation import Moments, compensated, output_error
 from tvm_qfp8.calibration.convolution import input_windows
 from tvm_qfp8.calibration.linear import Linear
+from tvm_qfp8.calibration.output_error import row_weights
 from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.format import Layout, encode, get_layout, round_to_grid
 from tvm_qfp8.quantize import QTensor
@@ -53,6 +54,9 @@ class InputRows:
         if self._activation is not None:
             rows[0] = self._activation.rounded(rows[0])
             rows[1] = rows[1] if self._activation.factors is None else rows[1] * self._activation.factors
+            if self._activation.by_rows:  # a token counts as much as any other, however large it is
+                weights = np.sqrt(row_weights(rows[1])).astype(np.float32)[..., None]
+                rows = [weights * part for part in rows]
         (self.odd if self._samples % 2 else self.even).add(*rows)
         self._samples += 1
 

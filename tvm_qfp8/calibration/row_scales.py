@@ -15,6 +15,7 @@ import numpy as np
 
 from tvm_qfp8.calibration.activations import Choice
 from tvm_qfp8.calibration.linear import Linear
+from tvm_qfp8.calibration.output_error import row_weights
 from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import quantize
@@ -39,7 +40,11 @@ def can_have_row_scales(linears: Sequence[Linear]) -> bool:
 
 
 def with_row_scales(
-    choice: Choice, linears: Sequence[Linear], rows: Rows, layouts: Sequence[str], weights: str
+    choice: Choice,
+    linears: Sequence[Linear],
+    rows: Rows,
+    layouts: Sequence[str],
+    weights: Sequence[str],
 ) -> Choice:
     """``choice`` of one scale for the tensor, or a better one of row scales in one of ``layouts``.
 
@@ -52,13 +57,13 @@ def with_row_scales(
         The activation on calibration data; called several times.
     layouts : sequence of str
         Signed ones.
-    weights : str
-        Layout of the layers' weights.
+    weights : sequence of str
+        Layouts that the layers' weights may have.
     """
     factors = _factors(linears, rows)
     if choice.activation is None or factors is None:
         return choice
-    depth, largest = len(factors), get_layout(weights).max_grid
+    depth, largest = len(factors), max(get_layout(name).max_grid for name in weights)
     candidates = [
         ActivationQuantization(layout, None, factors)
         for layout in layouts
@@ -85,23 +90,24 @@ def _factors(linears: Sequence[Linear], rows: Rows) -> np.ndarray | None:
 
 
 def _expected_error(
-    activation: ActivationQuantization, linears: Sequence[Linear], rows: Rows, weights: str
+    activation: ActivationQuantization, linears: Sequence[Linear], rows: Rows, weights: Sequence[str]
 ) -> float:
-    """Energy of the layers' output error, were all rounding errors independent."""
+    """Energy of the layers' output error relative to each row's, were all rounding errors independent."""
     channels = linears[0].weight.shape[0]
     factors = np.ones(channels, np.float32) if activation.factors is None else activation.factors
     energy: np.ndarray | float = 0.0
     error: np.ndarray | float = 0.0
     for part in rows():
+        importance = row_weights(part)
         difference = activation.rounded(part) / factors - part
-        energy = energy + np.square(part).sum(axis=0, dtype=np.float64)
-        error = error + np.square(difference).sum(axis=0, dtype=np.float64)
+        energy = energy + importance @ np.square(part)
+        error = error + importance @ np.square(difference)
     total = 0.0
     for linear in linears:
         weight = linear.weight
         total += float(np.square(weight).sum(axis=1, dtype=np.float64) @ error)
         some = activation.divided(weight)[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
-        off = (quantize(some, axis=1, layout=weights).dequantize() - some) * factors[:, None]
+        off = (quantize(some, axis=1, layout=weights[0]).dequantize() - some) * factors[:, None]
         total += (
             float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * weight.shape[1] / some.shape[1]
         )

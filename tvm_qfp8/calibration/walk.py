@@ -223,7 +223,8 @@ class Walk:
             inputs = self._input_rows(meets, choice.activation)
             chosen = replace(chosen, weight=rounded_on_data(meets, chosen.weight, inputs))
         weight = chosen.weight.dequantize()
-        kept, error = self._result(linear.step), OutputError(linear)
+        by_rows = choice.activation is not None and choice.activation.by_rows
+        kept, error = self._result(linear.step), OutputError(linear, relative=by_rows)
         for sample in range(self.samples):
             x = self._read(source, _FLOAT, sample)
             exact = linear.output(x, linear.weight)
