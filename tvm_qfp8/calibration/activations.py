@@ -61,7 +61,9 @@ class Observer:
         bins = magnitude.view(np.int32) >> _DROPPED_BITS
         counts, sums = np.bincount(bins), np.bincount(bins, magnitude)
         used = np.flatnonzero(counts)
-        both = np.union1d(self._bins, used)
+        has_values = np.zeros(max(len(counts), int(self._bins.max(initial=0)) + 1), np.bool_)
+        has_values[self._bins] = has_values[used] = True
+        both = np.flatnonzero(has_values)
         old, new = np.searchsorted(both, self._bins), np.searchsorted(both, used)
         total_counts, total_sums = np.zeros(len(both), np.int64), np.zeros(len(both))
         total_counts[old], total_sums[old] = self._counts, self._sums

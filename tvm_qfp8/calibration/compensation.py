@@ -17,37 +17,62 @@ RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 """Of the mean of the covariance's diagonal, tried in this order until the error rises."""
 
 
+BLOCK_ROWS = 1024
+"""Rows whose products are summed in float32; as many as repay adding them to the float64 sums."""
+
+
 class Moments:
     """Streaming covariances ``(groups, depth, depth)`` of a layer's input rows and their error."""
 
     def __init__(self, groups: int, depth: int) -> None:
-        self.rows = 0
+        self.weight = 0.0
         self._sum, self._error_sum = np.zeros((2, groups, depth))
         self._products, self._cross = np.zeros((2, groups, depth, depth))
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add(self, received: np.ndarray, exact: np.ndarray) -> None:
-        """Rows ``(groups, rows, depth)`` of one sample, as the quantized and as the float32 layer gets them."""
-        error = exact - received
-        self.rows += received.shape[1]
-        self._sum += received.sum(axis=1, dtype=np.float64)
-        self._error_sum += error.sum(axis=1, dtype=np.float64)
+    def add(self, received: np.ndarray, exact: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Rows ``(groups, rows, depth)`` of one sample, as the quantized and as the float32 layer gets them.
+
+        ``weights`` float64 ``(rows,)`` say how much each counts; by default 1.
+        """
+        rows = received.shape[1]
+        self._pending.append((received, exact - received, np.ones(rows) if weights is None else weights))
+        if sum(part[0].shape[1] for part in self._pending) >= BLOCK_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        received, error = (np.concatenate([part[i] for part in self._pending], axis=1) for i in range(2))
+        weights = np.concatenate([part[2] for part in self._pending])
+        self._pending = []
+        self.weight += float(weights.sum())
+        self._sum += weights @ received
+        self._error_sum += weights @ error
+        root = np.sqrt(weights).astype(np.float32)[:, None]
+        received, error = received * root, error * root
         transposed = received.transpose(0, 2, 1)
         self._products += transposed @ received
         self._cross += transposed @ error
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(*self._sum.shape)
-        for name, value in vars(self).items():
-            setattr(total, name, value + getattr(other, name))
+        for part in (self, other):
+            part._flush()
+            total.weight += part.weight
+            for name in ("_sum", "_error_sum", "_products", "_cross"):
+                setattr(total, name, getattr(total, name) + getattr(part, name))
         return total
 
     def covariance(self) -> np.ndarray:
-        """Of the received input, times the number of rows."""
-        return self._products - self._sum[:, :, None] * (self._sum[:, None, :] / max(self.rows, 1))
+        """Of the received input, times the rows' weight."""
+        self._flush()
+        return self._products - self._sum[:, :, None] * (self._sum[:, None, :] / (self.weight or 1.0))
 
     def pull(self, weight: np.ndarray) -> np.ndarray:
         """``C w`` of every channel, for weights ``(groups, channels, depth)``."""
-        cross = self._cross - self._sum[:, :, None] * (self._error_sum[:, None, :] / max(self.rows, 1))
+        self._flush()
+        cross = self._cross - self._sum[:, :, None] * (self._error_sum[:, None, :] / (self.weight or 1.0))
         return weight @ cross.transpose(0, 2, 1)
 
 

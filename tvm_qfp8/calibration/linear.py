@@ -19,6 +19,9 @@ WEIGHTS, LINEAR_WEIGHTS = ("E2M5", "E1M6"), ("E1M6",)
 """Layouts of weights: in general, and where bytes are multiplied as they are. Of many weights to a channel E2M5 is the
 best; of a few, as in depthwise and first convolutions, often E1M6."""
 
+COMPARED_CHANNELS = 64
+"""Output channels on which roundings of a weight are compared; all would take long and say the same."""
+
 _OPERATORS = ("relax.nn.conv2d", "relax.nn.conv2d_transpose", "relax.matmul")
 
 
@@ -189,10 +192,20 @@ def read_only_by_linears(found: LinearSteps) -> dict[str, list[Linear]]:
 
 
 def quantized_weight(linear: Linear, layouts: Sequence[str] = WEIGHTS) -> QTensor:
-    """A linear operator's weight in the layout of least squared error, one scale for each output channel."""
+    """A linear operator's weight in the layout of least squared error, one scale for each output channel.
 
-    def error(found: QTensor) -> float:
-        return float(np.square(found.dequantize() - linear.weight).sum(dtype=np.float64))
+    Layouts are compared on some channels.
+    """
+    axis = linear.weight_axis
 
-    found = [quantize(linear.weight, axis=linear.weight_axis, layout=one, bias="mse") for one in layouts]
-    return found[0] if len(found) == 1 else min(found, key=error)
+    def error(layout: str) -> float:
+        rounded = quantize(some, axis=axis, layout=layout, bias="mse").dequantize()
+        return float(np.square(rounded - some).sum(dtype=np.float64))
+
+    layout = layouts[0]
+    if len(layouts) > 1:
+        channels = linear.weight.shape[axis]
+        picked = np.arange(0, channels, max(1, channels // COMPARED_CHANNELS))
+        some = np.take(linear.weight, picked, axis)
+        layout = min(layouts, key=error)
+    return quantize(linear.weight, axis=axis, layout=layout, bias="mse")

@@ -51,13 +51,13 @@ class InputRows:
             for x in (received, exact)
         ]
         # Rounded after the picking: with many samples few rows of each are picked.
+        weights = None
         if self._activation is not None:
             rows[0] = self._activation.rounded(rows[0])
             rows[1] = rows[1] if self._activation.factors is None else rows[1] * self._activation.factors
             if self._activation.by_rows:  # a token counts as much as any other, however large it is
-                weights = np.sqrt(row_weights(rows[1])).astype(np.float32)[..., None]
-                rows = [weights * part for part in rows]
-        (self.odd if self._samples % 2 else self.even).add(*rows)
+                weights = row_weights(rows[1][0])
+        (self.odd if self._samples % 2 else self.even).add(rows[0], rows[1], weights)
         self._samples += 1
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from tvm_qfp8.calibration.activations import Choice
-from tvm_qfp8.calibration.linear import Linear
+from tvm_qfp8.calibration.linear import COMPARED_CHANNELS, Linear
 from tvm_qfp8.calibration.output_error import row_weights
 from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.format import get_layout
@@ -23,9 +23,6 @@ from tvm_qfp8.topi.overflow import INT32_LIMIT
 
 LEAST_GAIN = 1.5
 """Of the energy of the layers' expected error."""
-
-COMPARED_CHANNELS = 64
-"""Output channels of a layer whose weights are rounded to compare; all would take long and say the same."""
 
 SMALLEST = 2.0**-10
 """Of the largest channel: smaller ones are evened out no further."""

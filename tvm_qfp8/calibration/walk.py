@@ -78,6 +78,7 @@ class Walk:
         self.corrections: dict[str, np.ndarray] = {}
         self.observers: dict[str, Observer] = {}
         self.choices: dict[str, Choice] = {}
+        self.shared_rows: tuple[str, InputRows] | None = None
 
     def _needed_steps(self) -> list[Step]:
         """Steps that some quantized operator depends on, in binding order."""
@@ -243,7 +244,10 @@ class Walk:
         return linear.source in self.in_bytes and not linear.is_depthwise
 
     def _input_rows(self, linear: Linear, activation: ActivationQuantization | None) -> InputRows:
-        """What the layer reads, in both flows."""
+        """What the layer reads, in both flows; dense layers that read one tensor share it."""
+        is_dense = linear.step.operator == "relax.matmul"
+        if is_dense and self.shared_rows is not None and self.shared_rows[0] == linear.source:
+            return self.shared_rows[1]
         rows = InputRows(linear, self.samples, activation)
         for sample in range(self.samples):
             exact = self._read(linear.source, _FLOAT, sample)
@@ -252,6 +256,7 @@ class Walk:
             )
             tokens = self._tokens(exact.size // exact.shape[-1], sample)
             rows.add(received, exact, tokens)
+        self.shared_rows = (linear.source, rows) if is_dense else None
         return rows
 
     def run_product(self, product: Product) -> None:
