@@ -84,6 +84,8 @@ class Epilogue:
             bounds = clip_bounds(made_by[clip])
             if bounds is None or bounds[0] != 0.0 or readers.count(clip) > 1:
                 continue
+            if len(call.args) > 1 and np.isfinite(bounds[1]):
+                continue  # the limit would be another in each channel
             self.absorbed.add(clip)
             if np.isfinite(bounds[1]):
                 upper = np.float32(bounds[1]) * np.float32(operands.scalars[self.encode_scalars[var]])
@@ -175,7 +177,8 @@ class Epilogue:
     def _compute(self, var, call, arguments: list, lanes: int):
         name = op_name(call)
         if name == "relax.qfp8.encode":
-            scaled = bind(mul(arguments[0], self._scalar(self.encode_scalars[var], lanes)))
+            reciprocal = arguments[1] if len(arguments) > 1 else self._scalar(self.encode_scalars[var], lanes)
+            scaled = bind(mul(arguments[0], reciprocal))
             limit = self._scalar(self.limits[var], lanes) if var in self.limits else None
             return encode_expr(scaled, get_layout(str(call.attrs["layout"])), self.isa, limit)
         if name == "relax.qfp8.interpolate":

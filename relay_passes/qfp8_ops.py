@@ -8,7 +8,7 @@ They carry QFP8 tensors by their own data types, so that a printed program shows
 ==================  =========================================  ==================================================
 operator            arguments                                  result
 ==================  =========================================  ==================================================
-qfp8.encode         x float32                                  codes of ``layout``; r = fl32(1 / scale)
+qfp8.encode         x float32 [, r ``(channels,)``]            codes of ``layout``; r = fl32(1 / scale)
 qfp8.encode_rows    x float32, factors ``(channels,)``         (codes, scale of each row); ``topi.encode_rows``
 qfp8.matmul         x codes, w codes ``(out, in)``, a, bias    float32: fl32(fl32(acc) * a[c]) + bias[c]
 ..                  [, row scales]                             float32: fl32(fl32(fl32(acc) * a[c]) * s[r]) + bias[c]
@@ -120,9 +120,11 @@ def _call(name: str, args: list, **attrs) -> relax.Call:
     return relax.Call(ir.Op.get(f"relax.qfp8.{name}"), args, tvm.ir.make_node("ir.DictAttrs", **attrs))
 
 
-def encode(x, layout: Layout, scale: float) -> relax.Call:
-    """Codes of ``x`` with one scale for the whole tensor."""
-    return _call("encode", [x], layout=layout.name, scale=float(scale))
+def encode(x, layout: Layout, scale: float, reciprocals=None) -> relax.Call:
+    """Codes of ``x`` with one scale for the whole tensor, or with the ``reciprocals`` of a scale for each channel."""
+    return _call(
+        "encode", [x] if reciprocals is None else [x, reciprocals], layout=layout.name, scale=float(scale)
+    )
 
 
 def l2_normalize(x, floor: float, axis: int = -1) -> relax.Call:

@@ -189,7 +189,10 @@ class _Rewriter(MainRewriter):
             else:
                 a = a * np.float32(activation.scale)
                 image = self._image(value)
-                x = self._encode(x if image is None else image, activation.layout, activation.scale)
+                if activation.factors is not None:
+                    x = self._encode_channels(x, activation)
+                else:
+                    x = self._encode(x if image is None else image, activation.layout, activation.scale)
         weights = np.ascontiguousarray(weights)
         weight = relax.const(weights) if layout is None else codes_constant(weights, layout)
         constants = (weight, relax.const(a.astype(np.float32)), relax.const(bias))
@@ -261,6 +264,17 @@ class _Rewriter(MainRewriter):
             self._encoded[key] = [self.builder.emit(relax.TupleGetItem(both, part)) for part in range(2)]
         codes, scales = self._encoded[key]
         return codes, scales
+
+    def _encode_channels(self, expr: relax.Expr, activation: ActivationQuantization) -> relax.Expr:
+        """Codes with a scale for each channel: factors are powers of two, so that one multiplication does for both."""
+        assert activation.scale is not None and activation.factors is not None
+        key = (expr, activation.layout, "channels")
+        if key not in self._encoded:
+            reciprocals = activation.factors * (np.float32(1) / np.float32(activation.scale))
+            layout, constant = get_layout(activation.layout), relax.const(reciprocals.astype(np.float32))
+            call = qfp8_ops.encode(self.expression(expr), layout, activation.scale, constant)
+            self._encoded[key] = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_codes")
+        return self._encoded[key]
 
     def _encode(self, expr: relax.Expr, layout: str, scale: float) -> relax.Expr:
         key = (expr, layout, scale)

@@ -120,8 +120,8 @@ def _number(expr: relax.Expr) -> np.float32 | None:
 
 
 def _encoding(value: relax.Expr) -> tuple[Layout, float] | None:
-    """Layout and scale where ``value`` encodes a float32 tensor."""
-    if op_name(value) == "relax.qfp8.encode":
+    """Layout and scale where ``value`` encodes a float32 tensor with one scale."""
+    if op_name(value) == "relax.qfp8.encode" and len(value.args) == 1:
         return get_layout(str(value.attrs["layout"])), float(value.attrs["scale"])
     layout = layout_of(value.ty.dtype) if op_name(value) == "relax.astype" else None
     return (layout, 1.0) if layout is not None else None

@@ -89,13 +89,13 @@ def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPla
     weight = quantization.weight
     shape = [-1 if axis == weight.axis else 1 for axis in range(weight.codes.ndim)]
     # Divided by factors the weight lies on the grid.
-    real = constants[0] if activation is None else activation.divided(constants[0])
+    real = constants[0]
+    if activation is not None:
+        real = activation.divided(real, 0 if activation.by_rows else weight.axis or 0)
     steps = real / np.asarray(weight.scale).reshape(shape if weight.axis is not None else ())
     after = quantization.weight.codes.nbytes + np.asarray(quantization.weight.scale).nbytes
     kind = "QFP8 weights" if activation is None else "QFP8"
-    activation_layout = "float32" if activation is None else activation.layout
-    if activation is not None and activation.by_rows:
-        activation_layout += " by row"
+    activation_layout = "float32" if activation is None else activation.described
     return LayerReport(
         var.name,
         short,

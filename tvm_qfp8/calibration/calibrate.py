@@ -42,7 +42,7 @@ def walk_options(config: Config) -> dict[str, Any]:
     auto = config.activations == "auto"
     layouts = LAYOUTS if auto else (config.activations,)
     return {
-        "chooser": ActivationChooser(layouts, config.method, row_scales=auto),
+        "chooser": ActivationChooser(layouts, config.method, own_scales=auto),
         "max_error": config.max_error,
     }
 

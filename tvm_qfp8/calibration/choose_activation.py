@@ -1,4 +1,4 @@
-"""How an activation is rounded: among all layouts or linear ones, with one scale or one for each row."""
+"""How an activation is rounded: among all layouts or linear ones, with one scale or one for each row or channel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS, Choice, Observer
+from tvm_qfp8.calibration.channel_scales import can_have_channel_scales, with_channel_scales
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear
 from tvm_qfp8.calibration.row_scales import Rows, can_have_row_scales, with_row_scales
 
@@ -23,13 +24,13 @@ class ActivationChooser:
         For an activation with one scale that is not multiplied as bytes.
     method : str
         How its scale is found.
-    row_scales : bool
-        Whether rows may have their own.
+    own_scales : bool
+        Whether rows and channels may have scales of their own.
     """
 
     layouts: tuple[str, ...] = LAYOUTS
     method: str = "mse"
-    row_scales: bool = True
+    own_scales: bool = True
 
     def choose(self, observer: Observer, linears: Sequence[Linear], rows: Rows, in_bytes: bool) -> Choice:
         """For an activation that ``linears`` read, and nothing else that is quantized; it may be none.
@@ -44,8 +45,13 @@ class ActivationChooser:
         in_bytes : bool
             In linear layouts.
         """
-        choice = observer.choose(LINEAR_LAYOUTS if in_bytes else self.layouts, self.method)
-        if not self.row_scales or not linears or not can_have_row_scales(linears):
+        allowed = LINEAR_LAYOUTS if in_bytes else self.layouts
+        choice = observer.choose(allowed, self.method)
+        if not self.own_scales or not linears:
+            return choice
+        if can_have_channel_scales(linears):
+            return with_channel_scales(choice, linears, rows, lambda seen: seen.choose(allowed, self.method))
+        if not can_have_row_scales(linears):
             return choice
         layouts, weights = (LINEAR_ROW_LAYOUTS, LINEAR_WEIGHTS) if in_bytes else (ROW_LAYOUTS, WEIGHTS)
         return with_row_scales(choice, linears, rows, layouts, weights)

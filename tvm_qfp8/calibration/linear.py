@@ -68,7 +68,10 @@ class Linear:
 
     def meeting(self, activation: ActivationQuantization) -> Linear:
         """The layer with the weight that meets an activation as it is rounded."""
-        return self if activation.factors is None else replace(self, weight=activation.divided(self.weight))
+        if activation.factors is None:
+            return self
+        axis = self.weight_axis if self.is_depthwise else 0
+        return replace(self, weight=activation.divided(self.weight, axis))
 
     def per_channel(self, vector: np.ndarray) -> np.ndarray:
         """A vector of output channels, in a shape that broadcasts to the operator's result."""

@@ -22,8 +22,9 @@ class ActivationQuantization:
         float32 scale of the whole tensor; None: every row (token) gets its own when it is there, its largest
         magnitude on the largest grid value.
     factors : float32 array ``(channels,)`` or None
-        What channels are multiplied by before they are rounded, with a scale for each row. The weights that meet
-        them are divided by it: outliers move from activations to weights (Xiao et al., "SmoothQuant", ICML 2023).
+        What channels are multiplied by before they are rounded; the weights that meet them are divided by it. With a
+        scale for each row outliers move from activations to weights (Xiao et al., "SmoothQuant", ICML 2023). With one
+        scale they are powers of two, and make a scale for each channel; all that reads the tensor is depthwise.
     """
 
     layout: str
@@ -35,15 +36,25 @@ class ActivationQuantization:
         """Whether every row has its own scale."""
         return self.scale is None
 
-    def rounded(self, x: np.ndarray) -> np.ndarray:
-        """What a layer reads for ``x``: values on the grid, factors included."""
-        if self.scale is not None:
-            return fake_quantize(x, self.layout, self.scale)
-        return fake_quantize_rows(x if self.factors is None else x * self.factors, self.layout)
+    @property
+    def described(self) -> str:
+        """The layout, and what has scales of its own."""
+        if self.by_rows:
+            return f"{self.layout} by row"
+        return self.layout if self.factors is None else f"{self.layout} by channel"
 
-    def divided(self, weight: np.ndarray) -> np.ndarray:
-        """A matrix ``(in, out)`` that meets this activation, float32."""
-        return weight if self.factors is None else weight / self.factors[:, None]
+    def rounded(self, x: np.ndarray) -> np.ndarray:
+        """What a layer reads for ``x (..., channels)``: values on the grid, factors included."""
+        x = x if self.factors is None else x * self.factors
+        if self.scale is None:
+            return fake_quantize_rows(x, self.layout)
+        return fake_quantize(x, self.layout, self.scale)
+
+    def divided(self, weight: np.ndarray, axis: int) -> np.ndarray:
+        """A weight that meets this activation, float32; its input channels are on ``axis``."""
+        if self.factors is None:
+            return weight
+        return weight / self.factors.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
 
 
 @dataclass(frozen=True)

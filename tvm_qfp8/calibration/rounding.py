@@ -46,17 +46,20 @@ class InputRows:
     def add(self, received: np.ndarray, exact: np.ndarray, tokens: np.ndarray | None) -> None:
         """One sample's input in the quantized and the float32 flow; ``tokens`` picks rows of a matmul."""
         seed = int(self._rng.integers(1 << 31))  # the same rows of both
+        activation, weights = self._activation, None
+        if activation is not None and activation.factors is not None:
+            if not activation.by_rows:
+                received = activation.rounded(received)
+            exact = exact * activation.factors
         rows = [
             _patches(self.linear, x, tokens, self._most, np.random.default_rng(seed))
             for x in (received, exact)
         ]
-        # Rounded after the picking: with many samples few rows of each are picked.
-        weights = None
-        if self._activation is not None:
-            rows[0] = self._activation.rounded(rows[0])
-            rows[1] = rows[1] if self._activation.factors is None else rows[1] * self._activation.factors
-            if self._activation.by_rows:  # a token counts as much as any other, however large it is
-                weights = row_weights(rows[1][0])
+        # Rounded after the picking where that is the same: with many samples few rows of each are picked.
+        if activation is not None and (activation.by_rows or activation.factors is None):
+            rows[0] = activation.rounded(rows[0])
+        if activation is not None and activation.by_rows:
+            weights = row_weights(rows[1][0])  # a token counts as much as any other, however large it is
         (self.odd if self._samples % 2 else self.even).add(rows[0], rows[1], weights)
         self._samples += 1
 

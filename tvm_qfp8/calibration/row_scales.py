@@ -103,7 +103,7 @@ def _expected_error(
     for linear in linears:
         weight = linear.weight
         total += float(np.square(weight).sum(axis=1, dtype=np.float64) @ error)
-        some = activation.divided(weight)[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
+        some = activation.divided(weight, 0)[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
         off = (quantize(some, axis=1, layout=weights[0]).dequantize() - some) * factors[:, None]
         total += (
             float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * weight.shape[1] / some.shape[1]

@@ -1,4 +1,4 @@
-"""A scale for each row: the kernels are their NumPy twins bit for bit, and calibration takes it where it gains."""
+"""A scale for each row or channel: the kernels are their NumPy twins, and calibration takes it where it gains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tvm_qfp8.config import Config
 from tvm_qfp8.format import decode, get_layout
 from tvm_qfp8.quantize import quantize
 from tvm_qfp8.relay_passes import qfp8_ops
-from tvm_qfp8.relay_passes.quantize_linear import codes_constant
+from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear, codes_constant
 from tvm_qfp8.topi import reference
 
 RNG = np.random.default_rng(0)
@@ -190,5 +190,51 @@ def test_factors_belong_to_the_weights():
     activation = ActivationQuantization("E2M5", None, factors)
     weight = RNG.standard_normal((3, 5)).astype(np.float32)
     x = RNG.standard_normal((7, 3)).astype(np.float32)
-    product = (x * factors) @ activation.divided(weight)
+    product = (x * factors) @ activation.divided(weight, 0)
     np.testing.assert_allclose(product, x @ weight, rtol=1e-5, atol=1e-6)
+
+
+def depthwise(channels=24):
+    rng = np.random.default_rng(4)
+    weight = relax.const(rng.standard_normal((channels, 3, 3, 1)).astype(np.float32))
+    options = dict(padding=1, groups=channels, data_layout="NHWC", kernel_layout="OHWI")
+
+    def emit(builder, x):
+        return relax.op.nn.conv2d(builder.emit(relax.op.clip(x, 0.0, 6.0)), weight, **options)
+
+    return program([((1, 10, 12, channels), None)], emit)
+
+
+def uneven(count, channels=24):
+    sizes = np.exp2(np.linspace(-8, 2, channels)).astype(np.float32)
+    return [
+        {"x0": np.random.default_rng(seed).standard_normal((1, 10, 12, channels)).astype(np.float32) * sizes}
+        for seed in range(count)
+    ]
+
+
+@pytest.mark.parametrize("target", [TARGETS[RUNS[-1]], "cuda-sm80"])
+def test_depthwise_layers_read_a_scale_for_each_channel(target, tmp_path):
+    mod, samples = depthwise(), uneven(4)
+    plan = calibrate(mod, samples)
+    (chosen,) = plan.linear.values()
+    factors = chosen.activation.factors
+    assert chosen.activation.described.endswith(" by channel")
+    np.testing.assert_array_equal(np.log2(factors), np.round(np.log2(factors)))
+    x = samples[0]["x0"]
+    expected = evaluate_quantized(mod, plan, samples[0])[0]
+    if target.startswith("cuda"):
+        lowered = lowered_for_cuda(QuantizeLinear(plan)(mod))
+        found = run_program(lowered, [x], tmp_path)[0]
+    else:
+        found = compile(mod, target, calibration=samples).run(samples[0])[0]
+    # Exact sums here, float32 sums of nine products there.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_channels_that_are_alike_share_a_scale():
+    samples = [
+        {"x0": np.random.default_rng(i).standard_normal((1, 10, 12, 24)).astype(np.float32)} for i in range(4)
+    ]
+    (chosen,) = calibrate(depthwise(), samples).linear.values()
+    assert chosen.activation.factors is None
