@@ -118,10 +118,14 @@ def _decode_avx512_vbmi(wide, layout: Layout, isa: InstructionSet):
     return bind(with_sign(found, wide, isa))
 
 
-def _look_up_128(wide, table: np.ndarray):
-    places = tirx.reinterpret("uint8x64", wide)
+def look_up_128(codes, table: np.ndarray):
+    """``vpermi2b``: the entries of a table of 128 bytes for the low seven bits of 64 codes."""
     low, high = (constant_vector(half, "uint8") for half in np.asarray(table, np.uint8).reshape(2, 64))
-    found = tirx.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", low, places, high)
+    return bind(tirx.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", low, codes, high))
+
+
+def _look_up_128(wide, table: np.ndarray):
+    found = look_up_128(tirx.reinterpret("uint8x64", wide), table)
     return bind(tirx.reinterpret("int16x32", found))
 
 
