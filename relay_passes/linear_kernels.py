@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_o
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, emit_batch_matmul
 from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
+from tvm_qfp8.topi.few_rows import emit_few_rows, multiplies_magnitudes, pack_few_rows
 from tvm_qfp8.topi.float_contract import add, bind, dtype_of, lanes_of, mul, to_float
 from tvm_qfp8.topi.float_linear import FloatConvShape, emit_float_conv2d, pack_float_weights
 from tvm_qfp8.topi.float_matmul import emit_float_batch_matmul
@@ -81,20 +83,31 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose:
             call, one_row, array_of(weight).reshape(columns, 1, 1, depth), isa, threads, operands
         )
     shape = GemmShape(rows, columns, depth, activation, layout)
-    isa = _in_bytes(isa, rows, array_of(weight), activation, layout)
-    schedule = choose(GemmSchedule, isa, shape, threads)
     operands.tensor(x)
-    operands.constant(pack_weights(isa, layout, array_of(weight), schedule.vectors))
+    packed, emit, label = _dense(isa, shape, array_of(weight), threads, choose)
+    operands.constant(packed)
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
     scales_at = row_scales_of(call, operands)
 
     def body(inputs, finish) -> None:
         row_scales = None if scales_at is None else inputs[scales_at]
-        epilogue = scaled(inputs[2], inputs[3], finish, row_scales)
-        emit_gemm(isa, shape, inputs[0], inputs[1], epilogue, threads, schedule)
+        emit(inputs[0], inputs[1], scaled(inputs[2], inputs[3], finish, row_scales))
 
-    return body, (shape, isa.label)
+    return body, (shape, label)
+
+
+def _dense(
+    isa: InstructionSet, shape: GemmShape, codes: np.ndarray, threads: int, choose: ScheduleChooser
+) -> tuple[np.ndarray, Callable, str]:
+    """Weights packed for the kernel that fits, ``emit(x, packed, epilogue)``, and the kernel's name."""
+    isa = _in_bytes(isa, shape.rows, codes, shape.activation, shape.weight)
+    if isa.split is None and multiplies_magnitudes(isa, shape, codes):
+        packed = pack_few_rows(isa, shape, codes)
+        return packed, functools.partial(emit_few_rows, isa, shape, threads=threads), "few rows"
+    schedule = choose(GemmSchedule, isa, shape, threads)
+    packed = pack_weights(isa, shape.weight, codes, schedule.vectors)
+    return packed, functools.partial(emit_gemm, isa, shape, threads=threads, schedule=schedule), isa.label
 
 
 def conv_shape(call) -> ConvShape:
@@ -159,30 +172,40 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         if plan is not None and winograd_is_faster(plan):
             return _winograd(call, plan, isa, threads, operands)
     if shape.is_pointwise:
-        isa = in_bytes
         dense = GemmShape(pixels, shape.out_channels, shape.channels, *shape.layouts())
-        schedule = choose(GemmSchedule, isa, dense, threads)
         flat = codes.reshape(shape.out_channels, -1)
-        packed = pack_weights(isa, dense.weight, flat, schedule.vectors)
-        emit: Callable = emit_gemm
-        described: GemmShape | ConvShape = dense
-    elif is_depthwise(isa, shape):
-        schedule = choose(DepthwiseSchedule, isa, shape, threads)
-        packed = pack_depthwise_weights(isa, shape, codes, schedule)
-        emit, described = emit_depthwise, shape
+        packed, emit, label = _dense(isa, dense, flat, threads, choose)
+        described: tuple = (dense, label)
     else:
-        isa = in_bytes
-        schedule = choose(ConvSchedule, isa, shape, threads)
-        packed, emit, described = pack_conv_weights(isa, shape, codes, schedule), emit_conv2d, shape
+        packed, emit, described = _windowed(isa, in_bytes, shape, codes, threads, choose)
     operands.constant(packed)
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
 
     def body(inputs, finish) -> None:
-        epilogue = scaled(inputs[2], inputs[3], finish)
-        emit(isa, described, inputs[0], inputs[1], epilogue, threads, schedule)
+        emit(inputs[0], inputs[1], scaled(inputs[2], inputs[3], finish))
 
-    return body, (described, isa.label)
+    return body, described
+
+
+def _windowed(
+    isa: InstructionSet,
+    in_bytes: InstructionSet,
+    shape: ConvShape,
+    codes: np.ndarray,
+    threads: int,
+    choose: ScheduleChooser,
+) -> tuple[np.ndarray, Callable, tuple]:
+    """As ``_dense``, for convolutions over windows."""
+    if is_depthwise(isa, shape):
+        by_channel = choose(DepthwiseSchedule, isa, shape, threads)
+        packed = pack_depthwise_weights(isa, shape, codes, by_channel)
+        emit = functools.partial(emit_depthwise, isa, shape, threads=threads, schedule=by_channel)
+        return packed, emit, (shape, isa.label)
+    schedule = choose(ConvSchedule, in_bytes, shape, threads)
+    packed = pack_conv_weights(in_bytes, shape, codes, schedule)
+    emit = functools.partial(emit_conv2d, in_bytes, shape, threads=threads, schedule=schedule)
+    return packed, emit, (shape, in_bytes.label)
 
 
 def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, operands: Operands) -> Emitter:

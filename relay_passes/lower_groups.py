@@ -53,7 +53,8 @@ class LowerGroups:
         self.choose, self.memory = choose, memory
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        mod = _Rewriter(mod, self).rewrite()
+        # What nobody reads any more must not make its argument a result of a kernel.
+        mod = _Rewriter(relax.transform.DeadCodeElimination()(mod), self).rewrite()
         if self.memory is not None and self.memory.fillers:
             mod[FUNCTION] = self.memory.function()
         return mod

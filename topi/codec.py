@@ -70,12 +70,21 @@ def encode_expr(v, layout: Layout, isa: InstructionSet | None = None, limit=None
     lanes = lanes_of(v)
     if dtype_of(v) == with_lanes("float16", lanes):
         v = bind(v.astype(with_lanes("float32", lanes)))
+    if isa is not None and layout.exponent_bits == 1:
+        found = codec_lookup.encode_linear(v, layout, isa, limit)
+        if found is not None:
+            return found
     int_dtype = with_lanes("int32", lanes)
     # max(x, c) is "x > c ? x : c": it maps NaN to c.
     magnitude = tirx.max(tirx.abs(v) if layout.signed else v, like(ROUNDS_TO_ZERO, v))
     magnitude = bind(tirx.min(magnitude, like(float(layout.max_grid), v) if limit is None else limit))
     bits = bind(tirx.reinterpret(int_dtype, magnitude))
-    addend = codec_lookup.addend(bits, layout, isa) if isa is not None else None
+    addend = None
+    if layout.exponent_bits == 1:
+        # One step everywhere.
+        addend = like(2.0**23, v)
+    elif isa is not None:
+        addend = codec_lookup.addend(bits, layout, isa)
     if addend is None:
         addend = tirx.reinterpret(with_lanes("float32", lanes), _addend_bits(bits, layout))
     code = bind(tirx.reinterpret(int_dtype, magnitude + addend))

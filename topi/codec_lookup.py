@@ -42,6 +42,37 @@ def addend(bits, layout: Layout, isa: InstructionSet):
     return None
 
 
+def encode_linear(v, layout: Layout, isa: InstructionSet, limit=None):
+    """``codec.encode_expr`` for layouts of one step, by the conversion to integers; None where that is no better."""
+    if isa.name != "avx512" or lanes_of(v) != 16:
+        return None
+    if not layout.signed:
+        # What is beyond int32 converts to -2**31, which is above 255 without a sign.
+        least = bind(tirx.max(v, tirx.const(0.0, "float32x16")))
+        number = _to_integers(least if limit is None else bind(tirx.min(least, limit)))
+        return _saturated_bytes(number)
+    # min(c, x) is "c < x ? c : x", which keeps NaN: that converts to -2**31, whose low byte is 0.
+    least, greatest = (tirx.const(float(s * layout.max_grid), "float32x16") for s in (-1, 1))
+    clamped = bind(tirx.max(least, bind(tirx.min(greatest, v))))
+    number = _to_integers(clamped)
+    code = bind(tirx.abs(number) | (number & tirx.const(0x80, "int32x16")))
+    return bind((code & tirx.const(0xFF, "int32x16")).astype("uint8x16"))
+
+
+def _to_integers(x):
+    """vcvtps2dq, ties to even; NaN and what does not fit become -2**31."""
+    arguments = tirx.const(0, "int32x16"), tirx.const(-1, "int16"), tirx.const(4, "int32")
+    return bind(tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", x, *arguments))
+
+
+def _saturated_bytes(numbers):
+    """vpmovusdb: the least of 255 and each number, both without sign."""
+    arguments = tirx.const(0, "uint8x16"), tirx.const(-1, "int16")
+    return bind(
+        tirx.call_llvm_pure_intrin("uint8x16", "llvm.x86.avx512.mask.pmovus.db.512", numbers, *arguments)
+    )
+
+
 def with_sign(grid, wide, isa: InstructionSet | None):
     """``grid``, negated where bit 7 of the zero-extended code ``wide`` is set; zero stays zero."""
     dtype = dtype_of(grid)
@@ -87,10 +118,14 @@ def _decode_avx512_vbmi(wide, layout: Layout, isa: InstructionSet):
     return bind(with_sign(found, wide, isa))
 
 
-def _look_up_128(wide, table: np.ndarray):
-    places = tirx.reinterpret("uint8x64", wide)
+def look_up_128(codes, table: np.ndarray):
+    """``vpermi2b``: the entries of a table of 128 bytes for the low seven bits of 64 codes."""
     low, high = (constant_vector(half, "uint8") for half in np.asarray(table, np.uint8).reshape(2, 64))
-    found = tirx.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", low, places, high)
+    return bind(tirx.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", low, codes, high))
+
+
+def _look_up_128(wide, table: np.ndarray):
+    found = look_up_128(tirx.reinterpret("uint8x64", wide), table)
     return bind(tirx.reinterpret("int16x32", found))
 
 

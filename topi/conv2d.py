@@ -242,7 +242,7 @@ def emit_conv2d(
         first_out_row = overlapped_start(index, block_h, out_h)
         slab = T.alloc_buffer((slab_size,), slab_dtype, align=64)
         fill_slab(image, first_out_row, group, slab)
-        if isa.split is not None:
+        if isa.split is not None and not isa.split.takes_codes(activation):
             codes = slab
             slab = T.alloc_buffer((isa.activation_parts * slab_size,), "int8", align=64)
             parts = isa.split.activation_parts

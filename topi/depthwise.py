@@ -1,11 +1,13 @@
 """Depthwise convolution, NHWC codes in: vectors hold neighbouring channels of one pixel.
 
-On x86 a multiply-add sums two products a lane. The slab therefore holds, for each pixel and channel, the pair
-(this pixel, next pixel), and the weights the pair (this tap, next tap); an odd last tap is paired with zero.
+On x86 a multiply-add sums two products a lane. The slab therefore holds, for each channel, pairs of neighbouring
+pixels, and the weights pairs of neighbouring taps. A pixel is in one pair only: for outputs that start at the second
+pixel of a pair the taps are paired from one place further, behind a zero.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -34,23 +36,47 @@ def _taps_per_step(isa: InstructionSet, shape: ConvShape) -> int:
     return isa.pair if shape.dilation[1] == 1 else 1
 
 
+def _phases(taps: int, shape: ConvShape) -> int:
+    """Places in a pair of pixels at which an output may start."""
+    return taps if shape.stride[1] % taps else 1
+
+
+def _steps(taps: int, shape: ConvShape) -> list[int]:
+    """Multiply-adds for one row of the filter, by phase."""
+    return [-(-(shape.kernel[1] + phase) // taps) for phase in range(_phases(taps, shape))]
+
+
 def pack_depthwise_weights(
     isa: InstructionSet, shape: ConvShape, codes: np.ndarray, schedule: DepthwiseSchedule
 ) -> np.ndarray:
-    """Codes OHWI ``(channels, kh, kw, 1)`` -> ``(blocks of channels, kh, steps, channels, pair)``.
+    """Codes OHWI ``(channels, kh, kw, 1)`` -> ``(blocks of channels, kh, phases, steps, channels, pair)``.
 
     The last block overlaps the one before where the channels do not divide.
     """
     kernel_h, kernel_w = shape.kernel
     taps = _taps_per_step(isa, shape)
-    steps = -(-kernel_w // taps)
-    padded = np.zeros((shape.channels, kernel_h, steps, isa.pair), np.uint8)
-    for tap in range(kernel_w):
-        padded[:, :, tap // taps, tap % taps] = codes[:, :, tap, 0]
+    phases, steps = _phases(taps, shape), _steps(taps, shape)
+    padded = np.zeros((shape.channels, kernel_h, phases, max(steps), isa.pair), np.uint8)
+    for phase in range(phases):
+        for tap in range(kernel_w):
+            step, place = divmod(phase + tap, taps)
+            padded[:, :, phase, step, place] = codes[:, :, tap, 0]
     block = schedule.vectors * isa.lanes
     starts = [min(start, shape.channels - block) for start in range(0, shape.channels, block)]
     blocks = [padded[start : start + block] for start in starts]
-    return np.ascontiguousarray(np.stack(blocks).transpose(0, 2, 3, 1, 4))
+    return np.ascontiguousarray(np.stack(blocks).transpose(0, 2, 3, 4, 1, 5))
+
+
+def _whole_tiles(tile_pixels: int, width: int, phases: int) -> tuple[int, int]:
+    """(pixels, step) of tiles that cover ``width`` outputs, the last one overlapping; all start at phase 0."""
+    if tile_pixels >= width or phases == 1:
+        return min(tile_pixels, width), tile_pixels
+    if width % phases == 0:
+        even = max(phases, tile_pixels - tile_pixels % phases)
+        return even, even
+    # The last tile starts at phase 0 if its pixels are odd too; the step is even all the same.
+    odd = max(phases + 1, tile_pixels - (tile_pixels + 1) % phases)
+    return odd, odd - 1
 
 
 def _interleave(a, b):
@@ -74,16 +100,17 @@ def emit_depthwise(
     stride_h, stride_w = shape.stride
     activation, weight_layout = shape.layouts()
     taps = _taps_per_step(isa, shape)
-    steps = -(-kernel_w // taps)
+    phases, steps = _phases(taps, shape), _steps(taps, shape)
     vectors = schedule.vectors
     block_channels = vectors * isa.lanes
     vector = isa.lanes * isa.pair
     pixel_values = vectors * vector
     channel_blocks = -(-shape.channels // block_channels)
-    slab_row = shape.slab_width * pixel_values
+    slab_row = -(-shape.slab_width // taps) * pixel_values
     out_h, out_w = shape.out_height, shape.out_width
     reach = shape.dilation[0] * (kernel_h - 1) + 1
-    tile_pixels = schedule.tile_pixels
+    tile_pixels, tile_step = _whole_tiles(schedule.tile_pixels, out_w, phases)
+    tiles = -(-(out_w - tile_pixels) // tile_step) + 1
 
     parallel = (
         threads > 1
@@ -96,60 +123,57 @@ def emit_depthwise(
     slab_h = (block_h - 1) * stride_h + reach
     lanes16 = with_lanes("int16", block_channels)
 
-    def decode_pixels(source, channel, slab, slab_at) -> None:
-        """One row: (this pixel, next pixel) in every lane where taps are paired, else (this pixel, 0)."""
+    def decode_row(source, channel, slab, slab_at) -> None:
+        """One row with its padding, in places of ``taps`` pixels; where taps are not paired, (pixel, 0) on x86."""
+        zero = tirx.const(0, lanes16)
 
         def grid(pixel):
             codes = load(x, source + pixel * shape.channels + channel, block_channels)
-            return decode_expr(codes, activation, "int16", isa)
+            return T.bind(decode_expr(codes, activation, "int16", isa))
 
-        if isa.pair == 1:
-            with T.serial(0, shape.width) as pixel:
-                store(slab, slab_at + pixel * pixel_values, grid(pixel), pixel_values)
-            return
-        zero = tirx.const(0, lanes16)
-        if taps == 1:
-            with T.serial(0, shape.width) as pixel:
-                store(slab, slab_at + pixel * pixel_values, _interleave(grid(pixel), zero), pixel_values)
-            return
-        previous = T.alloc_buffer((block_channels,), "int16", scope="local")
-        store(previous, 0, zero, block_channels)
-        with T.serial(0, shape.width) as pixel:
-            current = T.bind(grid(pixel))
-            pairs = _interleave(load(previous, 0, block_channels), current)
-            # The pixel before the first one is padding; without any, the slab has no such place.
-            before = slab_at + (pixel - 1) * pixel_values
-            store(slab, before if shape.padding[1] else tirx.max(before, slab_at), pairs, pixel_values)
-            store(previous, 0, current, block_channels)
-        last = _interleave(load(previous, 0, block_channels), zero)
-        store(slab, slab_at + (shape.width - 1) * pixel_values, last, pixel_values)
+        def put(place, *pixels) -> None:
+            paired = _interleave(*pixels) if isa.pair > 1 else pixels[0]
+            store(slab, slab_at + place * pixel_values, paired, pixel_values)
+
+        left, end = shape.padding[1], shape.padding[1] + shape.width
+        first, last = -(-left // taps), end // taps
+        zero_run(isa, slab, slab_at, left // taps * pixel_values)
+        if left % taps:
+            put(left // taps, zero, grid(0))
+        if last > first:
+            with T.serial(0, last - first) as index:
+                pixel = T.bind(index * taps + (first * taps - left))
+                put(index + first, grid(pixel), grid(pixel + 1) if taps > 1 else zero)
+        if end % taps:
+            put(last, grid(shape.width - 1), zero)
+        after = slab_row - -(-end // taps) * pixel_values
+        zero_run(isa, slab, slab_at + slab_row - after, after)
 
     def decode_slab(image, first_out_row, channel, slab) -> None:
         with T.serial(0, slab_h) as r:
             source_row = T.bind(first_out_row * stride_h + r - shape.padding[0])
             with T.If(tirx.And(source_row >= 0, source_row < shape.height)):
                 with T.Then():
-                    left = shape.padding[1] * pixel_values
-                    zero_run(isa, slab, r * slab_row, left)
-                    right = shape.padding[3] * pixel_values
-                    zero_run(isa, slab, (r + 1) * slab_row - right, right)
                     source = ((image * shape.height + source_row) * shape.width) * shape.channels
-                    decode_pixels(source, channel, slab, r * slab_row + left)
+                    decode_row(source, channel, slab, r * slab_row)
                 with T.Else():
                     zero_run(isa, slab, r * slab_row, slab_row)
 
     def tile(slab, row_in_block, first_pixel, out_row_at, channel, decoded) -> None:
         registers = RegisterTile(isa, tile_pixels * vectors, 1)
+        first_place = T.bind(first_pixel * stride_w // taps)
+        distance = 1 if taps > 1 else shape.dilation[1]
         for kh in range(kernel_h):
-            for step in range(steps):
-                tap = (kh * steps + step) * pixel_values
-                weight = [T.bind(load(decoded, tap + j * vector, vector)) for j in range(vectors)]
-                row = (row_in_block * stride_h + kh * shape.dilation[0]) * slab_row
-                for i in range(tile_pixels):
-                    pixel = (first_pixel + i) * stride_w + step * taps * shape.dilation[1]
-                    for j in range(vectors):
-                        values = load(slab, row + pixel * pixel_values + j * vector, vector)
-                        registers.accumulate_vector(i * vectors + j, values, weight[j])
+            row = (row_in_block * stride_h + kh * shape.dilation[0]) * slab_row
+            for phase, step, j in itertools.product(range(phases), range(max(steps)), range(vectors)):
+                if step >= steps[phase]:
+                    continue
+                tap = ((kh * phases + phase) * max(steps) + step) * pixel_values
+                weight = T.bind(load(decoded, tap + j * vector, vector))
+                for i in range(phase, tile_pixels, phases):
+                    place = first_place + (i * stride_w // taps + step * distance)
+                    values = load(slab, row + place * pixel_values + j * vector, vector)
+                    registers.accumulate_vector(i * vectors + j, values, weight)
         for i in range(tile_pixels):
             for j in range(vectors):
                 total = registers.value(i * vectors + j, 0)
@@ -157,15 +181,16 @@ def emit_depthwise(
 
     def channel_block(image, first_out_row, index) -> None:
         channel = overlapped_start(index, block_channels, shape.channels)
-        length = kernel_h * steps * pixel_values
+        length = kernel_h * phases * max(steps) * pixel_values
         decoded = T.alloc_buffer((length,), "int16", align=64)
         decode_run(isa, weight_layout, weights, index * length, decoded, 0, length)
         slab = T.alloc_buffer((slab_h * slab_row,), "int16", align=64)
         decode_slab(image, first_out_row, channel, slab)
         with T.serial(0, block_h) as row:
             out_row_at = T.bind((image * out_h + first_out_row + row) * out_w)
-            with T.serial(0, -(-out_w // tile_pixels)) as t:
-                tile(slab, row, overlapped_start(t, tile_pixels, out_w), out_row_at, channel, decoded)
+            with T.serial(0, tiles) as t:
+                first_pixel = T.bind(tirx.min(t * tile_step, out_w - tile_pixels))
+                tile(slab, row, first_pixel, out_row_at, channel, decoded)
 
     with T.serial(0, shape.batch) as image:
         outer, inner = (channel_blocks, blocks) if schedule.channels_outer else (blocks, channel_blocks)

@@ -70,6 +70,9 @@ def emit_gemm(
     stored_rows = round_up(block_rows, isa.row_group)
     part_size = stored_rows * depth
 
+    # Codes that are the bytes to multiply need no scratch.
+    as_they_are = isa.split is not None and isa.split.takes_codes(shape.activation) and depth == shape.depth
+
     def row_of(row):
         return row if stored_rows == block_rows else T.bind(tirx.min(row, block_rows - 1))
 
@@ -123,8 +126,13 @@ def emit_gemm(
 
     def block(index) -> None:
         first_row = overlapped_start(index, block_rows, shape.rows)
-        scratch = T.alloc_buffer((isa.activation_parts * part_size,), isa.operand_dtype, align=64)
-        decode_block(first_row, scratch)
+        if as_they_are:
+            scratch = T.decl_buffer(
+                (part_size,), "uint8", data=x.data, elem_offset=T.bind(first_row * depth) if blocks > 1 else 0
+            )
+        else:
+            scratch = T.alloc_buffer((isa.activation_parts * part_size,), isa.operand_dtype, align=64)
+            decode_block(first_row, scratch)
 
         def walk_panels(body: Callable, loop=T.serial) -> None:
             for_each_panel(isa, panel_shape, panels, body, loop=loop, in_registers=schedule.register_decode)

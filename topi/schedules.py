@@ -33,7 +33,7 @@ PREFETCH_TILES = 16
 _TILE = 8
 """A register tile is one decision: ``rows * 8 + vectors``, since only some pairs fit the registers."""
 
-REVISION = 1
+REVISION = 2
 """To be raised when the kernels change so much that old measurements no longer compare."""
 
 Decisions = dict[str, int]
@@ -202,7 +202,9 @@ class DepthwiseSchedule:
             -(-shape.channels // pair) * pair * 16 <= -(-shape.channels // isa.lanes) * isa.lanes * 17
         )
         vectors = 2 if shape.channels >= pair and little_waste else 1
-        tile_pixels = min(shape.out_width, 8 if isa.registers >= 32 else 6 // vectors)
+        # Short rows as a whole; tiles of longer ones need not be large to hide a multiply-add's latency.
+        most = 6 // vectors if isa.registers < 32 else 8 if shape.out_width <= 8 else 4
+        tile_pixels = min(shape.out_width, most)
         return cls(tile_pixels, vectors, SLAB_BYTES, False)
 
     @classmethod

@@ -46,6 +46,10 @@ class Split:
         """Weights are stored as the bytes that are multiplied, with nothing to decode."""
         return self.weight == (WHOLE,)
 
+    def takes_codes(self, activation: Layout) -> bool:
+        """Codes of ``activation`` are the bytes that are multiplied."""
+        return self.activation == (WHOLE,) and not self.offset and not activation.signed
+
     @property
     def products(self) -> int:
         return len(self.factors)

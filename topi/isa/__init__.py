@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.split import Split, split_of
 
+SPILLED = 1.02
+"""What a tile costs, in times, whose epilogue has to move accumulators to memory and back."""
+
 
 @dataclass(frozen=True)
 class InstructionSet:
@@ -29,6 +32,8 @@ class InstructionSet:
     """(acc int32xL, a, b) -> int32xL; a holds one group of ``pair`` values in each lane, b is int16x(L*pair)."""
     broadcast: Callable
     """(buffer int16, index) -> the ``pair`` values at index, repeated in every lane."""
+    spare: int = 0
+    """Registers that the accumulators of a dense layer had better leave, for its epilogue."""
     temporaries: int = 0
     """Registers that one multiply-add needs besides its operands: 1 where multiplying and adding are two steps."""
     row_steps: int = 1
@@ -108,6 +113,8 @@ class InstructionSet:
                 # One multiply-add each, plus the loads of a step: vectors of weights, and the activations.
                 loads = vectors * self.row_group + tile_rows / (self.row_steps * self.row_group)
                 cost = steps * (tile_rows * vectors + 0.5 * max(loads - tile_rows * vectors / 2, 0) + 1.5)
+                if row_length is None and tile_rows * vectors > self.registers - self.spare:
+                    cost *= SPILLED
                 if cost < best_cost:
                     best, best_cost = (tile_rows, vectors), cost
         return best

@@ -8,6 +8,7 @@ INSTRUCTION_SET = InstructionSet(
     lanes=16,
     pair=2,
     registers=32,
+    spare=8,
     multiply_add=multiply_add_by("llvm.x86.avx512.pmaddw.d.512", 16),
     broadcast=broadcast_pair(16),
 )

@@ -8,6 +8,7 @@ INSTRUCTION_SET = InstructionSet(
     lanes=16,
     pair=4,
     registers=32,
+    spare=8,
     multiply_add=multiply_add_bytes_by("llvm.x86.avx512.vpdpbusd.512", 16),
     broadcast=broadcast_four(16),
     extension="vnni",

@@ -1,0 +1,129 @@
+"""Dense layers of one or two rows, whose time is the decoding of weights: the magnitudes are multiplied as bytes.
+
+``vpdpbusd`` multiplies unsigned bytes by signed ones. One look-up makes the magnitudes of 64 weights, the unsigned
+bytes; their signs go to the activations, the signed bytes: grid values in two parts, ``2**bits * high + low``. So a
+code costs little more than half of what its decoding to int16 does. The sums are exact, as those of ``gemm.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.format import Layout, decode_grid
+from tvm_qfp8.topi.codec import decode_expr
+from tvm_qfp8.topi.codec_lookup import look_up_128
+from tvm_qfp8.topi.float_contract import bind, dtype_of, with_lanes
+from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.micro_kernel import RegisterTile
+from tvm_qfp8.topi.overflow import INT32_LIMIT
+from tvm_qfp8.topi.panels import overlapped_start, pack_panels, round_up, zero_run
+from tvm_qfp8.topi.prim_func import load, store, vector_runs
+
+MOST_ROWS = 2
+"""With more the signs, which each part of each row takes, cost more than the decoding of weights to int16."""
+
+MAGNITUDES = 128
+"""Codes without their sign."""
+
+
+def _low_bits(activation: Layout) -> int:
+    """Bits of the low part; 0 where a grid value is a signed byte."""
+    return max(0, activation.max_grid.bit_length() - 7)
+
+
+def _parts(activation: Layout) -> int:
+    return 2 if _low_bits(activation) else 1
+
+
+def multiplies_magnitudes(isa: InstructionSet, shape: GemmShape, codes: np.ndarray) -> bool:
+    """Whether this kernel fits: AVX512-VBMI and VNNI, so few rows, magnitudes of a byte, sums that fit int32."""
+    machine = isa.name == "avx512" and isa.byte_permute and isa.byte_products is not None
+    if not (machine and shape.rows <= MOST_ROWS and shape.weight.signed and shape.weight.max_grid < 256):
+        return False
+    sums = np.abs(decode_grid(codes, shape.weight).astype(np.int64)).sum(axis=1)
+    return (
+        int(sums.max(initial=0)) * (shape.activation.max_grid + (2 << _low_bits(shape.activation)))
+        < INT32_LIMIT
+    )
+
+
+def _vectors(isa: InstructionSet, shape: GemmShape) -> int:
+    rows = shape.rows * _parts(shape.activation)
+    return max(1, min(4, -(-shape.columns // isa.lanes), (isa.registers - 6) // (rows + 2)))
+
+
+def pack_few_rows(isa: InstructionSet, shape: GemmShape, codes: np.ndarray) -> np.ndarray:
+    """Codes ``(columns, depth)`` -> panels of columns, fours of depth."""
+    panels = pack_panels(codes, _vectors(isa, shape) * isa.lanes, 4)
+    return panels.reshape(len(panels), -1)
+
+
+def emit_few_rows(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Callable, threads: int) -> None:
+    """Emit the loops; ``epilogue(acc, row, column, valid)`` as in ``gemm.py``."""
+    assert isa.byte_products is not None
+    isa = replace(isa.byte_products, multiply_add=_multiply_add(isa.byte_products, shape.weight))
+    vectors, parts = _vectors(isa, shape), _parts(shape.activation)
+    width, vector_codes = vectors * isa.lanes, isa.lanes * isa.pair
+    depth = round_up(shape.depth, isa.pair)
+    part_size = shape.rows * depth
+    scratch = T.alloc_buffer((parts * part_size,), "int8", align=64)
+    with T.serial(0, shape.rows) as row:
+        _decode_row(isa, shape, x, row, scratch, row * depth, part_size)
+    starts = [part * part_size + row * depth for part in range(parts) for row in range(shape.rows)]
+    valid = [min(isa.lanes, shape.columns - at) for at in range(0, min(width, shape.columns), isa.lanes)]
+    parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
+
+    with (T.parallel if parallel else T.serial)(0, -(-shape.columns // width)) as panel:
+        registers = RegisterTile(isa, parts * shape.rows, vectors)
+        start = T.bind(panel * (depth * width))
+
+        def load_codes(step, vector: int):
+            return T.bind(
+                load(panels, start + step * (width * isa.pair) + vector * vector_codes, vector_codes)
+            )
+
+        registers.reduce(scratch, starts, depth // isa.pair, 1, load_codes)
+        first_column = overlapped_start(panel, width, shape.columns)
+        for row in range(shape.rows):
+            for vector, real in enumerate(valid):
+                total = registers.value(row, vector)
+                if parts == 2:
+                    high = total << tirx.const(_low_bits(shape.activation), dtype_of(total))
+                    total = high + registers.value(shape.rows + row, vector)
+                epilogue(bind(total), row, first_column + vector * isa.lanes, real)
+
+
+def _multiply_add(isa: InstructionSet, weight: Layout) -> Callable:
+    """acc + a * w of activations as signed bytes and weights as codes."""
+    table = decode_grid(np.arange(MAGNITUDES, dtype=np.uint8), weight)
+
+    def multiply_add(acc, a, codes):
+        negative = codes >= tirx.const(MAGNITUDES, dtype_of(codes))
+        signed = tirx.Select(negative, tirx.const(0, dtype_of(a)) - a, a)
+        return isa.multiply_add(acc, look_up_128(codes, table), bind(signed))
+
+    return multiply_add
+
+
+def _decode_row(isa: InstructionSet, shape: GemmShape, x, row, scratch, target, part_size: int) -> None:
+    bits = _low_bits(shape.activation)
+    depth = round_up(shape.depth, isa.pair)
+
+    def emit(offset, lanes: int) -> None:
+        codes = load(x, row * shape.depth + offset, lanes)
+        grid = bind(decode_expr(codes, shape.activation, "int16"))
+        dtype, byte = with_lanes("int16", lanes), with_lanes("int8", lanes)
+        store(scratch, target + offset, (grid >> tirx.const(bits, dtype)).astype(byte), lanes)
+        if bits:
+            low = grid & tirx.const((1 << bits) - 1, dtype)
+            store(scratch, target + offset + part_size, low.astype(byte), lanes)
+
+    vector_runs(shape.depth, 2 * isa.lanes, emit)
+    for part in range(_parts(shape.activation)):
+        zero_run(isa, scratch, target + part * part_size + shape.depth, depth - shape.depth)
