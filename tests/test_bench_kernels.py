@@ -62,7 +62,11 @@ def test_multiply_adds_of_a_case():
 def test_every_kind_of_case_is_measured(case):
     overhead = {"qfp8": 0.0, "onnxruntime": 0.0}
     found = bench_kernels.measure(case, "gemm", overhead, turns=1)
-    assert set(found["microseconds"]) == {"qfp8", *peers.runners(case)}
+    assert set(found["microseconds"]) == {
+        "qfp8",
+        "qfp8 linear layouts",
+        *peers.runners(case),
+    }
     assert found["speedup"]["float32"] > 0 and found["speedup"]["int8"] > 0
 
 
@@ -75,7 +79,11 @@ def test_the_script_writes_what_it_found(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())
     assert [case["case"] for case in record["cases"]] == ["1x1024x1024"]
-    assert [bar["name"] for bar in record["bars"]] == ["GEMV 1024, float32", "GEMV 1024, int8"]
+    assert [bar["name"] for bar in record["bars"]] == [
+        "GEMV 1024, float32",
+        "GEMV 1024, int8",
+        "GEMV 1024 in linear layouts, int8",
+    ]
     assert record["machine"]["instruction_set"]
 
 

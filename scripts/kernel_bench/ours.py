@@ -21,18 +21,26 @@ from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import StaticMemory
 from tvm_qfp8.tuning.logs import LoggedSchedules, default_roots
 
-ACTIVATIONS = {Dense: "E3M4", Convolution: "UE2M6"}
-"""What calibration mostly picks: transformers have outliers, convolutions follow a ReLU."""
+LAYOUTS = {Dense: ("E3M4", "E2M5"), Convolution: ("UE2M6", "E2M5")}
+"""Of activations and weights, as calibration picks them: transformers have outliers, convolutions follow a ReLU."""
+
+LINEAR_LAYOUTS = {Dense: ("E1M6", "E1M6"), Convolution: ("UE1M7", "E1M6")}
+"""Where they cost the outputs little: products of bytes."""
 
 Run = Callable[[], object]
 
 
 def runner(
-    case: Case, choose: ScheduleChooser = default_schedule, winograd: bool = True, target: str = "native"
+    case: Case,
+    choose: ScheduleChooser = default_schedule,
+    winograd: bool = True,
+    target: str = "native",
+    layouts: dict[type, tuple[str, str]] = LAYOUTS,
 ) -> Run:
     """The compiled case on random codes; a call leaves its result inside the virtual machine."""
     memory = StaticMemory() if winograd else None
-    compiled = executable(case, target, ACTIVATIONS[type(case)], choose, memory)
+    activations, weights = layouts[type(case)]
+    compiled = executable(case, target, activations, choose, memory, weights)
     codes = np.random.default_rng(0).integers(0, 127, input_shape(case), dtype=np.uint8)
     return _on_machine(compiled, codes)
 
@@ -48,8 +56,9 @@ def executable(
     activations: str,
     choose: ScheduleChooser = default_schedule,
     memory: StaticMemory | None = None,
+    weights: str = "E2M5",
 ):
-    """The case compiled for a target, activations as codes of this layout."""
+    """The case compiled for a target, activations and weights as codes of these layouts."""
     rng = np.random.default_rng(0)
     layout = get_layout(activations)
     builder = relax.BlockBuilder()
@@ -58,7 +67,7 @@ def executable(
         with builder.dataflow():
             value: relax.Expr = x
             for index in range(case.layers):
-                value = builder.emit(_layer(case, index, value, rng))
+                value = builder.emit(_layer(case, index, value, weights, rng))
                 if isinstance(case, Convolution):
                     value = builder.emit(relax.op.nn.relu(value))
                 value = builder.emit(qfp8_ops.encode(value, layout, 0.05))
@@ -67,16 +76,18 @@ def executable(
     return _compile(builder.get(), target, choose, memory)
 
 
-def _layer(case: Case, index: int, x: relax.Expr, rng: np.random.Generator) -> relax.Expr:
+def _layer(case: Case, index: int, x: relax.Expr, layout: str, rng: np.random.Generator) -> relax.Expr:
     if isinstance(case, Dense):
         shape: tuple[int, ...] = (case.columns, case.depth)
     else:
         channels, outputs = case.layer_channels(index)
         shape = (outputs, case.kernel, case.kernel, channels // case.groups)
-    weight = tvm_qfp8.quantize(rng.standard_normal(shape).astype(np.float32), axis=0, bias="max").codes
+    weight = tvm_qfp8.quantize(
+        rng.standard_normal(shape).astype(np.float32), axis=0, layout=layout, bias="max"
+    ).codes
     a = relax.const(np.full(shape[0], 1e-4, np.float32))
     bias = relax.const(np.zeros(shape[0], np.float32))
-    constant = codes_constant(weight, "E2M5")
+    constant = codes_constant(weight, layout)
     if isinstance(case, Dense):
         return qfp8_ops.matmul(x, constant, a, bias)
     return qfp8_ops.conv2d(
