@@ -105,9 +105,14 @@ class Observer:
             }
         layout = min(allowed, key=lambda name: best[name][0])
         scale = best[layout][1]
+        return Choice(ActivationQuantization(layout, scale), distribution=self.distribution(scale))
+
+    def distribution(self, scale: float = 1.0) -> Distribution:
+        """How the magnitudes lie on a grid."""
+        used = self._sums > 0
+        counts = self._counts[used].astype(np.float64)
         zeros = self._counts.sum() - counts.sum()
-        on_grid = distribution_of(np.append(values / scale, 0.0), np.append(counts, zeros))
-        return Choice(ActivationQuantization(layout, scale), distribution=on_grid)
+        return distribution_of(np.append(self._sums[used] / counts / scale, 0.0), np.append(counts, zeros))
 
 
 def _bulk_limit(values: np.ndarray, counts: np.ndarray, widest: int) -> float | None:

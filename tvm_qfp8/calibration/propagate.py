@@ -56,10 +56,14 @@ class Compared:
 
     def values(self, values: Mapping[str, Any]) -> list[np.ndarray]:
         """From the values of all variables."""
-        return [
-            values[name] - values[name].mean(-1, keepdims=True) if is_logits else values[name]
-            for name, is_logits in self._results
-        ]
+        found: list[np.ndarray] = []
+        for name, is_logits in self._results:
+            value = values[name]
+            if isinstance(value, tuple):
+                found += value
+            else:
+                found.append(value - value.mean(-1, keepdims=True) if is_logits else value)
+        return found
 
 
 class _Overlay(Mapping[str, Any]):

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from tvm_qfp8.calibration.activations import Choice
+from tvm_qfp8.calibration.activations import Choice, Observer
+from tvm_qfp8.calibration.fake_quantize import row_scales
 from tvm_qfp8.calibration.linear import COMPARED_CHANNELS, Linear
 from tvm_qfp8.calibration.output_error import row_weights
 from tvm_qfp8.calibration.plan import ActivationQuantization
@@ -72,7 +73,11 @@ def with_row_scales(
     best = int(np.argmin(errors))
     if errors[best] * LEAST_GAIN > _expected_error(choice.activation, linears, rows, weights):
         return choice
-    return replace(choice, activation=candidates[best], distribution=None)
+    observer = Observer()
+    for part in rows():
+        values = part * factors
+        observer.record(values / row_scales(values, candidates[best].layout))
+    return replace(choice, activation=candidates[best], distribution=observer.distribution())
 
 
 def _factors(linears: Sequence[Linear], rows: Rows) -> np.ndarray | None:

@@ -65,7 +65,7 @@ def _histograms(layer: LayerReport) -> list[Histogram]:
     """Of a layer's weights and of its activations, as far as they were stored."""
     stored = (
         ("weights", layer.weight_layout, layer.weights),
-        ("activations", layer.activation_layout, layer.activations),
+        ("activations", layer.activation_layout.split(" by ")[0], layer.activations),
     )
     return [histogram(what, layout, values) for what, layout, values in stored if values is not None]
 
