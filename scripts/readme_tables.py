@@ -151,6 +151,22 @@ def cycles() -> str:
     return _table(["CPU's model", "activations", "QFP8", "float32", "QFP8 / float32"], rows)
 
 
+def qat() -> str:
+    """Accuracies of quantization-aware training: mean and deviation over the seeds."""
+    record = _load("qat.json")
+    if record is None:
+        return ""
+
+    def cell(name: str) -> str:
+        found = record["summary"].get(name)
+        return f"{100 * found['mean']:.2f} +- {100 * found['deviation']:.2f}" if found else "-"
+
+    rows = [["float32", cell("float32"), cell("float32 trained on")]]
+    names = [name.removesuffix(" qat") for name in record["summary"] if name.endswith(" qat")]
+    rows += [[name, cell(f"{name} ptq"), cell(f"{name} qat")] for name in names]
+    return _table(["format", "as trained in float32", "trained on, with rounding"], rows)
+
+
 def layouts() -> str:
     """The layouts of the format module."""
     from tvm_qfp8.format import LAYOUTS
@@ -186,6 +202,7 @@ TABLES = {
     "kernels": kernels,
     "functions": functions,
     "cycles": cycles,
+    "qat": qat,
     "layouts": layouts,
 }
 

@@ -238,3 +238,13 @@ def test_channels_that_are_alike_share_a_scale():
     ]
     (chosen,) = calibrate(depthwise(), samples).linear.values()
     assert chosen.activation.factors is None
+
+
+@pytest.mark.aarch64
+@pytest.mark.parametrize("target", ["rpi4", "rpi5", "graviton3"])
+def test_aarch64_gives_the_same_bits(run_aarch64, target):
+    factors = np.exp2(RNG.uniform(-3, 3, 50)).astype(np.float32)
+    x = rows((7, 50))[:2]
+    for layouts in (("E1M6", "E1M6"), ("E3M4", "E2M5")):
+        mod, twin = dense(x.shape, 24, *layouts, factors)
+        assert np.array_equal(run_aarch64(build(mod, target), [x])[0], twin(x))

@@ -31,7 +31,7 @@ from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.propagate import Compared, relative_energy, values_with
 from tvm_qfp8.quantize import QTensor
 
-MOST_LOST_DB = 1.0
+MOST_LOST_DB = 0.5
 """Of the outputs' signal to error (of a softmax the logits'), estimated by the sum of what rounding each activation
 alone does to them."""
 
