@@ -248,3 +248,20 @@ def test_aarch64_gives_the_same_bits(run_aarch64, target):
     for layouts in (("E1M6", "E1M6"), ("E3M4", "E2M5")):
         mod, twin = dense(x.shape, 24, *layouts, factors)
         assert np.array_equal(run_aarch64(build(mod, target), [x])[0], twin(x))
+
+
+def test_a_kernel_whose_sums_could_overflow_has_no_factors():
+    """One could not go back to float32 activations: the weights are divided by them."""
+    taps, channels = 4096, 2
+    weight = np.full((channels, 1, taps, 1), 0.5, np.float32)
+    options = dict(groups=channels, data_layout="NHWC", kernel_layout="OHWI")
+    mod = program(
+        [((1, 1, taps + 3, channels), None)],
+        lambda builder, x: relax.op.nn.conv2d(x, relax.const(weight), **options),
+    )
+    x = np.abs(RNG.standard_normal((1, 1, taps + 3, channels))).astype(np.float32) * np.float32([1, 1e-3])
+    (chosen,) = calibrate(mod, [{"x0": x}]).linear.values()
+    assert chosen.activation.factors is None
+    module = compile(mod, calibration=[{"x0": x}])
+    windows = np.lib.stride_tricks.sliding_window_view(x[0, 0], taps, axis=0).sum(-1) / 2
+    np.testing.assert_allclose(module.run({"x0": x})[0][0, 0], windows, rtol=0.02)

@@ -12,21 +12,33 @@ from dataclasses import replace
 
 import numpy as np
 
-from tvm_qfp8.calibration.activations import Choice, Observer
-from tvm_qfp8.calibration.linear import Linear
+from tvm_qfp8.calibration.activations import LAYOUTS, Choice, Observer
+from tvm_qfp8.calibration.linear import WEIGHTS, Linear
 from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.row_scales import Rows
+from tvm_qfp8.format import get_layout
+from tvm_qfp8.topi.overflow import INT32_LIMIT
 
 LEAST_GAIN = 1.5
 """Of the energy of the layers' error: a scale for each channel takes a load more for each vector that is encoded."""
 
 LARGEST_FACTOR = 2.0**20
 
+LARGEST_PRODUCT = max(get_layout(name).max_grid for name in LAYOUTS) * max(
+    get_layout(name).max_grid for name in WEIGHTS
+)
+
 
 def can_have_channel_scales(linears: Sequence[Linear]) -> bool:
-    """Only depthwise convolutions with one output for each input channel read it."""
+    """Only depthwise convolutions with one output for each input channel read it, none so long that sums overflow.
+
+    Where sums may overflow the activation goes back to float32 (``overflow_guard``), which has no factors.
+    """
     return all(
-        linear.is_depthwise and int(linear.step.attrs.groups) == _outputs(linear) for linear in linears
+        linear.is_depthwise
+        and int(linear.step.attrs.groups) == _outputs(linear)
+        and linear.weight.size // _outputs(linear) * LARGEST_PRODUCT < INT32_LIMIT
+        for linear in linears
     )
 
 
