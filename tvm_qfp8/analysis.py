@@ -13,6 +13,7 @@ from tvm_qfp8.calibration.samples import Batches
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.importers import load_model
+from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.trained import take_trained
 from tvm_qfp8.report import Report
@@ -74,6 +75,8 @@ def analyse(
             raise CalibrationError(
                 "sensitivity needs calibration samples: a model's errors depend on its inputs"
             )
+        if trained is None:
+            canonical = lift_above_zero(canonical)
         plan = calibrate(canonical, batches, config, progress) if trained is None else trained
         found = layer_effects(canonical, plan, first, config.max_error, progress)
     report = describe(canonical, plan, config, "", imported.notes)

@@ -34,6 +34,7 @@ from tvm_qfp8.relay_passes.interpolate import Interpolate
 from tvm_qfp8.relay_passes.lower_dtype import LowerDtype
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.operands import storage_dtype
+from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
@@ -179,6 +180,8 @@ def compile(  # noqa: A001 - the public name
         )
     with as_configured(imported, canonical, calibration, config, metric, progress) as (canonical, batches):
         samples, first = first_samples(batches, Program(canonical).inputs, SENSITIVITY_SAMPLES)
+        if calibration is not None:
+            canonical = lift_above_zero(canonical)
         plan = calibrate(canonical, samples, config, progress) if trained is None else trained
         if metric is not None and max_drop is not None:
             plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)

@@ -71,20 +71,24 @@ class Observer:
         total_sums[new] += sums[used]
         self._bins, self._counts, self._sums = both, total_counts, total_sums
 
+    def holding(self, layouts: Sequence[str]) -> list[str]:
+        """Those of ``layouts`` with a sign, and those without if no value of any sample was negative."""
+        return [name for name in layouts if get_layout(name).signed or self._low >= 0]
+
     def choose(self, layouts: Sequence[str] = LAYOUTS, method: str = "mse") -> Choice:
         """Layout and scale of least squared error over all values of all samples.
 
         Another ``method`` than "mse" (see ``thresholds``) fixes each layout's scale by the magnitude that its
         largest grid value stands for; the layout is still that of least squared error.
 
-        Unsigned layouts take part only if no value of any sample was negative. A tensor with values that no
+        A tensor with values that no
         layout can hold together with the rest (see ``_bulk_limit``), as a mask of -10000 makes them, gets no
         layout: least squares would round the rest to nothing, dropping the large values would clip a signal
         a thousand times the rest, and a float32 activation with an 8-bit weight does neither.
         """
         if not (math.isfinite(self._low) and math.isfinite(self._high)):
             return Choice(None, "the activation holds NaN or infinity")
-        allowed = [name for name in layouts if get_layout(name).signed or self._low >= 0]
+        allowed = self.holding(layouts)
         if not allowed:
             return Choice(None, f"negative values, and no signed layout among {', '.join(layouts)}")
         used = np.flatnonzero(self._sums)

@@ -31,9 +31,12 @@ from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.propagate import Compared, relative_energy, values_with
 from tvm_qfp8.quantize import QTensor
 
-MOST_LOST_DB = 0.5
+MOST_LOST_DB = 2.0
 """Of the outputs' signal to error (of a softmax the logits'), estimated by the sum of what rounding each activation
 alone does to them."""
+
+LEAST_DB = 12.0
+"""Outputs of more estimated error lose nothing: long chains of layers, as in language models, have none to spare."""
 
 LEAST_SHARE = 0.25
 """Of the multiply-adds of all layers that might be served: less is not worth any error."""
@@ -103,6 +106,7 @@ class _Comparison:
         self.observers = {name: Observer() for name in readers}
         self.roundings: dict[tuple[str, bool], _Rounding] = {}
         self.activation_alone = dict.fromkeys(readers, 0.0)
+        self.samples = 0
         self.best, self.linear = dict.fromkeys(readers, 0.0), dict.fromkeys(readers, 0.0)
 
     def _values(self, sample: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -119,6 +123,7 @@ class _Comparison:
 
     def add(self, sample: Mapping[str, np.ndarray]) -> Iterator[int]:
         """Compare outputs on one sample, after all were observed; yields how many tensors are done."""
+        self.samples += 1
         values = self._values(sample)
         mask = sample.get(self.token_mask)
         exact = self.compared.values(values)
@@ -150,16 +155,17 @@ class _Comparison:
     def within_budget(self) -> set[str]:
         """The tensors of least loss for each multiply-add that is saved."""
         alone = sum(lost for lost in self.activation_alone.values() if np.isfinite(lost))
-        budget = alone * (10 ** (MOST_LOST_DB / 10) - 1)
+        most = min(alone * 10 ** (MOST_LOST_DB / 10), self.samples * 10 ** (-LEAST_DB / 10))
+        budget = max(most - alone, 0.0)
         cost = {name: max(self.linear[name] - self.best[name], 0.0) for name in self.readers}
         saved = {name: _saved(linears) for name, linears in self.readers.items()}
-        chosen = set()
+        chosen, free = set(), {name for name, lost in cost.items() if lost == 0}
         for name in sorted(cost, key=lambda name: cost[name] / saved[name]):
             if cost[name] <= budget:  # never for what is infinite or no number
                 budget -= cost[name]
                 chosen.add(name)
         enough = sum(saved[name] for name in chosen) >= LEAST_SHARE * sum(saved.values())
-        return chosen if enough else set()
+        return chosen if enough else free
 
 
 def _saved(linears: Sequence[Linear]) -> int:

@@ -10,7 +10,7 @@ from tvm_qfp8.calibration.channel_scales import can_have_channel_scales, with_ch
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear
 from tvm_qfp8.calibration.row_scales import Rows, can_have_row_scales, with_row_scales
 
-ROW_LAYOUTS, LINEAR_ROW_LAYOUTS = ("E2M5", "E3M4"), ("E1M6",)
+ROW_LAYOUTS, LINEAR_ROW_LAYOUTS = ("E2M5", "E3M4", "UE2M6", "UE3M5"), ("E1M6", "UE1M7")
 """With a scale for each row, which its largest magnitude decides."""
 
 
@@ -54,4 +54,4 @@ class ActivationChooser:
         if not can_have_row_scales(linears):
             return choice
         layouts, weights = (LINEAR_ROW_LAYOUTS, LINEAR_WEIGHTS) if in_bytes else (ROW_LAYOUTS, WEIGHTS)
-        return with_row_scales(choice, linears, rows, layouts, weights)
+        return with_row_scales(choice, linears, rows, observer.holding(layouts), weights)

@@ -10,8 +10,11 @@ brings closer to the float32 output keeps it, so no channel gets worse on these 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from tvm_qfp8.bias_search import MIN_SCALE
 from tvm_qfp8.calibration.compensation import Moments, compensated, output_error
 from tvm_qfp8.calibration.convolution import input_windows
 from tvm_qfp8.calibration.linear import Linear
@@ -29,6 +32,13 @@ DAMPING = 0.01
 LAZY_COLUMNS = 128
 LARGEST_DEPTH = 4096
 """Deeper layers are rounded to nearest: the covariance is inverted at a cost of depth^3."""
+
+SHALLOW_DEPTH = 64
+"""Up to so many weights to a channel the error jumps from scale to scale, and many scales are tried."""
+
+ONE_SCALE = np.ones(1, np.float32)
+SCALES = np.exp2(np.linspace(-0.5, 0.75, 81)).astype(np.float32)
+"""Of that of least squared error of the weights."""
 
 
 class InputRows:
@@ -72,73 +82,101 @@ def can_round(linear: Linear) -> bool:
 
 
 def rounded_on_data(linear: Linear, weight: QTensor, inputs: InputRows) -> QTensor:
-    """``weight`` (rounded to nearest) with codes that give the smaller output error.
+    """``weight`` (rounded to nearest) with the codes, in shallow layers the scales too, of smaller output error.
 
     The weight of ``linear`` is that which meets the activation as it is rounded: divided by its factors.
     """
     layout = get_layout(weight.layout)
-    exact, nearest = (_as_rows(linear, w) for w in (linear.weight, weight.dequantize()))
+    exact, best = (_as_rows(linear, w) for w in (linear.weight, weight.dequantize()))
     scale = np.asarray(weight.scale, np.float32).reshape(exact.shape[:2])
     total = inputs.even + inputs.odd
     covariance, pull = total.covariance(), total.pull(exact)
-    found = round_columns(compensated(exact, inputs.even, inputs.odd), covariance, scale, layout)
-    if found is None:
+    columns = ColumnRounding.of(covariance)
+    if columns is None:
         return weight
-    better = output_error(found - exact, covariance, pull) < output_error(nearest - exact, covariance, pull)
-    chosen = np.where(better[..., None], found, nearest)
-    values = _from_rows(linear, chosen)
+    aim = compensated(exact, inputs.even, inputs.odd)
+    least = output_error(best - exact, covariance, pull)
+    factors = SCALES if exact.shape[-1] <= SHALLOW_DEPTH else ONE_SCALE
+    chosen = scale
+    for factor in factors:
+        tried = np.maximum(scale * factor, MIN_SCALE)
+        found = columns.rounded(aim, tried, layout)
+        error = output_error(found - exact, covariance, pull)
+        better = error < least
+        least, chosen = np.where(better, error, least), np.where(better, tried, chosen)
+        best = np.where(better[..., None], found, best)
+    scales = chosen.reshape(np.shape(weight.scale))
     return QTensor(
-        encode(values, weight.scale, layout, weight.axis), weight.scale, weight.layout, weight.axis
+        encode(_from_rows(linear, best), scales, layout, weight.axis), scales, weight.layout, weight.axis
     )
 
 
-def round_columns(
-    weight: np.ndarray, covariance: np.ndarray, scale: np.ndarray, layout: Layout
-) -> np.ndarray | None:
-    """Algorithm 1 of GPTQ for all groups and channels at once.
+@dataclass(frozen=True)
+class ColumnRounding:
+    """Algorithm 1 of GPTQ for all groups and channels at once, for inputs of one covariance.
 
-    Parameters
+    Attributes
     ----------
-    weight : float32 ``(groups, channels, depth)``
-    covariance : float64 ``(groups, depth, depth)``
-    scale : float32 ``(groups, channels)``
-
-    Returns
-    -------
-    Values on the grid times the scale, float32 in the shape of ``weight``; None where the covariance is degenerate.
+    order : int array ``(groups, depth)``
+        Columns in the order of rounding: the largest variance first.
+    upper : float32 ``(groups, depth, depth)``
+        Cholesky factor of the inverse covariance, upper triangular, columns in that order.
     """
-    groups, _, depth = weight.shape
-    diagonal = np.einsum("gii->gi", covariance)
-    order = np.argsort(-diagonal, axis=1, kind="stable")
-    mean = diagonal.mean(axis=1)
-    if not (np.isfinite(mean).all() and (mean > 0).any()):
-        return None
-    pick = np.arange(groups)[:, None]
-    sorted_covariance = covariance[pick[:, :, None], order[:, :, None], order[:, None, :]]
-    damped = (
-        sorted_covariance + np.eye(depth) * (DAMPING * np.maximum(mean, mean.max() * 1e-9))[:, None, None]
-    )
-    try:
-        inverse = np.linalg.inv(damped)
-        upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
-    except np.linalg.LinAlgError:
-        return None
-    upper = upper.astype(np.float32)
-    left = np.take_along_axis(weight, order[:, None, :], axis=2)
-    result = np.empty_like(left)
-    for start in range(0, depth, LAZY_COLUMNS):
-        end = min(start + LAZY_COLUMNS, depth)
-        block = left[:, :, start:end].copy()
-        errors = np.empty_like(block)
-        for i in range(end - start):
-            column = start + i
-            result[:, :, column] = _nearest(block[:, :, i], scale, layout)
-            error = (block[:, :, i] - result[:, :, column]) / upper[:, column, column][:, None]
-            block[:, :, i:] -= error[:, :, None] * upper[:, None, column, column:end]
-            errors[:, :, i] = error
-        left[:, :, end:] -= errors @ upper[:, start:end, end:]
-    back = np.argsort(order, axis=1)
-    return np.take_along_axis(result, back[:, None, :], axis=2)
+
+    order: np.ndarray
+    upper: np.ndarray
+
+    @classmethod
+    def of(cls, covariance: np.ndarray) -> ColumnRounding | None:
+        """For a float64 covariance ``(groups, depth, depth)``; None where it is degenerate."""
+        groups, depth, _ = covariance.shape
+        diagonal = np.einsum("gii->gi", covariance)
+        order = np.argsort(-diagonal, axis=1, kind="stable")
+        mean = diagonal.mean(axis=1)
+        if not (np.isfinite(mean).all() and (mean > 0).any()):
+            return None
+        pick = np.arange(groups)[:, None]
+        sorted_covariance = covariance[pick[:, :, None], order[:, :, None], order[:, None, :]]
+        damped = (
+            sorted_covariance
+            + np.eye(depth) * (DAMPING * np.maximum(mean, mean.max() * 1e-9))[:, None, None]
+        )
+        try:
+            inverse = np.linalg.inv(damped)
+            upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
+        except np.linalg.LinAlgError:
+            return None
+        return cls(order, upper.astype(np.float32))
+
+    def rounded(self, weight: np.ndarray, scale: np.ndarray, layout: Layout) -> np.ndarray:
+        """Values on the grid times the scale.
+
+        Parameters
+        ----------
+        weight : float32 ``(groups, channels, depth)``
+        scale : float32 ``(groups, channels)``
+        layout : Layout
+
+        Returns
+        -------
+        float32 in the shape of ``weight``.
+        """
+        upper, depth = self.upper, weight.shape[-1]
+        left = np.take_along_axis(weight, self.order[:, None, :], axis=2)
+        result = np.empty_like(left)
+        for start in range(0, depth, LAZY_COLUMNS):
+            end = min(start + LAZY_COLUMNS, depth)
+            block = left[:, :, start:end].copy()
+            errors = np.empty_like(block)
+            for i in range(end - start):
+                column = start + i
+                result[:, :, column] = _nearest(block[:, :, i], scale, layout)
+                error = (block[:, :, i] - result[:, :, column]) / upper[:, column, column][:, None]
+                block[:, :, i:] -= error[:, :, None] * upper[:, None, column, column:end]
+                errors[:, :, i] = error
+            left[:, :, end:] -= errors @ upper[:, start:end, end:]
+        back = np.argsort(self.order, axis=1)
+        return np.take_along_axis(result, back[:, None, :], axis=2)
 
 
 def _nearest(values: np.ndarray, scale: np.ndarray, layout: Layout) -> np.ndarray:

@@ -54,7 +54,7 @@ def with_row_scales(
     rows : callable
         The activation on calibration data; called several times.
     layouts : sequence of str
-        Signed ones.
+        Those that hold the activation.
     weights : sequence of str
         Layouts that the layers' weights may have.
     """
