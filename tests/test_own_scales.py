@@ -44,11 +44,12 @@ def encoded(shape, layout, factors):
 
 
 @pytest.mark.parametrize("isa", RUNS)
-@pytest.mark.parametrize("layout", ["E2M5", "E3M4", "E1M6"])
+@pytest.mark.parametrize("layout", ["E2M5", "E3M4", "E1M6", "UE2M6", "UE1M7"])
 @pytest.mark.parametrize("shape", [(5, 384), (7, 1), (2, 3, 50), (1, 16), (0, 8)])
 def test_encode_is_its_twin(isa, layout, shape):
     factors = np.exp2(RNG.uniform(-3, 3, shape[-1])).astype(np.float32)
     x = rows(shape)
+    x = x if get_layout(layout).signed else np.abs(x)
     codes, scales = run(build(encoded(shape, layout, factors), TARGETS[isa]), x)
     with np.errstate(all="ignore"):
         expected = reference.encode_rows(x, get_layout(layout), factors)
@@ -64,9 +65,10 @@ def test_infinity_and_nan_leave_numbers():
     assert (codes[0, 3], codes[1, 4], codes[2, 5]) == (0x7F, 0xFF, 0x00)
 
 
-@pytest.mark.parametrize("layout", ["E2M5", "E3M4", "E1M6"])
+@pytest.mark.parametrize("layout", ["E2M5", "E3M4", "E1M6", "UE3M5", "UE1M7"])
 def test_rounding_in_calibration_is_what_kernels_do(layout):
     x = rows((5, 37))
+    x = x if get_layout(layout).signed else np.abs(x)
     codes, scales = reference.encode_rows(x, get_layout(layout))
     np.testing.assert_array_equal(row_scales(x, layout)[:, 0], scales)
     np.testing.assert_array_equal(fake_quantize_rows(x, layout), decode(codes, 1.0, layout) * scales[:, None])
@@ -91,7 +93,7 @@ def dense(shape, columns, layout, weight_layout, factors):
 
 
 @pytest.mark.parametrize("isa", RUNS)
-@pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("E3M4", "E2M5"), ("E1M6", "E1M6")])
+@pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("E3M4", "E2M5"), ("E1M6", "E1M6"), ("UE2M6", "E2M5"), ("UE1M7", "E1M6")])
 @pytest.mark.parametrize("shape, columns", [((1, 70), 33), ((2, 9, 64), 48), ((40, 30), 17)])
 def test_matmul_is_its_twin(isa, layouts, shape, columns):
     factors = np.exp2(RNG.uniform(-3, 3, shape[-1])).astype(np.float32)
@@ -245,7 +247,7 @@ def test_channels_that_are_alike_share_a_scale():
 def test_aarch64_gives_the_same_bits(run_aarch64, target):
     factors = np.exp2(RNG.uniform(-3, 3, 50)).astype(np.float32)
     x = rows((7, 50))[:2]
-    for layouts in (("E1M6", "E1M6"), ("E3M4", "E2M5")):
+    for layouts in (("E1M6", "E1M6"), ("E3M4", "E2M5"), ("UE1M7", "E1M6")):
         mod, twin = dense(x.shape, 24, *layouts, factors)
         assert np.array_equal(run_aarch64(build(mod, target), [x])[0], twin(x))
 

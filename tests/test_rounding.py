@@ -7,7 +7,7 @@ from tvm import relax
 from tvm_qfp8.calibration.compensation import Moments, compensated
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import find_linear, quantized_weight
-from tvm_qfp8.calibration.rounding import InputRows, can_round, round_columns, rounded_on_data
+from tvm_qfp8.calibration.rounding import SHALLOW_DEPTH, ColumnRounding, InputRows, can_round, rounded_on_data
 from tvm_qfp8.format import decode, get_layout
 
 RNG = np.random.default_rng(11)
@@ -64,7 +64,8 @@ def test_output_error_falls_and_codes_are_exact(name):
         inputs.add(sample, sample, None)
     nearest = quantized_weight(linear)
     rounded = rounded_on_data(linear, nearest, inputs)
-    np.testing.assert_array_equal(rounded.scale, nearest.scale)
+    shallow = nearest.codes.size // nearest.scale.size <= SHALLOW_DEPTH
+    assert shallow != np.array_equal(rounded.scale, nearest.scale)
     assert rounded.codes.shape == nearest.codes.shape and rounded.axis == nearest.axis
     np.testing.assert_array_equal(
         rounded.dequantize(), decode(rounded.codes, rounded.scale, rounded.layout, rounded.axis)
@@ -80,6 +81,23 @@ def test_output_error_falls_and_codes_are_exact(name):
     assert output_error(rounded.dequantize()) < 0.9 * output_error(nearest.dequantize())
 
 
+def test_scales_of_shallow_layers_are_searched_with_the_codes(monkeypatch):
+    """The scale of least squared error of nine weights is not that of least error of what neighbours give."""
+    shape, emit = LAYERS["depthwise"]
+    linear = linear_of(shape, emit)
+    x = correlated((8, *shape[1:]))
+    inputs = InputRows(linear, 1)
+    inputs.add(x, x, None)
+
+    def error():
+        change = rounded_on_data(linear, quantized_weight(linear), inputs).dequantize() - linear.weight
+        return float(linear.rows(linear.output(x, change)).var(axis=0).sum())
+
+    searched = error()
+    monkeypatch.setattr("tvm_qfp8.calibration.rounding.SHALLOW_DEPTH", 0)
+    assert searched < 0.8 * error()
+
+
 def test_a_degenerate_covariance_keeps_the_nearest_codes():
     linear = linear_of(*LAYERS["matmul"])
     nearest = quantized_weight(linear)
@@ -91,7 +109,8 @@ def test_a_degenerate_covariance_keeps_the_nearest_codes():
 def test_columns_without_correlation_are_rounded_to_nearest():
     weight = RNG.standard_normal((1, 5, 30)).astype(np.float32)
     scale = np.full((1, 5), 0.01, np.float32)
-    found = round_columns(weight, np.eye(30)[None] * 7.0, scale, get_layout("E2M5"))
+    rounding = ColumnRounding.of(np.eye(30)[None] * 7.0)
+    found = rounding.rounded(weight, scale, get_layout("E2M5"))
     grid = np.unique(get_layout("E2M5").grid).astype(np.float32)
     expected = grid[np.abs(weight[..., None] / scale[..., None, None] - grid).argmin(-1)] * np.float32(0.01)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
