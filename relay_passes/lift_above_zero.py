@@ -81,11 +81,15 @@ class _Rewriter(MainRewriter):
         if dip and self._only_unpadded_linears_read(var):
             self.shift[var] = math.ceil((dip + MARGIN) * STEPS) / STEPS
             shift = relax.const(np.float32(self.shift[var]))
-            self.lifted[var] = self.builder.emit(relax.op.add(self.variables[var], shift), f"{var.name}_lifted")
+            self.lifted[var] = self.builder.emit(
+                relax.op.add(self.variables[var], shift), f"{var.name}_lifted"
+            )
 
     def _only_unpadded_linears_read(self, var: relax.Var) -> bool:
         readers = self.readers.get(var, [])
-        return self.uses.get(var) == len(readers) and all(_is_unpadded_linear(call, var) for _, call in readers)
+        return self.uses.get(var) == len(readers) and all(
+            _is_unpadded_linear(call, var) for _, call in readers
+        )
 
     def _take_off(self, var: relax.Var, value: relax.Call) -> None:
         weight, source = value.args[1].value.numpy(), value.args[0]

@@ -22,6 +22,7 @@ from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear, codes_constant
 from tvm_qfp8.topi import reference
 
 RNG = np.random.default_rng(0)
+LAYOUT_PAIRS = [("E2M5", "E2M5"), ("E3M4", "E2M5"), ("E1M6", "E1M6"), ("UE2M6", "E2M5"), ("UE1M7", "E1M6")]
 RUNS = [name for name in TARGETS if machine_runs(name)]
 
 
@@ -93,7 +94,7 @@ def dense(shape, columns, layout, weight_layout, factors):
 
 
 @pytest.mark.parametrize("isa", RUNS)
-@pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("E3M4", "E2M5"), ("E1M6", "E1M6"), ("UE2M6", "E2M5"), ("UE1M7", "E1M6")])
+@pytest.mark.parametrize("layouts", LAYOUT_PAIRS)
 @pytest.mark.parametrize("shape, columns", [((1, 70), 33), ((2, 9, 64), 48), ((40, 30), 17)])
 def test_matmul_is_its_twin(isa, layouts, shape, columns):
     factors = np.exp2(RNG.uniform(-3, 3, shape[-1])).astype(np.float32)

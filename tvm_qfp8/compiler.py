@@ -31,10 +31,10 @@ from tvm_qfp8.linker import architecture
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
 from tvm_qfp8.relay_passes.for_cuda import ForCuda
 from tvm_qfp8.relay_passes.interpolate import Interpolate
+from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
 from tvm_qfp8.relay_passes.lower_dtype import LowerDtype
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.operands import storage_dtype
-from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest

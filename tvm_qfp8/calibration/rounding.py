@@ -138,8 +138,7 @@ class ColumnRounding:
         pick = np.arange(groups)[:, None]
         sorted_covariance = covariance[pick[:, :, None], order[:, :, None], order[:, None, :]]
         damped = (
-            sorted_covariance
-            + np.eye(depth) * (DAMPING * np.maximum(mean, mean.max() * 1e-9))[:, None, None]
+            sorted_covariance + np.eye(depth) * (DAMPING * np.maximum(mean, mean.max() * 1e-9))[:, None, None]
         )
         try:
             inverse = np.linalg.inv(damped)
