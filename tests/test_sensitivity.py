@@ -64,8 +64,33 @@ def test_max_drop_leaves_the_harmful_layer_in_float32():
     assert 100 * (1 - metric(kept.run)) <= drop / 2
 
 
+def linear_layouts(**config):
+    report = q.compile(cnn(), calibration=images(8), config=q.Config(**config)).report
+    return sum((layer.activation_layout or "")[:4] in ("E1M6", "UE1M") for layer in report.layers)
+
+
+def test_decibels_buy_linear_layouts():
+    assert linear_layouts(byte_loss_db=0.0) < linear_layouts(byte_loss_db=40.0)
+    assert linear_layouts(byte_loss_db=0.0) <= linear_layouts() <= linear_layouts(byte_loss_db=40.0)
+    with pytest.raises(CalibrationError, match="give decibels from 0"):
+        linear_layouts(byte_loss_db=-1.0)
+
+
 def test_nothing_is_left_in_float32_without_need():
     kept = q.compile(cnn(), calibration=images(8), max_drop=50.0, metric=score)
+    assert not any("max_drop" in layer.reason for layer in kept.report.layers)
+
+
+def test_wider_layouts_come_before_float32():
+    """A score that only the module without costly linear layouts keeps, from samples that can be read once."""
+    seen = []
+
+    def metric(run):
+        seen.append(run)
+        return 1.0 if len(seen) in (1, 3) else 0.0  # float32, as compiled, wider
+
+    kept = q.compile(cnn(), calibration=iter(images(8)), max_drop=1.0, metric=metric)
+    assert len(seen) == 3 and "linear layouts only where" in str(kept.report)
     assert not any("max_drop" in layer.reason for layer in kept.report.layers)
 
 

@@ -6,6 +6,8 @@ import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from tvm_qfp8.batchnorm import as_configured
 from tvm_qfp8.calibration import (
     Metric,
     Program,
+    QuantizationPlan,
+    StoredSamples,
     calibrate,
     first_samples,
     keep_within,
@@ -140,8 +144,8 @@ def compile(  # noqa: A001 - the public name
         package and of ``tvm-qfp8 tune`` on this machine. Layers without a record for exactly this target get the
         default schedule.
     max_drop : float
-        In percent of float32's score by ``metric``: the fewest layers that keep it are left in float32, the most
-        harmful first; the report names them.
+        In percent of float32's score by ``metric``: where the module loses more it gets wider layouts, then the fewest
+        layers that keep the score are left in float32, the most harmful first; the report says so.
     metric : callable ``(run) -> float``
         Scores a network given as ``run({input name: array}) -> outputs``, higher for better: for ``max_drop``, and
         to accept what ``Config(recalibrate_batchnorm=True)`` finds.
@@ -178,13 +182,23 @@ def compile(  # noqa: A001 - the public name
         raise CalibrationError(
             "the model was trained with its own layouts and scales; give no calibration data"
         )
-    with as_configured(imported, canonical, calibration, config, metric, progress) as (canonical, batches):
+    with ExitStack() as stack:
+        configured = as_configured(imported, canonical, calibration, config, metric, progress)
+        canonical, batches = stack.enter_context(configured)
+        if max_drop is not None and calibration is not None:
+            batches = stack.enter_context(StoredSamples(batches or (), Program(canonical).inputs))
         samples, first = first_samples(batches, Program(canonical).inputs, SENSITIVITY_SAMPLES)
         if calibration is not None:
             canonical = lift_above_zero(canonical)
         plan = calibrate(canonical, samples, config, progress) if trained is None else trained
         if metric is not None and max_drop is not None:
-            plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress)
+
+            def wider() -> QuantizationPlan:
+                imported.notes.append("max_drop: linear layouts only where they cost nothing")
+                return calibrate(canonical, batches, replace(config, byte_loss_db=0.0), progress)
+
+            again = wider if trained is None and config.byte_loss_db != 0 else None
+            plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress, again)
     keep_sums_in_int32(plan)
     threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
     report = describe(canonical, plan, config, parsed, imported.notes)

@@ -8,6 +8,7 @@ from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.quantized import QuantizedProgram, evaluate_quantized
 from tvm_qfp8.calibration.samples import first_samples
 from tvm_qfp8.calibration.sensitivity import layer_effects
+from tvm_qfp8.calibration.stored_samples import StoredSamples
 from tvm_qfp8.layer_effect import LayerEffect
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Program",
     "QuantizationPlan",
     "QuantizedProgram",
+    "StoredSamples",
     "calibrate",
     "estimate_batchnorms",
     "evaluate",

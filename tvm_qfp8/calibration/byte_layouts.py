@@ -31,12 +31,13 @@ from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.propagate import Compared, relative_energy, values_with
 from tvm_qfp8.quantize import QTensor
 
-MOST_LOST_DB = 2.0
-"""Of the outputs' signal to error (of a softmax the logits'), estimated by the sum of what rounding each activation
-alone does to them."""
+BYTE_LOSS_DB = 2.0
+"""That linear layouts may cost of the outputs' signal to error (of a softmax the logits'), estimated by the sum of what
+rounding each activation alone does to them."""
 
 LEAST_DB = 12.0
-"""Outputs of more estimated error lose nothing: long chains of layers, as in language models, have none to spare."""
+"""Unless asked to, outputs of more estimated error lose nothing: long chains of layers, as in language models, have
+none to spare."""
 
 LEAST_SHARE = 0.25
 """Of the multiply-adds of all layers that might be served: less is not worth any error."""
@@ -63,6 +64,7 @@ def tensors_in_bytes(
     chooser: ActivationChooser | None = None,
     token_mask: str = "attention_mask",
     progress: Callable[[str, int, int], None] | None = None,
+    byte_loss_db: float | None = None,
 ) -> set[str]:
     """Names of the variables that get linear layouts, with the weights of the dense layers that read them.
 
@@ -77,6 +79,8 @@ def tensors_in_bytes(
     chooser : ActivationChooser
     token_mask : str
         As in ``calibrate``.
+    byte_loss_db : float or None
+        As in ``Config``.
     """
     report = progress or (lambda stage, done, total: None)
     readers = {name: linears for name, linears in read_only_by_linears(found).items() if _saved(linears)}
@@ -88,7 +92,7 @@ def tensors_in_bytes(
         for index, sample in enumerate(few):
             for done in compared.add(sample):
                 report("choose layouts", index * len(readers) + done, len(few) * len(readers))
-    return compared.within_budget() if samples else set()
+    return compared.within_budget(byte_loss_db) if samples else set()
 
 
 class _Comparison:
@@ -152,10 +156,13 @@ class _Comparison:
             self.roundings[name, in_bytes] = _Rounding(choice.activation, weights)
         return self.roundings[name, in_bytes]
 
-    def within_budget(self) -> set[str]:
+    def within_budget(self, byte_loss_db: float | None) -> set[str]:
         """The tensors of least loss for each multiply-add that is saved."""
         alone = sum(lost for lost in self.activation_alone.values() if np.isfinite(lost))
-        most = min(alone * 10 ** (MOST_LOST_DB / 10), self.samples * 10 ** (-LEAST_DB / 10))
+        if byte_loss_db is None:
+            most = min(alone * 10 ** (BYTE_LOSS_DB / 10), self.samples * 10 ** (-LEAST_DB / 10))
+        else:
+            most = alone * 10 ** (byte_loss_db / 10)
         budget = max(most - alone, 0.0)
         cost = {name: max(self.linear[name] - self.best[name], 0.0) for name in self.readers}
         saved = {name: _saved(linears) for name, linears in self.readers.items()}

@@ -35,8 +35,10 @@ def walk_options(config: Config) -> dict[str, Any]:
     Raises
     ------
     CalibrationError
-        The method is not known.
+        The method is not known, or decibels are negative.
     """
+    if config.byte_loss_db is not None and not config.byte_loss_db >= 0:
+        raise CalibrationError(f"byte_loss_db is {config.byte_loss_db}; give decibels from 0, or None")
     if config.method not in METHODS:
         raise CalibrationError(f"method {config.method!r} is not known; use one of {', '.join(METHODS)}")
     auto = config.activations == "auto"
@@ -81,7 +83,7 @@ def calibrate(
     ------
     CalibrationError
         The file cannot be read, there is no sample, or one misses an input or has a wrong shape, a wrong
-        dtype or a value that is not finite; or the method is not known.
+        dtype or a value that is not finite; or ``config`` asks for what there is not.
     ModelError
         A weight is not finite, or the module is not in canonical form.
     """
@@ -102,7 +104,9 @@ def calibrate(
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
         in_bytes: set[str] = set()
         if config.activations == "auto":
-            in_bytes = tensors_in_bytes(program, steps, first, options["chooser"], token_mask, progress)
+            in_bytes = tensors_in_bytes(
+                program, steps, first, options["chooser"], token_mask, progress, config.byte_loss_db
+            )
         walk = Walk(program, steps, spill, plan, token_mask=token_mask, in_bytes=in_bytes, **options)
         plan.samples = walk.spill_inputs(samples or ())
         walk.run(lambda: report("calibrate", len(plan.linear), len(steps.linear)))

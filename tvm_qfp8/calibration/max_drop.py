@@ -1,4 +1,4 @@
-"""``max_drop``: leave the fewest layers in float32 that keep a metric of the user's."""
+"""``max_drop``: wider layouts, then the fewest layers in float32 that keep a metric of the user's."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def keep_within(
     max_drop: float,
     max_error: float,
     progress: Callable[[str, int, int], None] | None = None,
+    wider: Callable[[], QuantizationPlan] | None = None,
 ) -> QuantizationPlan:
-    """The plan with as many of its most harmful layers left in float32 as the metric asks for.
+    """The plan, or the wider one with as many of its most harmful layers left in float32 as the metric asks for.
 
     The layers are ranked by ``layer_effects``; how many of the first stay float32 is found by doubling and then
     bisecting, so the metric is computed about ``2 log2(layers)`` times, by NumPy.
@@ -38,6 +39,8 @@ def keep_within(
     ----------
     max_drop : float
         In percent of float32's score.
+    wider : callable
+        Gives the plan without linear layouts that cost accuracy; None where there is no other.
 
     Raises
     ------
@@ -54,6 +57,10 @@ def keep_within(
 
     if keeps(plan):
         return plan
+    if wider is not None:
+        plan = wider()
+        if keeps(plan):
+            return plan
     effects = layer_effects(mod, plan, samples, max_error, progress)
     low, high = 0, 1
     while not keeps(_without(plan, effects[:high])):

@@ -50,6 +50,16 @@ def compile_model(
         str,
         typer.Option("--method", help="How activation scales are found: mse, max, percentile or entropy."),
     ] = "mse",
+    byte_loss_db: Annotated[
+        float | None,
+        typer.Option(
+            "--byte-loss-db",
+            min=0.0,
+            help="Decibels of the outputs' accuracy that faster layouts may cost: 0 for the most accurate module, "
+            "6 for the fastest.",
+            show_default="2, where outputs have them to spare",
+        ),
+    ] = None,
     recalibrate_batchnorm: Annotated[
         bool,
         typer.Option(
@@ -100,6 +110,7 @@ def compile_model(
         skip=tuple(skip or ()),
         activations=activations,
         method=method,
+        byte_loss_db=byte_loss_db,
         recalibrate_batchnorm=recalibrate_batchnorm,
         threads=threads,
         winograd=winograd,
