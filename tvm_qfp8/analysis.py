@@ -12,7 +12,7 @@ from tvm_qfp8.calibration import LayerEffect, Program, calibrate, first_samples,
 from tvm_qfp8.calibration.samples import Batches
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
-from tvm_qfp8.importers import load_model
+from tvm_qfp8.importers import Shapes, load_model
 from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.trained import take_trained
@@ -25,7 +25,7 @@ def sensitivity(
     *,
     calibration: Batches | None,
     params: Mapping[str, np.ndarray] | None = None,
-    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_shapes: Shapes | None = None,
     config: Config | None = None,
     samples: int = 4,
     progress: Callable[[str, int, int], None] | None = None,
@@ -60,7 +60,7 @@ def analyse(
     *,
     calibration: Batches | None,
     params: Mapping[str, np.ndarray] | None = None,
-    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_shapes: Shapes | None = None,
     config: Config | None = None,
     samples: int = 4,
     progress: Callable[[str, int, int], None] | None = None,

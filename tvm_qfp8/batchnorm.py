@@ -19,7 +19,7 @@ from tvm_qfp8.calibration.samples import Batches
 from tvm_qfp8.calibration.stored_samples import StoredSamples
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
-from tvm_qfp8.importers import Imported, load_model
+from tvm_qfp8.importers import Imported, Shapes, load_model
 from tvm_qfp8.relay_passes.batchnorm_marks import (
     find_batchnorms,
     mark_batchnorms,
@@ -35,7 +35,7 @@ def recalibrate_batchnorm(
     calibration: Batches,
     *,
     params: Mapping[str, np.ndarray] | None = None,
-    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_shapes: Shapes | None = None,
     config: Config | None = None,
     metric: Metric | None = None,
     progress: Progress | None = None,

@@ -30,7 +30,7 @@ from tvm_qfp8.config import Config
 from tvm_qfp8.cpu_features import used_features
 from tvm_qfp8.cuda_code import register_compiler
 from tvm_qfp8.errors import CalibrationError
-from tvm_qfp8.importers import load_model
+from tvm_qfp8.importers import Shapes, load_model
 from tvm_qfp8.linker import architecture
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
 from tvm_qfp8.relay_passes.for_cuda import ForCuda
@@ -117,7 +117,7 @@ def compile(  # noqa: A001 - the public name
     target: Any = "llvm",
     *,
     params: Mapping[str, np.ndarray] | None = None,
-    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_shapes: Shapes | None = None,
     calibration: Calibration = None,
     config: Config | None = None,
     tuning_logs: str | os.PathLike | ScheduleChooser | None = None,
@@ -135,7 +135,8 @@ def compile(  # noqa: A001 - the public name
     params : dict of name to array
         Parameters of a Relax module that are not bound yet.
     input_shapes : dict of name to shape
-        Needed where the model leaves dimensions open.
+        Needed where the model leaves dimensions open. A name instead of the first extent of every input leaves the
+        batch open: ``run`` then takes any number of samples, one after the other.
     calibration : iterable of ``{input name: array}``, path of an .npz, or None
         Samples with the inputs' full shapes; None quantizes weights only.
     config : Config
@@ -228,7 +229,9 @@ def compile(  # noqa: A001 - the public name
         cpu = {"architecture": architecture(parsed), "features": used_features(host)}
         check_finite = config.check_finite and quantized
         device = str(parsed.kind.name).replace("llvm", "cpu")
-        metadata = encode_metadata(inputs, outputs, report, versions, check_finite, cpu, device)
+        metadata = encode_metadata(
+            inputs, outputs, report, versions, check_finite, cpu, device, imported.batch
+        )
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
         if on_gpu:

@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tvm_qfp8.report import Report
 from tvm_qfp8.shared_object import check_shared_object
 
 METADATA_FUNCTION = "qfp8_metadata"
-METADATA_FORMAT = 3
+METADATA_FORMAT = 4
 LOAD_FUNCTION = "qfp8_load"
 """Fills what kernels keep in memory; without it the first call does."""
 LOADED = "bytes of transformed 3x3 filters, in memory only"
@@ -67,11 +67,12 @@ def encode_metadata(
     check_finite: bool,
     cpu: Mapping[str, Any],
     device: str = "cpu",
+    batch: str | None = None,
 ) -> np.ndarray:
     """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant.
 
     ``cpu`` is ``{"architecture": str, "features": [LLVM's names]}`` of the CPU that the module may run on,
-    ``device`` what runs its kernels, ``"cpu"`` or ``"cuda"``.
+    ``device`` what runs its kernels, ``"cpu"`` or ``"cuda"``, ``batch`` the name of an open batch.
     """
     data = {
         "format": METADATA_FORMAT,
@@ -82,6 +83,7 @@ def encode_metadata(
         "check_finite": check_finite,
         "cpu": dict(cpu),
         "device": device,
+        "batch": batch,
     }
     return np.frombuffer(json.dumps(data).encode(), np.uint8).copy()
 
@@ -124,6 +126,9 @@ class CompiledModule:
     Attributes
     ----------
     inputs, outputs : list of TensorInfo
+        With an open batch those of one sample.
+    batch : str or None
+        Name of an open batch: ``run`` takes any number of samples, one after the other.
     report : Report
     """
 
@@ -141,6 +146,7 @@ class CompiledModule:
         self.versions: dict[str, str] = data["versions"]
         self.check_finite: bool = data["check_finite"]
         self.cpu: dict[str, Any] = data["cpu"]
+        self.batch: str | None = data["batch"]
         self.device = tvm.device(data["device"], 0)
         self._module, self._executable, self._target = module, executable, target
 
@@ -197,6 +203,26 @@ class CompiledModule:
         if len(arrays) != len(self.inputs):
             names = ", ".join(i.name for i in self.inputs)
             raise InputError(f"{len(arrays)} arrays given, the module has {len(self.inputs)} inputs: {names}")
+        return self._call(arrays) if self.batch is None else self._call_by_sample(arrays)
+
+    def _call_by_sample(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        arrays = [np.asarray(array) for array in arrays]
+        counts = {
+            info.name: len(array) if array.ndim else 0
+            for info, array in zip(self.inputs, arrays, strict=True)
+        }
+        if len(set(counts.values())) > 1:
+            found = ", ".join(f"{count} in {name!r}" for name, count in counts.items())
+            raise InputError(f"inputs have different numbers of samples: {found}")
+        count = next(iter(counts.values()), 1)
+        results = [self._call([array[i : i + 1] for array in arrays]) for i in range(count)]
+        if results:
+            return [np.concatenate(parts) for parts in zip(*results, strict=True)]
+        for info, array in zip(self.inputs, arrays, strict=True):
+            self._check_kind(info, (1, *array.shape[1:]), array.dtype)
+        return [np.empty((0, *info.shape[1:]), info.dtype) for info in self.outputs]
+
+    def _call(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         machine = self.virtual_machine
         tensors = [self._check(info, array) for info, array in zip(self.inputs, arrays, strict=True)]
         result = machine["main"](*tensors)
@@ -217,21 +243,23 @@ class CompiledModule:
 
     def _check(self, info: TensorInfo, value: np.ndarray):
         array = np.asarray(value)
-        if tuple(array.shape) != info.shape:
-            raise InputError(
-                f"input {info.name!r} has shape {tuple(array.shape)}, the module takes {info.shape}"
-            )
-        if str(array.dtype) != info.dtype:
-            raise InputError(
-                f"input {info.name!r} has dtype {array.dtype}, the module takes {info.dtype}; "
-                f"convert it with .astype({info.dtype!r})"
-            )
+        self._check_kind(info, array.shape, array.dtype)
         if self.check_finite and array.dtype.kind == "f" and not np.isfinite(array).all():
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
             raise InputError(
                 f"input {info.name!r} is {array[index]} at index {index}; quantized layers need finite values"
             )
         return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(info.shape), self.device)
+
+    @staticmethod
+    def _check_kind(info: TensorInfo, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if tuple(shape) != info.shape:
+            raise InputError(f"input {info.name!r} has shape {tuple(shape)}, the module takes {info.shape}")
+        if str(dtype) != info.dtype:
+            raise InputError(
+                f"input {info.name!r} has dtype {dtype}, the module takes {info.dtype}; "
+                f"convert it with .astype({info.dtype!r})"
+            )
 
     def time_evaluator(
         self, inputs: Mapping[str, np.ndarray], repeat: int = 10, number: int = 1

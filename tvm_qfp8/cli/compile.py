@@ -31,7 +31,11 @@ def compile_model(
     ] = None,
     input_shape: Annotated[
         list[str] | None,
-        typer.Option("--input-shape", "-s", help="NAME=1,3,224,224 where the model leaves dimensions open."),
+        typer.Option(
+            "--input-shape",
+            "-s",
+            help="NAME=1,3,224,224 where the model leaves dimensions open; NAME=N,... for any batch.",
+        ),
     ] = None,
     max_error: Annotated[
         float,

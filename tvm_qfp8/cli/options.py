@@ -14,21 +14,24 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def parse_shapes(texts: list[str]) -> dict[str, tuple[int, ...]]:
-    """``["name=1,3,224,224"]`` as ``{"name": (1, 3, 224, 224)}``.
+def parse_shapes(texts: list[str]) -> dict[str, tuple[int | str, ...]]:
+    """``["name=1,3,224,224"]`` as ``{"name": (1, 3, 224, 224)}``; the first extent may be a name, for an open batch.
 
     Raises
     ------
     typer.BadParameter
         Anything else.
     """
-    shapes = {}
+    shapes: dict[str, tuple[int | str, ...]] = {}
     for text in texts:
         name, equals, extents = text.rpartition("=")
-        parts = extents.replace("x", ",").split(",")
-        if not equals or not name or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        parts = [part.strip() for part in extents.replace("x", ",").split(",")]
+        open_batch = len(parts) > 1 and parts[0].isidentifier()
+        numbers = parts[1:] if open_batch else parts
+        if not equals or not name or not all(part.isdigit() and int(part) > 0 for part in numbers):
             raise typer.BadParameter(f"{text!r} is not NAME=EXTENT,EXTENT,... as in image=1,3,224,224")
-        shapes[name] = tuple(int(part) for part in parts)
+        batch: tuple[int | str, ...] = (parts[0],) if open_batch else ()
+        shapes[name] = batch + tuple(int(part) for part in numbers)
     return shapes
 
 

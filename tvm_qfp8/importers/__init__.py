@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
+from tvm import relax
 
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.importers.imported import Imported
+from tvm_qfp8.importers.open_batch import Shapes, check_batch, close_batch
 from tvm_qfp8.importers.relax_module import from_relax
 
-__all__ = ["Imported", "load_model"]
+__all__ = ["Imported", "Shapes", "load_model"]
 
 
 def load_model(
     mod: Any,
     params: Mapping[str, np.ndarray] | None = None,
-    input_shapes: Mapping[str, tuple[int, ...]] | None = None,
+    input_shapes: Shapes | None = None,
 ) -> Imported:
     """Import a model.
 
@@ -30,7 +32,7 @@ def load_model(
     params : dict of name to array
         Values of a Relax module's parameters.
     input_shapes : dict of name to shape
-        For inputs whose dimensions the model leaves open.
+        For inputs whose dimensions the model leaves open. A name instead of the first extent leaves the batch open.
 
     Raises
     ------
@@ -39,8 +41,34 @@ def load_model(
     UnsupportedOperatorError
         The importer does not know an operator.
     """
+    given = input_shapes or {}
+    shapes, batch = close_batch(given)
+    imported = _load(mod, params or {}, shapes)
+    if batch is not None:
+        result = imported.mod["main"].ret_ty
+        results = list(result.fields) if isinstance(result, relax.TupleType) else [result]
+        parameters = [parameter.ty for parameter in imported.mod["main"].params]
+        check_batch(
+            batch,
+            given,
+            _extents(imported.input_names, parameters),
+            _extents(imported.output_names, results),
+        )
+        imported.batch = batch
+    return imported
+
+
+def _extents(names: Sequence[str], types: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(int(extent) for extent in type_.shape) for name, type_ in zip(names, types, strict=True)
+    }
+
+
+def _load(
+    mod: Any, params: Mapping[str, np.ndarray], input_shapes: Mapping[str, tuple[int, ...]]
+) -> Imported:
     if isinstance(mod, tvm.IRModule):
-        return from_relax(mod, params or {}, input_shapes or {})
+        return from_relax(mod, params, input_shapes)
     if isinstance(mod, str | os.PathLike):
         path = Path(mod)
         if path.suffix.lower() != ".onnx":
@@ -49,16 +77,16 @@ def load_model(
             )
         from tvm_qfp8.importers.onnx_model import from_onnx_path
 
-        return from_onnx_path(path, input_shapes or {})
+        return from_onnx_path(path, input_shapes)
     kind = type(mod).__module__.split(".")[0]
     if kind == "onnx":
         from tvm_qfp8.importers.onnx_model import from_onnx_model
 
-        return from_onnx_model(mod, input_shapes or {})
+        return from_onnx_model(mod, input_shapes)
     if kind == "torch":
         from tvm_qfp8.importers.torch_export import from_exported_program
 
-        return from_exported_program(mod, input_shapes or {})
+        return from_exported_program(mod, input_shapes)
     raise ModelError(
         f"a model of type {type(mod).__name__} is not known; give an .onnx path, onnx.ModelProto, "
         "torch.export.ExportedProgram or Relax IRModule"

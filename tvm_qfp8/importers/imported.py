@@ -19,9 +19,12 @@ class Imported:
         In the order of ``main``'s parameters and results.
     notes : list of str
         What a user should know, for the report.
+    batch : str or None
+        Name of a batch that stays open; ``mod`` is for one sample.
     """
 
     mod: tvm.IRModule
     input_names: list[str]
     output_names: list[str]
     notes: list[str] = field(default_factory=list)
+    batch: str | None = None
