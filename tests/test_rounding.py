@@ -63,7 +63,7 @@ def test_output_error_falls_and_codes_are_exact(name):
     for sample in samples:
         inputs.add(sample, sample, None)
     nearest = quantized_weight(linear)
-    rounded = rounded_on_data(linear, nearest, inputs)
+    rounded = rounded_on_data(linear, [nearest], inputs)
     shallow = nearest.codes.size // nearest.scale.size <= SHALLOW_DEPTH
     assert shallow != np.array_equal(rounded.scale, nearest.scale)
     assert rounded.codes.shape == nearest.codes.shape and rounded.axis == nearest.axis
@@ -90,7 +90,7 @@ def test_scales_of_shallow_layers_are_searched_with_the_codes(monkeypatch):
     inputs.add(x, x, None)
 
     def error():
-        change = rounded_on_data(linear, quantized_weight(linear), inputs).dequantize() - linear.weight
+        change = rounded_on_data(linear, [quantized_weight(linear)], inputs).dequantize() - linear.weight
         return float(linear.rows(linear.output(x, change)).var(axis=0).sum())
 
     searched = error()
@@ -103,7 +103,7 @@ def test_a_degenerate_covariance_keeps_the_nearest_codes():
     nearest = quantized_weight(linear)
     inputs = InputRows(linear, 1)
     inputs.add(np.ones((4, 20, 48), np.float32), np.ones((4, 20, 48), np.float32), None)
-    assert rounded_on_data(linear, nearest, inputs) is nearest
+    assert rounded_on_data(linear, [nearest], inputs) is nearest
 
 
 def test_columns_without_correlation_are_rounded_to_nearest():
@@ -144,7 +144,7 @@ def test_weights_make_up_for_the_error_of_their_input(name):
     pairs = [(received.astype(np.float32), exact) for received, exact in pairs]
     for received, exact in pairs[:8]:
         inputs.add(received, exact, None)
-    rounded = rounded_on_data(linear, nearest, inputs)
+    rounded = rounded_on_data(linear, [nearest], inputs)
 
     def output_error(weight):
         total = 0.0
@@ -169,3 +169,16 @@ def test_one_sample_is_not_enough_to_compensate():
     received = RNG.standard_normal((40, 24)).astype(np.float32)
     weight = RNG.standard_normal((1, 6, 24)).astype(np.float32)
     assert compensated(weight, moments(received, 0.9 * received), Moments(1, 24)) is weight
+
+
+@pytest.mark.parametrize("spread, layout", [(3.0, "E2M5"), (0.1, "E1M6")])
+def test_the_layout_that_errs_less_at_the_output(spread, layout):
+    """Weights of many sizes want fine small steps, weights of one size want linear ones."""
+    sizes = np.exp2(spread * RNG.standard_normal((96, 16)))
+    weight = relax.const((RNG.choice([-1, 1], (96, 16)) * sizes).astype(np.float32))
+    linear = linear_of((40, 5, 96), lambda x: relax.op.matmul(x, weight))
+    x = RNG.standard_normal((40, 5, 96)).astype(np.float32)
+    inputs = InputRows(linear, 1)
+    inputs.add(x, x, None)
+    nearest = [quantized_weight(linear, (name,)) for name in ("E2M5", "E1M6")]
+    assert rounded_on_data(linear, nearest, inputs).layout == layout

@@ -10,7 +10,8 @@ brings closer to the float32 output keeps it, so no channel gets worse on these 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -81,34 +82,70 @@ def can_round(linear: Linear) -> bool:
     return plain and _geometry(linear)[1] <= LARGEST_DEPTH
 
 
-def rounded_on_data(linear: Linear, weight: QTensor, inputs: InputRows) -> QTensor:
-    """``weight`` (rounded to nearest) with the codes, in shallow layers the scales too, of smaller output error.
+def rounded_on_data(linear: Linear, nearest: Sequence[QTensor], inputs: InputRows) -> QTensor:
+    """Codes, and in shallow layers scales, of small output error, in the layout that errs least with them.
 
-    The weight of ``linear`` is that which meets the activation as it is rounded: divided by its factors.
+    Channels count alike: a layer's output error is the sum of those of its channels, each relative to what the channel
+    puts out.
+
+    Parameters
+    ----------
+    linear : Linear
+        With the weight that meets the activation as it is rounded: divided by its factors.
+    nearest : sequence of QTensor
+        The weight rounded to nearest, in each layout that it may have.
+    inputs : InputRows
+
+    Returns
+    -------
+    QTensor; the first of ``nearest`` itself where the inputs do not tell.
     """
-    layout = get_layout(weight.layout)
-    exact, best = (_as_rows(linear, w) for w in (linear.weight, weight.dequantize()))
-    scale = np.asarray(weight.scale, np.float32).reshape(exact.shape[:2])
+    exact = _as_rows(linear, linear.weight)
     total = inputs.even + inputs.odd
     covariance, pull = total.covariance(), total.pull(exact)
     columns = ColumnRounding.of(covariance)
     if columns is None:
-        return weight
+        return nearest[0]
     aim = compensated(exact, inputs.even, inputs.odd)
-    least = output_error(best - exact, covariance, pull)
-    factors = SCALES if exact.shape[-1] <= SHALLOW_DEPTH else ONE_SCALE
-    chosen = scale
-    for factor in factors:
+    energy = output_error(exact, covariance, np.zeros_like(pull))
+    used = energy > 0
+    best, least = nearest[0], np.inf
+    for weight in nearest:
+        values, scale, error = _least_error(
+            columns,
+            aim,
+            _as_rows(linear, weight.dequantize()),
+            np.asarray(weight.scale, np.float32).reshape(exact.shape[:2]),
+            get_layout(weight.layout),
+            lambda rounded: output_error(rounded - exact, covariance, pull),
+        )
+        relative = float((error[used] / energy[used]).sum())
+        if relative < least:
+            codes = encode(
+                _from_rows(linear, values), scale.reshape(-1), get_layout(weight.layout), weight.axis
+            )
+            best, least = replace(weight, codes=codes, scale=scale.reshape(-1)), relative
+    return best
+
+
+def _least_error(
+    columns: ColumnRounding,
+    aim: np.ndarray,
+    nearest: np.ndarray,
+    scale: np.ndarray,
+    layout: Layout,
+    error_of: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, scales and errors of every channel: of ``nearest``, or of ``aim`` rounded at the best scale tried."""
+    values, chosen, least = nearest, scale, error_of(nearest)
+    for factor in SCALES if aim.shape[-1] <= SHALLOW_DEPTH else ONE_SCALE:
         tried = np.maximum(scale * factor, MIN_SCALE)
         found = columns.rounded(aim, tried, layout)
-        error = output_error(found - exact, covariance, pull)
+        error = error_of(found)
         better = error < least
         least, chosen = np.where(better, error, least), np.where(better, tried, chosen)
-        best = np.where(better[..., None], found, best)
-    scales = chosen.reshape(np.shape(weight.scale))
-    return QTensor(
-        encode(_from_rows(linear, best), scales, layout, weight.axis), scales, weight.layout, weight.axis
-    )
+        values = np.where(better[..., None], found, values)
+    return values, chosen, least
 
 
 @dataclass(frozen=True)

@@ -214,15 +214,13 @@ class Walk:
         name, source = linear.step.name, linear.source
         choice = self._choice(source)
         meets = linear if choice.activation is None else linear.meeting(choice.activation)
-        chosen = LinearQuantization(
-            quantized_weight(meets, LINEAR_WEIGHTS if self._multiplies_bytes(linear) else WEIGHTS),
-            choice.activation,
-            note=choice.note,
-            received=choice.distribution,
-        )
+        layouts = LINEAR_WEIGHTS if self._multiplies_bytes(linear) else WEIGHTS
         if can_round(linear):
-            inputs = self._input_rows(meets, choice.activation)
-            chosen = replace(chosen, weight=rounded_on_data(meets, chosen.weight, inputs))
+            nearest = [quantized_weight(meets, (layout,)) for layout in layouts]
+            codes = rounded_on_data(meets, nearest, self._input_rows(meets, choice.activation))
+        else:
+            codes = quantized_weight(meets, layouts)
+        chosen = LinearQuantization(codes, choice.activation, note=choice.note, received=choice.distribution)
         weight = chosen.weight.dequantize()
         by_rows = choice.activation is not None and choice.activation.by_rows
         kept, error = self._result(linear.step), OutputError(linear, relative=by_rows)
