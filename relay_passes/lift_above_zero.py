@@ -72,18 +72,15 @@ class _Rewriter(MainRewriter):
         self.shift: dict[relax.Var, float] = {}
 
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
-        self.keep(var, value)
-        source = value.args[0] if op_name(value) in LINEAR else None
-        if source in self.lifted:
+        if op_name(value) in LINEAR and value.args[0] in self.lifted:
             self._take_off(var, value)
             return
+        self.keep(var, value)
         dip = _dip(value)
         if dip and self._only_unpadded_linears_read(var):
             self.shift[var] = math.ceil((dip + MARGIN) * STEPS) / STEPS
-            shift = relax.const(np.float32(self.shift[var]))
-            self.lifted[var] = self.builder.emit(
-                relax.op.add(self.variables[var], shift), f"{var.name}_lifted"
-            )
+            lifted = relax.op.add(self.variables[var], relax.const(np.float32(self.shift[var])))
+            self.lifted[var] = self.builder.emit(lifted, f"{var.name}_lifted")
 
     def _only_unpadded_linears_read(self, var: relax.Var) -> bool:
         readers = self.readers.get(var, [])

@@ -10,6 +10,7 @@ from tvm_qfp8.compiler import compile
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name
 from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
+from tvm_qfp8.relay_passes.quantize_linear import LINEAR
 
 RNG = np.random.default_rng(0)
 ROWS, IMAGE = (1, 6, 16), (1, 5, 7, 16)
@@ -118,3 +119,19 @@ def test_without_calibration_nothing_is_shifted(monkeypatch):
 
     monkeypatch.setattr("tvm_qfp8.compiler.lift_above_zero", unexpected)
     compile(program([(ROWS, None)], dense), "llvm")
+
+
+@pytest.mark.parametrize("name", LIFTED)
+def test_layers_keep_their_names(name):
+    shape, emit = LIFTED[name]
+    mod = program([(shape, None)], emit)
+    names = [
+        [
+            b.var.name
+            for block in one["main"].body.blocks
+            for b in block.bindings
+            if op_name(b.value) in LINEAR
+        ]
+        for one in (mod, lift_above_zero(mod))
+    ]
+    assert names[0] == names[1]
