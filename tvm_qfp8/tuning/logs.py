@@ -14,6 +14,7 @@ missing or damaged costs a warning, and the default schedule is taken.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -109,6 +110,12 @@ def read_log(folder: Path) -> LogFile:
     return log
 
 
+@functools.lru_cache(maxsize=4)
+def _read_log_of(folder: Path, _changed: tuple[int, ...]) -> LogFile:
+    """``read_log``, once for each state of the files: a process may compile many models."""
+    return read_log(folder)
+
+
 def _lines(path: Path, problems: list[str]) -> Iterator[tuple[str, str]]:
     try:
         text = path.read_bytes().decode(errors="replace")
@@ -182,7 +189,8 @@ class LoggedSchedules:
         return fits
 
     def _read(self, folder: Path) -> None:
-        log = read_log(folder)
+        files = (folder / WORKLOADS, folder / RECORDS)
+        log = _read_log_of(folder, tuple(path.stat().st_mtime_ns for path in files if path.exists()))
         if log.problems:
             more = f" and {len(log.problems) - 1} more" if len(log.problems) > 1 else ""
             _warn(f"damaged: {log.problems[0]}{more}")
