@@ -66,6 +66,16 @@ def test_the_best_schedule_is_found_logged_and_used(tmp_path, workload):
     assert list(chooser.used) == [workload.key]
 
 
+def test_more_threads_take_the_tiles_of_one_and_share_as_by_default(log, workload):
+    from dataclasses import replace
+
+    two = replace(workload, threads=2)
+    best, _ = choose(log.parent, workload)
+    expected = best.decisions() | {"parallel_rows": two.default()["parallel_rows"]}
+    schedule, caught = choose(log.parent, two)
+    assert schedule.decisions() == expected and not caught
+
+
 def test_a_second_run_goes_on_where_the_first_ended(tmp_path, workload):
     tune(tmp_path, workload, CountingMeasurer(), 10)
     again = CountingMeasurer()

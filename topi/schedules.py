@@ -36,6 +36,9 @@ _TILE = 8
 REVISION = 2
 """To be raised when the kernels change so much that old measurements no longer compare."""
 
+SHARING = ("parallel_rows",)
+"""Decisions on how threads share the work."""
+
 Decisions = dict[str, int]
 Space = dict[str, tuple[int, ...]]
 

@@ -21,7 +21,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tvm.target import Target, codegen
 
 from tvm_qfp8.targets import cpu_features
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.schedules import Decisions
+from tvm_qfp8.topi.schedules import SHARING, Decisions
 from tvm_qfp8.tuning.search import read_decisions
 from tvm_qfp8.tuning.workload import ATTRIBUTE, Workload, template
 
@@ -153,6 +153,8 @@ def best_schedule(times: Mapping[tuple, float], default: tuple) -> tuple:
 class LoggedSchedules:
     """A ``ScheduleChooser``: the best logged schedule of a workload, else the default.
 
+    Several threads take the schedule of one thread where the log has none for them.
+
     Parameters
     ----------
     target : tvm.target.Target
@@ -206,6 +208,19 @@ class LoggedSchedules:
 
     def _choose(self, workload: Workload) -> Any:
         default = workload.default()
+        decisions = self._best(workload)
+        if decisions is None and workload.threads > 1:
+            # Tiles that are best for one thread are good for several; how these share the work is not in its log.
+            alone = self._best(replace(workload, threads=1))
+            shared = {name: default[name] for name in SHARING if name in default}
+            decisions = alone and alone | shared
+        if decisions is None or not workload.allows(decisions):
+            return workload.schedules.from_decisions(default)
+        self.used[workload.key] = decisions
+        return workload.schedules.from_decisions(decisions)
+
+    def _best(self, workload: Workload) -> Decisions | None:
+        """The best decisions in the log, None without any."""
         times: dict[tuple, float] = {}
         damaged = 0
         for record in self._records.get(workload.key, []):
@@ -220,11 +235,7 @@ class LoggedSchedules:
                 damaged += 1
         if damaged:
             _warn(f"holds {damaged} records of {workload} that are no schedules of this version")
-        if not times:
-            return workload.schedules.from_decisions(default)
-        decisions = dict(best_schedule(times, tuple(default.items())))
-        self.used[workload.key] = decisions
-        return workload.schedules.from_decisions(decisions)
+        return dict(best_schedule(times, tuple(workload.default().items()))) if times else None
 
 
 def _warn(problem: str) -> None:
