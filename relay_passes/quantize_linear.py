@@ -229,26 +229,31 @@ class _Rewriter(MainRewriter):
 
     def _product(self, var: relax.Var, value: relax.Call) -> None:
         x, y = value.args
-        straight = self._last_two_swapped(y)
-        source = y if straight is None else straight
+        source, axes = self._last_two_swapped(y) or (y, None)
         if var.name in self.plan.products:
             (x_layout, x_scale), (y_layout, y_scale) = self.plan.products[var.name]
-            operands = self._encode(x, x_layout, x_scale), self._encode(source, y_layout, y_scale)
+            left, right = self._encode(x, x_layout, x_scale), self._encode(source, y_layout, y_scale)
             scale = float(np.float32(x_scale) * np.float32(y_scale))
         else:
-            operands, scale = (self.expression(x), self.expression(source)), 1.0
-        call = qfp8_ops.batch_matmul(*operands, scale, transpose_y=straight is not None)
+            left, right, scale = self.expression(x), self.expression(source), 1.0
+        if axes is not None and axes != sorted(axes):
+            right = self.builder.emit(relax.op.permute_dims(right, axes))
+        call = qfp8_ops.batch_matmul(left, right, scale, transpose_y=axes is not None)
         self.variables[var] = self.builder.emit(call, var.name)
 
-    def _last_two_swapped(self, var: relax.Expr) -> relax.Var | None:
-        """x where ``var = permute_dims(x)`` exchanges just the last two axes."""
+    def _last_two_swapped(self, var: relax.Expr) -> tuple[relax.Var, list[int]] | None:
+        """(x, axes) where ``var`` is ``permute_dims(x, axes)`` with the last two axes exchanged.
+
+        Only where the values of a row stay together without the exchange: moving rows is much cheaper.
+        """
         value: Any = self.definition.get(var) if isinstance(var, relax.Var) else None
         if op_name(value) != "relax.permute_dims" or value.attrs.axes is None:
             return None
         axes = [int(axis) for axis in value.attrs.axes]
         rank = len(axes)
-        swapped = [*range(rank - 2), rank - 1, rank - 2]
-        return value.args[0] if axes == swapped and isinstance(value.args[0], relax.Var) else None
+        straight = [*axes[:-2], axes[-1], axes[-2]]
+        rows_stay = rank >= 2 and straight[-1] == rank - 1
+        return (value.args[0], straight) if rows_stay and isinstance(value.args[0], relax.Var) else None
 
     def _encode_rows(
         self, expr: relax.Expr, activation: ActivationQuantization
