@@ -27,6 +27,11 @@ SLAB_BYTES = 128 * 1024
 REGISTER_DECODE_ROWS = 6
 """Up to so many rows weights are decoded in registers instead of through a scratch panel."""
 
+MOST_IMAGE_CHANNELS = 4
+IMAGE_TILE = 4, 1
+"""(rows, vectors) for convolutions of so few channels with AVX-512: their pixels' addresses take registers, too. A tile
+that fills the registers takes twice as long there (tuning_logs, "conv2d 224x224x3")."""
+
 PREFETCH_TILES = 16
 """With more tiles a panel is computed so long that fetching the next one hardly counts."""
 
@@ -154,6 +159,9 @@ class ConvSchedule:
     @classmethod
     def default(cls, isa: InstructionSet, shape: ConvShape, threads: int) -> ConvSchedule:
         tile = isa.tile(shape.out_width, shape.out_channels // shape.groups, row_length=shape.out_width)
+        is_image = shape.channels <= MOST_IMAGE_CHANNELS and shape.out_width >= IMAGE_TILE[0]
+        if isa.name == "avx512" and is_image:
+            tile = IMAGE_TILE
         return cls(*tile, SCRATCH_BYTES, 1, shape.out_height >= 2 * threads)
 
     @classmethod
