@@ -179,11 +179,11 @@ class _Rewriter(MainRewriter):
         a = np.tile(scale, channels // len(scale))
         x, image, row_scales = value.args[0], None, None
         activation = None if quantization is None else quantization.activation
-        if quantization is None or activation is None:
+        if quantization is not None and quantization.bias_correction is not None:
+            bias = (bias - quantization.bias_correction).astype(np.float32)
+        if activation is None:
             x = self.expression(x)
         else:
-            if quantization.bias_correction is not None:
-                bias = (bias - quantization.bias_correction).astype(np.float32)
             if activation.scale is None:
                 x, row_scales = self._encode_rows(x, activation)
             else:

@@ -111,6 +111,18 @@ def test_a_compiled_network_errs_less():
     assert 10 * np.log10(np.square(exact - exact.mean()).sum() / np.square(error).sum()) > 35
 
 
+def test_a_float32_activation_meets_the_corrected_bias(monkeypatch):
+    """Rounded weights make the constant's share another one also where the activation stays float32."""
+    monkeypatch.setattr("tvm_qfp8.overflow_guard.INT32_LIMIT", 1)
+    mod = program([(IMAGE, None)], conv)
+    samples = [{"x0": RNG.standard_normal(IMAGE).astype(np.float32)} for _ in range(8)]
+    module = compile(mod, "llvm", calibration=samples)
+    (layer,) = (layer for layer in module.report.layers if layer.operator == "conv2d")
+    assert layer.activation_layout == "float32"
+    errors = np.concatenate([module.run(x)[0] - evaluate(mod, x)[0] for x in samples])
+    assert np.abs(errors.mean(axis=(0, 1, 2))).max() < 0.6 * errors.std()
+
+
 def test_without_calibration_nothing_is_shifted(monkeypatch):
     """Nothing would take the constant's error off the bias."""
 

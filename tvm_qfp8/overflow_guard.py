@@ -17,4 +17,4 @@ def keep_sums_in_int32(plan: QuantizationPlan) -> None:
         axis = weight.axis if weight.axis is not None else 0
         if largest_sum(weight.codes, axis, weight.layout, linear.activation.layout) >= INT32_LIMIT:
             note = "sums could overflow int32: the activation stays float32"
-            plan.linear[name] = replace(linear, activation=None, bias_correction=None, note=note)
+            plan.linear[name] = replace(linear, activation=None, note=note)
