@@ -20,7 +20,11 @@ from tvm import relax, tirx
 from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.evaluate import evaluate_constant_call
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
+
+OF_SHAPE = ("relax.full_like", "relax.zeros_like", "relax.ones_like", "relax.shape_of")
+"""Operators that ask a tensor for its shape and type only."""
 
 
 @tvm.transform.module_pass(opt_level=0, name="FoldConstants")
@@ -46,6 +50,8 @@ class _Rewriter(MainRewriter):
 
     def _fold(self, call: relax.Call) -> np.ndarray | None:
         arguments = [self._value(argument) for argument in call.args]
+        if op_name(call) in OF_SHAPE and arguments[0] is None and static_shape(call.args[0]) is not None:
+            arguments[0] = np.broadcast_to(np.float32(0), shape_of(call.args[0]))
         if not arguments or any(argument is None for argument in arguments):
             return None
         return evaluate_constant_call(call, arguments)

@@ -12,10 +12,12 @@ from tvm import relax
 
 from tvm_qfp8.relay_passes.canonicalize import Canonicalize
 from tvm_qfp8.relay_passes.choose_layout import ChooseLayout
+from tvm_qfp8.relay_passes.compare_booleans import CompareBooleans
 from tvm_qfp8.relay_passes.flatten_columns import FlattenColumns
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
+from tvm_qfp8.relay_passes.hoist_scales import HoistScales
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
 from tvm_qfp8.relay_passes.recognize import Recognize
@@ -35,6 +37,8 @@ def prepare_passes() -> list:
         FoldConstants(),
         # -- what quantization-aware training decided becomes a mark on each layer
         ClaimTrained(),
+        # -- what TVM generates no code for
+        CompareBooleans(),
         # -- bounds in one form, nothing that does nothing
         LiftClip(),
         Canonicalize(),
@@ -51,6 +55,7 @@ def prepare_passes() -> list:
         SinkReshapes(),
         SimplifyViews(),
         # -- scales and shifts of channels, BatchNorm above all, into the linear layer before them
+        HoistScales(),
         FoldBatchnorm(),
         relax.transform.FoldConstant(),
         relax.transform.CanonicalizeBindings(),

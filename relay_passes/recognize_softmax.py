@@ -11,11 +11,19 @@ After::
 
     lv3 = R.nn.softmax(x, axis=-1)
 
+torch's attention gives 0 where a mask leaves nothing of a row, which softmax does here (``topi/softmax.py``)::
+
+    lv = R.logical_not(R.equal(x, R.const(-inf)))
+    lv1 = R.logical_not(R.astype(R.max(R.astype(lv, "int8"), axis=[-1], keepdims=True), "bool"))
+    lv2 = R.where(lv1, R.const(zeros), R.nn.softmax(x, axis=-1))
+
 Log-softmax is the logarithm of a softmax, or the difference ``(x - m) - log(s)`` or ``x - (log(s) + m)``, where m is
 the maximum above and s the sum of ``exp(x - m)``; both become ``R.nn.log_softmax``.
 """
 
 from __future__ import annotations
+
+import math
 
 import tvm
 from tvm import relax
@@ -35,7 +43,9 @@ class RecognizeSoftmax:
 class _Rewriter(MainRewriter):
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         make, found = relax.op.nn.softmax, None
-        if op_name(value) == "relax.divide":
+        if op_name(value) == "relax.where":
+            found = self._guarded_softmax(value)
+        elif op_name(value) == "relax.divide":
             found = self._softmax(value)
         elif op_name(value) in ("relax.subtract", "relax.log"):
             make = relax.op.nn.log_softmax
@@ -58,6 +68,31 @@ class _Rewriter(MainRewriter):
         x = exponential.args[0]
         shifted = self._shifted(x, axis)
         return (x if shifted is None else shifted[0]), axis
+
+    def _guarded_softmax(self, value: relax.Call) -> tuple[relax.Expr, int] | None:
+        """(x, axis) where the value is the softmax of x, or 0 in rows of only -infinity."""
+        nothing, zeros, result = value.args
+        softmax = self._defined(result, "relax.nn.softmax")
+        if softmax is None or not self._all_equal(zeros, 0.0):
+            return None
+        anything = self._argument(nothing, "relax.logical_not")
+        counted = self._defined(self._argument(anything, "relax.astype"), "relax.max")
+        finite = self._argument(counted.args[0], "relax.astype") if counted is not None else None
+        compared = self._defined(self._argument(finite, "relax.logical_not"), "relax.equal")
+        axis = int(softmax.attrs.axis) % len(shape_of(softmax.args[0]))
+        if counted is None or compared is None or _one_axis(counted) != axis:
+            return None
+        same = compared.args[0].same_as(softmax.args[0])
+        return (softmax.args[0], axis) if same and self._all_equal(compared.args[1], -math.inf) else None
+
+    def _argument(self, expr: relax.Expr | None, name: str) -> relax.Expr | None:
+        """The only argument of the call that ``expr`` is bound to."""
+        call = self._defined(expr, name)
+        return None if call is None else call.args[0]
+
+    def _all_equal(self, expr: relax.Expr, number: float) -> bool:
+        constant = self.constant(expr)
+        return constant is not None and bool((constant.value.numpy() == number).all())
 
     def _shifted(self, expr: relax.Expr, axis: int) -> tuple[relax.Expr, relax.Expr] | None:
         """(x, m) where ``expr`` is x less its maximum m along the axis."""
@@ -100,7 +135,7 @@ class _Rewriter(MainRewriter):
                     return x, axis
         return None
 
-    def _defined(self, expr: relax.Expr, name: str) -> relax.Call | None:
+    def _defined(self, expr: relax.Expr | None, name: str) -> relax.Call | None:
         value = self.definition.get(expr) if isinstance(expr, relax.Var) else None
         return value if op_name(value) == name else None
 

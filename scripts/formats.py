@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ for _variable in ("OMP_NUM_THREADS", "TVM_NUM_THREADS"):
 
 import numpy as np  # noqa: E402
 from format_study.formats import FORMATS  # noqa: E402
-from format_study.simulate import Network, Quantized, RoundedWeights  # noqa: E402
+from format_study.simulate import NearestWeights, Network, Quantized  # noqa: E402
 
 from tvm_qfp8.importers import load_model  # noqa: E402
 from tvm_qfp8.relay_passes.prepare import prepare  # noqa: E402
@@ -30,7 +31,8 @@ from zoo.fetch import cache_dir  # noqa: E402
 from zoo.machine import describe_machine  # noqa: E402
 from zoo.task import BOOTSTRAP_SEED, Run, Task, sqnr_db  # noqa: E402
 
-MODELS = ("mobilenetv2", "minilm", "ppocr")
+MODELS = ("mobilenetv2", "fashion_resnet", "minilm", "ppocr")
+RESNET_SEEDS = (1, 2, 3)
 MODES = {"weights": False, "weights and activations": True}
 RESAMPLES = 1000
 
@@ -47,12 +49,21 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "formats.json")
     arguments = parser.parse_args()
     record = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    for name in arguments.models:
-        study = Study(name, arguments)
-        if record.get(name, {}).get("conditions") != study.conditions:
-            record[name] = {"conditions": study.conditions, "cases": []}
-        study.fill(record[name], lambda: _write(arguments.output, record))
+    for study in _studies(arguments):
+        if record.get(study.name, {}).get("conditions") != study.conditions:
+            record[study.name] = {"conditions": study.conditions, "cases": []}
+        study.fill(record[study.name], lambda: _write(arguments.output, record))
     return 0
+
+
+def _studies(arguments: argparse.Namespace) -> Iterator[Study]:
+    for name in arguments.models:
+        model: Any = importlib.import_module(f"zoo.{name}")
+        if name == "fashion_resnet":
+            for seed in RESNET_SEEDS:
+                yield Study(f"{name} {seed}", model, model.onnx_path(seed), arguments)
+        else:
+            yield Study(name, model, model.onnx_path(), arguments)
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -63,9 +74,8 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 class Study:
     """All cases of one model; outcomes of tasks are kept in the cache, for the differences between formats."""
 
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        self.name, self.arguments = name, arguments
-        self.model: Any = importlib.import_module(f"zoo.{name}")
+    def __init__(self, name: str, model: Any, file: Path, arguments: argparse.Namespace) -> None:
+        self.name, self.model, self.file, self.arguments = name, model, file, arguments
         self.samples = self.model.calibration(arguments.samples)
         self.probes = self.model.probes(arguments.quick)
         self.tasks: list[Task] = [] if arguments.no_tasks else self.model.tasks(arguments.quick)
@@ -89,17 +99,17 @@ class Study:
         ]
         if not missing:
             return
-        imported = load_model(str(self.model.onnx_path()), input_shapes=self.model.input_shapes())
+        imported = load_model(str(self.file), input_shapes=self.model.input_shapes())
         network = Network(prepare(imported.mod), self.samples)
         exact = np.concatenate([network.compare(probe) for probe in self.probes])
         self._outcomes("float32", "", network.run)
         record["scores"] = {task.name: task.score(self._stored("float32", "", task)) for task in self.tasks}
-        rounded: RoundedWeights | None = None
+        nearest: NearestWeights | None = None
         for one, mode in missing:
             started = time.perf_counter()
-            if rounded is None or rounded.format is not one:
-                rounded = RoundedWeights(network, one)
-            quantized = Quantized(network, rounded, MODES[mode])
+            if nearest is None or nearest.format is not one:
+                nearest = NearestWeights(network, one)
+            quantized = Quantized(network, nearest, MODES[mode])
             found = np.concatenate([quantized.compare(probe) for probe in self.probes])
             self._outcomes(one.name, mode, quantized.run)
             case = {
@@ -117,7 +127,7 @@ class Study:
 
     def _path(self, format_: str, mode: str, task: Task) -> Path:
         label = f"{format_} {mode} {task.name} {task.items} {len(self.samples)}".replace(" ", "-")
-        return cache_dir("formats", self.name) / f"{label}.npy"
+        return cache_dir("formats", self.name.replace(" ", "-")) / f"{label}.npy"
 
     def _outcomes(self, format_: str, mode: str, run: Run) -> None:
         for task in self.tasks:

@@ -10,6 +10,7 @@ from tvm_qfp8.calibration import evaluate
 from tvm_qfp8.relay_passes.canonicalize import Canonicalize
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
+from tvm_qfp8.relay_passes.hoist_scales import HoistScales
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
@@ -190,6 +191,41 @@ def test_scales_that_cannot_fold():
     check(along_rows, ["relax.matmul", "relax.multiply"], FoldBatchnorm())
     inverse = lambda e, x: op.divide(random(4), e(op.matmul(x, random(5, 4))))  # noqa: E731
     check(inverse, ["relax.matmul", "relax.divide"], FoldBatchnorm())
+
+
+def heads(e, y):
+    return e(op.permute_dims(e(op.reshape(y, (2, 12, 2, 2))), [0, 2, 1, 3]))
+
+
+@pytest.mark.parametrize("by", ["multiply", "divide"])
+def test_scales_of_heads_fold(by):
+    """Attention scales its queries after they are cut into heads."""
+
+    def emit(e, x):
+        y = e(op.add(e(op.matmul(e(op.reshape(x, (2, 12, 5))), random(5, 4))), random(4)))
+        scaled = getattr(op, by)(heads(e, y), const(0.25))
+        return op.permute_dims(e(scaled), [0, 1, 3, 2])
+
+    views = ["relax.reshape", "relax.permute_dims", "relax.permute_dims"]
+    expected = ["relax.reshape", "relax.matmul", "relax.add", *views]
+    check(emit, expected, tvm.transform.Sequential([HoistScales(), FoldBatchnorm()]), rtol=1e-4)
+
+
+def test_scales_that_stay_where_they_are():
+    def shared(e, x):
+        y = e(op.matmul(e(op.reshape(x, (2, 12, 5))), random(5, 4)))
+        cut = heads(e, y)
+        return op.add(e(op.multiply(cut, const(0.25))), cut)
+
+    expected = ["relax.reshape", "relax.matmul", "relax.reshape", "relax.permute_dims"]
+    check(shared, [*expected, "relax.multiply", "relax.add"], HoistScales())
+    nonlinear = lambda e, x: op.multiply(heads(e, e(op.tanh(random(2, 12, 4)))), const(0.5))  # noqa: E731
+    check(nonlinear, ["relax.tanh", "relax.reshape", "relax.permute_dims", "relax.multiply"], HoistScales())
+
+
+def test_what_depends_on_a_shape_only_is_constant():
+    filled = lambda e, x: op.add(x, e(op.full_like(e(op.negative(x)), const(2))))  # noqa: E731
+    check(filled, ["relax.add"], FoldConstants())
 
 
 def test_constants_fold():

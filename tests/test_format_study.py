@@ -8,7 +8,7 @@ import pytest
 from format_study.formats import FORMATS
 from format_study.grids import GRIDS
 from format_study.scales import Histogram, weight_scale
-from format_study.simulate import Network, Quantized, RoundedWeights
+from format_study.simulate import NearestWeights, Network, Quantized
 from tvm import relax
 
 from tvm_qfp8.calibration.fake_quantize import fake_quantize
@@ -84,7 +84,7 @@ def test_a_quantized_network_is_corrected_on_its_samples():
     samples = [{"x": rng.normal(1, 1, (1, 8)).astype(np.float32)} for _ in range(16)]
     network = Network(_softmax_model(), samples)
     (format_,) = (one for one in FORMATS if one.name == "E5M2")
-    quantized = Quantized(network, RoundedWeights(network, format_), activations=True)
+    quantized = Quantized(network, NearestWeights(network, format_), activations=True)
     exact, found = (np.concatenate([n.compare(one) for one in samples]) for n in (network, quantized))
     assert 0 < np.abs(exact - found).max() < 0.5
     np.testing.assert_allclose(found.mean(0), exact.mean(0), atol=1e-5)

@@ -341,6 +341,36 @@ def test_torch_with_open_dimensions_and_bad_weights():
         load_model(torch.export.export(net, (torch.zeros(2, 4),)))
 
 
+def test_shapes_behind_computed_shapes_are_found(monkeypatch):
+    """Window attention pads by what its input leaves over: one round of the simplifier finds the first such shape."""
+    constants = {"first": np.array([0], np.int64), "rest": np.array([-1], np.int64)}
+    nodes, x = [], "x"
+    for i in range(3):
+        names = [f"{part}{i}" for part in ("shape", "rows", "wanted", "x")]
+        nodes += [
+            node("Shape", [x], names[:1]),
+            node("Gather", [names[0], "first"], names[1:2]),
+            node("Concat", [names[1], "rest"], names[2:3], axis=0),
+            node("Reshape", [x, names[2]], names[3:]),
+        ]
+        x = names[3]
+    rounds = 0
+
+    def one_shape_a_round(made, **_):
+        nonlocal rounds
+        rounds += 1
+        result = onnx.ModelProto()
+        result.CopyFrom(made)
+        shape = next(n for n in result.graph.node if n.op_type == "Shape")
+        result.graph.initializer.append(numpy_helper.from_array(np.array([6, 5]), shape.output[0]))
+        result.graph.node.remove(shape)
+        return result
+
+    monkeypatch.setattr("onnxslim.slim", one_shape_a_round)
+    imported = load_model(model(nodes, {"x": (6, 5)}, {x: (6, 5)}, constants))
+    assert rounds == 3 and imported.mod["main"].ret_ty.shape[0].value == 6
+
+
 def test_shapes_are_inferred_without_the_weights():
     weight = np.ones((64, 3, 5, 5), np.float32)  # large enough to be left out; the new shape is not
     nodes = [

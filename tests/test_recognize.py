@@ -161,6 +161,23 @@ def test_softmax(shifted):
     np.testing.assert_allclose(evaluate(mod, {"x": x})[0], evaluate(build(emit), {"x": x})[0], atol=1e-6)
 
 
+def guarded_softmax(axis):
+    """As torch.export decomposes scaled_dot_product_attention."""
+
+    def emit(e, x):
+        some = e(op.logical_not(e(op.equal(x, const(-np.inf)))))
+        counted = e(op.max(e(op.astype(some, "int8")), axis=[axis], keepdims=True))
+        nothing = e(op.logical_not(e(op.astype(counted, "bool"))))
+        return op.where(nothing, const(np.zeros((2, 3, 32))), e(op.nn.softmax(x, axis=-1)))
+
+    return emit
+
+
+def test_softmax_that_guards_against_a_mask_that_leaves_nothing():
+    assert operators(RecognizeSoftmax()(build(guarded_softmax(-1)))) == ["relax.nn.softmax"]
+    assert len(operators(RecognizeSoftmax()(build(guarded_softmax(0))))) > 1
+
+
 def test_a_sum_over_another_axis_is_no_softmax():
     def emit(e, x):
         exponential = e(op.exp(e(op.subtract(x, e(op.max(x, [1], True))))))

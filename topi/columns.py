@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, sub, with_lanes
+from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, inverse_sum, mul, sub, with_lanes
 from tvm_qfp8.topi.panels import overlapped_start
 from tvm_qfp8.topi.prim_func import load, store
 from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
@@ -46,7 +46,7 @@ class Column:
     def largest(self):
         """The greatest value of each column."""
         found = T.alloc_buffer((self.lanes,), "float32", scope="local", align=64)
-        store(found, 0, self._constant(float("-inf")), self.lanes)
+        store(found, 0, self._constant(LOWEST), self.lanes)
         with T.serial(0, self.length) as i:
             greatest = tirx.max(load(found, 0, self.lanes), bind(self._read(i)))
             store(found, 0, greatest, self.lanes)
@@ -96,11 +96,11 @@ def for_each_columns(shape: tuple[int, int, int], threads: int, body: Callable[.
 
 
 def emit_column_softmax(column: Column, exp: Callable, finish: Callable) -> None:
-    """exp(x - max) / sum; ``finish(value, i, lanes)`` stores. NaN for a column of only -infinity."""
+    """exp(x - max) / sum; ``finish(value, i, lanes)`` stores. 0 for a column of only -infinity."""
     largest = column.largest()
     kept = T.alloc_buffer((column.length * column.lanes,), "float32", align=64)
     total = column.sum(lambda v: exp(bind(sub(v, largest))), keep=kept)
-    factor = bind(tirx.const(1.0, with_lanes("float32", column.lanes)) / total)
+    factor = inverse_sum(total)
     with T.serial(0, column.length) as i:
         value = load(kept, i * column.lanes, column.lanes)
         finish(bind(mul(value, factor)), i, column.lanes)

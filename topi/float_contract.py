@@ -19,6 +19,13 @@ LANES = 16
 """Accumulators of every float reduction: element i goes to lane i mod 16, whatever the vector width."""
 
 
+LOWEST = -3.4028234663852886e38
+"""The least float32 that is finite. The greatest value of a row starts from it: less it, -infinity stays -infinity."""
+
+SMALLEST_SUM = 2.0**-100
+"""Far below any sum of a softmax, the greatest of whose terms is about 1, unless a row holds -infinity alone."""
+
+
 def dtype_of(expr) -> str:
     """The dtype of a scalar or vector expression, such as ``float32x16``."""
     return str(expr.ty.dtype)
@@ -51,6 +58,11 @@ def mul(a, b):
     """fl32(a * b), never contracted with a following addition."""
     product = a * b
     return tirx.call_llvm_pure_intrin(dtype_of(product), "llvm.arithmetic.fence", product)
+
+
+def inverse_sum(total):
+    """1 / total of a softmax's exponentials, finite for the sum 0 of a row of only -infinity."""
+    return bind(like(1.0, total) / bind(tirx.max(like(SMALLEST_SUM, total), total)))
 
 
 def add(a, b):

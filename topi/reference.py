@@ -11,7 +11,7 @@ import numpy as np
 from tvm_qfp8.format import Layout, decode_grid, encode
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.conv2d import ConvShape
-from tvm_qfp8.topi.float_contract import LANES
+from tvm_qfp8.topi.float_contract import LANES, LOWEST, SMALLEST_SUM
 from tvm_qfp8.topi.winograd_plan import A_T, B_T, transform_filters
 
 Array = np.ndarray
@@ -136,9 +136,9 @@ def l2_normalize(x: Array, floor: float) -> Array:
 
 
 def softmax(x: Array, exp) -> Array:
-    """Softmax over the last axis with the table ``exp``."""
-    powers = exp(x - x.max(-1, keepdims=True))
-    return powers * (np.float32(1.0) / lane_sum(powers))[..., None]
+    """Softmax over the last axis with the table ``exp``; 0 for a row of only -infinity."""
+    powers = exp(x - np.maximum(x.max(-1, keepdims=True), np.float32(LOWEST)))
+    return powers * (np.float32(1.0) / np.maximum(lane_sum(powers), np.float32(SMALLEST_SUM)))[..., None]
 
 
 def global_mean(x: Array) -> Array:

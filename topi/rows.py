@@ -11,7 +11,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import LANES, add, bind, lanes_of, like, mul, sub, with_lanes
+from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, lanes_of, like, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, store
 
@@ -74,7 +74,7 @@ class Row:
         accumulators = T.alloc_buffer((width * LANES,), "float32", scope="local", align=64)
         lanes = range(0, width * LANES, self.lanes)
         for lane in lanes:
-            store(accumulators, lane, self.constant(float("-inf")), self.lanes)
+            store(accumulators, lane, self.constant(LOWEST), self.lanes)
 
         def take(lane, value) -> None:
             store(accumulators, lane, tirx.max(load(accumulators, lane, self.lanes), value), self.lanes)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import LANES, bind, lanes_of, mul, sub
+from tvm_qfp8.topi.float_contract import LANES, LOWEST, bind, inverse_sum, lanes_of, mul, sub
 from tvm_qfp8.topi.panels import overlapped_start
 from tvm_qfp8.topi.prim_func import load, store
 from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, Row, like_scalar
@@ -24,7 +24,8 @@ def emit_softmax(
 ) -> None:
     """exp(x - max) / sum of all rows; ``finish(row, value, offset, lanes)`` stores.
 
-    ``exp`` gives 0 for -infinity, the rows' padding. NaN for a row of only -infinity.
+    ``exp`` gives 0 for -infinity, the rows' padding. 0 for a row of only -infinity,
+    as attention asks for where a mask leaves nothing.
     """
     parallel = threads > 1 and rows > 1 and rows * length >= MIN_PARALLEL_ELEMENTS
     block = -(-rows // threads) if parallel else rows
@@ -70,7 +71,7 @@ class _Pipeline:
         found = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
         parts = range(0, LANES, self.lanes)
         for lane in parts:
-            store(found, lane, row.constant(float("-inf")), self.lanes)
+            store(found, lane, row.constant(LOWEST), self.lanes)
 
         def beside(offset) -> None:
             for lane in parts:
@@ -82,7 +83,7 @@ class _Pipeline:
         total = row.sum(lambda v: self.exp(bind(sub(v, largest))), keep=(self.kept, place), beside=beside)
         vectors = [bind(load(found, lane, self.lanes)) for lane in parts]
         store(self.greatest, 0, row.greatest_of(vectors), self.lanes)
-        store(self.factor, 0, row.splat(T.bind(tirx.const(1.0, "float32") / total)), self.lanes)
+        store(self.factor, 0, row.splat(inverse_sum(total)), self.lanes)
 
     def divide_all(self, index, parity: int) -> None:
         """The results of the last row."""
@@ -102,7 +103,7 @@ class _Pipeline:
 
 
 def emit_log_softmax(row: Row, exp: Callable, log: Callable, finish: Callable) -> None:
-    """x - max - log(sum)."""
+    """x - max - log(sum); -infinity for a row of nothing else."""
     wide = bind(row.largest())
     total = row.sum(lambda v: exp(bind(sub(v, wide))))
     shift = T.bind(log(total))

@@ -58,7 +58,7 @@ def sorted_error(magnitude: NDArray[np.float64], layout: Layout) -> Error:
     With n, S1 and S2 the count, sum and sum of squares of the values rounded to grid value g, their squared error at
     scale s is ``S2 - 2 g s S1 + (g s)^2 n``: 128 or 256 binary searches instead of one rounding per value.
     """
-    grid = layout.grid[: 128 if layout.signed else 256].astype(np.float64)
+    grid = layout.grid[: layout.magnitudes].astype(np.float64)
     middles = (grid[1:] + grid[:-1]) / 2
     sums = np.concatenate([[0.0], np.cumsum(magnitude)])
     squares = float(np.sum(magnitude * magnitude))

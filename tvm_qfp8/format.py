@@ -56,6 +56,11 @@ class Layout:
         return ((2 << self.mantissa_bits) - 1) << ((1 << self.exponent_bits) - 2)
 
     @property
+    def magnitudes(self) -> int:
+        """How many grid values are not negative; their codes come first, in rising order."""
+        return 1 << (self.exponent_bits + self.mantissa_bits)
+
+    @property
     def nan_code(self) -> int | None:
         """The code of NaN; None where all 256 codes are numbers."""
         return NAN_CODE if self.signed else None

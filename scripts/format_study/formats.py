@@ -9,7 +9,7 @@ from format_study.grids import GRIDS, Grid
 
 @dataclass(frozen=True)
 class Format:
-    """One contestant; of several grids each tensor takes the one of least squared error.
+    """One contestant; of several grids each tensor takes the one of least error.
 
     ``hardware``: integer or float multiply-add units can compute it (the code book needs a look-up per value).
     """
@@ -22,6 +22,11 @@ class Format:
     hardware: bool = True
 
     @property
+    def searches_scales(self) -> bool:
+        """Whether the scale of a channel may change as its weights are rounded on data."""
+        return self.per_channel and self.search == "mse"
+
+    @property
     def ours(self) -> bool:
         """Whether it is QFP8."""
         return self.name.startswith("QFP8")
@@ -32,12 +37,11 @@ def _of(*names: str) -> tuple[Grid, ...]:
 
 
 _INT8 = (_of("int8"), _of("int8", "uint8"))
-_AUTO = _of("QFP8 E2M5", "QFP8 E3M4", "QFP8 UE2M6", "QFP8 UE3M5")
+_AUTO = _of("QFP8 E1M6", "QFP8 E2M5", "QFP8 E3M4", "QFP8 UE1M7", "QFP8 UE2M6", "QFP8 UE3M5")
 FORMATS = [
-    Format("QFP8", _of("QFP8 E2M5"), _AUTO),
-    Format("QFP8 per tensor", _of("QFP8 E2M5"), _AUTO, per_channel=False),
-    Format("QFP8 chosen", _of("QFP8 E1M6", "QFP8 E2M5", "QFP8 E3M4"), _AUTO),
-    *(Format(f"QFP8 {layout}", *(_of(f"QFP8 {layout}"),) * 2) for layout in ("E1M6", "E2M5", "E3M4", "E4M3")),
+    Format("QFP8", _of("QFP8 E2M5", "QFP8 E1M6"), _AUTO),
+    Format("QFP8 per tensor", _of("QFP8 E2M5", "QFP8 E1M6"), _AUTO, per_channel=False),
+    *(Format(f"QFP8 {layout}", *(_of(f"QFP8 {layout}"),) * 2) for layout in ("E1M6", "E2M5", "E3M4")),
     Format("int8 max per tensor", *_INT8, "max", False),
     Format("int8 max", *_INT8, "max"),
     Format("int8 mse per tensor", *_INT8, "mse", False),

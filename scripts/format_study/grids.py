@@ -96,7 +96,7 @@ def _qfp8(name: str) -> Grid:
     return Grid(f"QFP8 {name}", np.unique(get_layout(name).grid).astype(np.float64))
 
 
-_QFP8 = ("E1M6", "E2M5", "E3M4", "E4M3", "UE1M7", "UE2M6", "UE3M5")
+_QFP8 = ("E1M6", "E2M5", "E3M4", "UE1M7", "UE2M6", "UE3M5")
 GRIDS = {
     "int8": Grid("int8", np.arange(-127.0, 128)),
     "uint8": Grid("uint8", np.arange(256.0)),

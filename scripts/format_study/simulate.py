@@ -1,14 +1,14 @@
 """Post-training quantization of a network to any grid, simulated in float32.
 
-The same for every format: weights rounded to nearest at the scale of the format's search, activations (of linear layers
-and of products of two activations) by one scale per tensor, embedding tables per row, and the bias of each linear layer
-corrected, layer after layer, by the mean error of what it really receives. Nonlinear layers are exact.
+The same for every format, as `compile` does for QFP8: scales by the format's search, activations (of linear layers
+and of products of two activations) by one scale per tensor, embedding tables per row; then, layer after layer, weights
+rounded on data (tvm_qfp8/calibration/rounding.py) and biases corrected, by what the layer really receives. Of several
+grids the weights take the one of least output error. Nonlinear layers are exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,19 @@ from format_study.grids import Grid
 from format_study.scales import Histogram, weight_scale
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program, Step
+from tvm_qfp8.calibration.input_rows import InputRows, as_rows, from_rows
 from tvm_qfp8.calibration.linear import Linear, find_linear
 from tvm_qfp8.calibration.operators import TABLE
+from tvm_qfp8.calibration.rounding import RoundedRows, can_round, least_output_error
 
 TOKEN_MASK = "attention_mask"
 Values = Mapping[str, Any]
+Flows = Sequence[dict[str, Any]]
+"""What a sample has become so far, one dict each."""
 
 
 class Network:
-    """A canonical module, and the mean output of its linear layers in float32 on calibration samples."""
+    """A canonical module with its linear layers, and samples to calibrate it on."""
 
     def __init__(self, mod: tvm.IRModule, samples: Sequence[Mapping[str, np.ndarray]]) -> None:
         self.program, self.samples = Program(mod), samples
@@ -37,9 +41,6 @@ class Network:
         self.last_reader = {name: step.name for step in self.program.steps for name in step.reads}
         self.compared = self._compared()
         self.kept = self.program.result_names() | {self.compared}
-        self.means = {name: np.zeros(()) for name in self.linear}
-        for sample in samples:
-            self.run(sample, partial(self._observed, sample))
 
     def _compared(self) -> str:
         """The first result; where that is a softmax, its input: a single step of text that changes sides would
@@ -61,14 +62,6 @@ class Network:
         return (
             found if self.compared in self.program.result_names() else found - found.mean(-1, keepdims=True)
         )
-
-    def _observed(self, sample: Values, step: Step, values: Values) -> Any:
-        result = step.run(values)
-        if step.name in self.linear:
-            self.means[step.name] = self.means[step.name] + mean_output(
-                self.linear[step.name], result, sample
-            ) / len(self.samples)
-        return result
 
     def run(
         self, inputs: Mapping[str, np.ndarray], value: Callable[[Step, Values], Any] | None = None
@@ -93,10 +86,16 @@ class Network:
                 values.pop(name, None)
 
 
-def valid_rows(rows: np.ndarray, sample: Values) -> np.ndarray:
-    """Rows of valid tokens, if the sample has a mask with one element for each row; else all."""
+def valid_tokens(rows: int, sample: Values) -> np.ndarray | None:
+    """Which of ``rows`` belong to valid tokens, if the sample has a mask with one element for each; else None."""
     mask = np.asarray(sample.get(TOKEN_MASK, ())).reshape(-1) != 0
-    return rows[mask] if mask.size == len(rows) and mask.any() else rows
+    return mask if mask.size == rows and mask.any() else None
+
+
+def valid_rows(rows: np.ndarray, sample: Values) -> np.ndarray:
+    """Rows of valid tokens; all where there is no mask."""
+    mask = valid_tokens(len(rows), sample)
+    return rows if mask is None else rows[mask]
 
 
 def mean_output(linear: Linear, result: np.ndarray, sample: Values) -> np.ndarray:
@@ -104,56 +103,83 @@ def mean_output(linear: Linear, result: np.ndarray, sample: Values) -> np.ndarra
     return valid_rows(linear.rows(result), sample).mean(axis=0, dtype=np.float64)
 
 
-class RoundedWeights:
-    """The weights and embedding tables of a network in one format, by variable name."""
+class NearestWeights:
+    """The weights of linear layers on each grid of a format, and the embedding tables, rounded to nearest."""
 
     def __init__(self, network: Network, format_: Format) -> None:
         self.format = format_
-        self.weights = {
-            name: self._rounded(linear.weight, linear.weight_axis) for name, linear in network.linear.items()
-        }
+        self.weights = {name: self._each_grid(linear) for name, linear in network.linear.items()}
         self.tables = {
-            step.name: self._rounded(step.arguments[0], 0)
+            step.name: self._least(step.arguments[0])
             for step in network.program.steps
             if step.name in network.tables
         }
 
-    def _rounded(self, weight: np.ndarray, axis: int) -> np.ndarray:
-        moved = np.moveaxis(weight, axis, 0)
-        rows = np.ascontiguousarray(moved).reshape(len(moved) if self.format.per_channel else 1, -1)
-        best, least = rows, np.inf
-        for grid in self.format.weights:
-            found = grid.round(rows, weight_scale(rows, grid, self.format.search)[:, None])
-            error = float(np.square(found - rows, dtype=np.float64).sum())
-            if error < least:
-                best, least = found, error
-        return np.ascontiguousarray(np.moveaxis(best.reshape(moved.shape), 0, axis))
+    def _each_grid(self, linear: Linear) -> list[RoundedRows]:
+        rows = as_rows(linear, linear.weight)
+        return [self._rounded(rows, grid) for grid in self.format.weights]
+
+    def _least(self, table: np.ndarray) -> np.ndarray:
+        rounded = [self._rounded(table[None], grid).values[0] for grid in self.format.weights]
+        return min(rounded, key=lambda found: float(np.square(found - table, dtype=np.float64).sum()))
+
+    def _rounded(self, rows: np.ndarray, grid: Grid) -> RoundedRows:
+        """``rows`` (groups, channels, values)."""
+        groups, channels, depth = rows.shape
+        flat = np.ascontiguousarray(rows).reshape(groups * channels if self.format.per_channel else 1, -1)
+        scale = weight_scale(flat, grid, self.format.search).astype(np.float32)
+        values = grid.round(flat, scale[:, None]).reshape(rows.shape)
+        return RoundedRows(
+            values, np.broadcast_to(scale, groups * channels).reshape(groups, channels), grid.round
+        )
 
 
 class Quantized:
     """A network in one format; ``run`` is like that of a compiled module."""
 
-    def __init__(self, network: Network, rounded: RoundedWeights, activations: bool) -> None:
-        self.network, self.format = network, rounded.format
-        self.weights, self.tables = rounded.weights, rounded.tables
+    def __init__(self, network: Network, nearest: NearestWeights, activations: bool) -> None:
+        self.network, self.format, self.tables = network, nearest.format, nearest.tables
+        self.weights: dict[str, np.ndarray] = {}
         self.activations: dict[str, tuple[Grid, float]] = {}
         self.corrections: dict[str, np.ndarray] = {}
-        self._calibrate(activations)
+        self._calibrate(nearest, activations)
 
-    def _calibrate(self, activations: bool) -> None:
+    def _calibrate(self, nearest: NearestWeights, activations: bool) -> None:
         network = self.network
-        flows: list[dict[str, Any]] = [dict(sample) for sample in network.samples]
+        exact, flows = ([dict(sample) for sample in network.samples] for _ in range(2))
         with np.errstate(all="ignore"):
             for step in network.program.steps:
                 if activations:
                     for source in self._sources(step):
                         self._observe(source, flows)
+                if step.name in network.linear:
+                    linear = network.linear[step.name]
+                    self.weights[step.name] = self._on_data(linear, nearest, exact, flows)
+                for values in exact:
+                    values[step.name] = step.run(values)
                 for values in flows:
                     values[step.name] = self.value(step, values)
                 if step.name in network.linear:
-                    self._correct(network.linear[step.name], flows)
-                for values in flows:
+                    self._correct(linear, exact, flows)
+                for values in (*exact, *flows):
                     network.free(step, values)
+
+    def _on_data(self, linear: Linear, nearest: NearestWeights, exact: Flows, flows: Flows) -> np.ndarray:
+        candidates = nearest.weights[linear.step.name]
+        found = None
+        if can_round(linear):
+            inputs = InputRows(linear, len(flows))
+            for sample, values, received in zip(self.network.samples, exact, flows, strict=True):
+                rows = self._read(linear.source, received)
+                tokens = valid_tokens(rows.size // rows.shape[-1], sample)
+                inputs.add(rows, values[linear.source], tokens)
+            found = least_output_error(linear, candidates, inputs, self.format.searches_scales)
+        if found is None:
+            rows = as_rows(linear, linear.weight)
+            chosen = min(candidates, key=lambda one: float(np.square(one.values - rows).sum()))
+        else:
+            _, chosen = found
+        return from_rows(linear, chosen.values)
 
     def _sources(self, step: Step) -> tuple[str, ...]:
         if step.name in self.network.linear:
@@ -168,13 +194,16 @@ class Quantized:
             histogram.add(valid_rows(values[name].reshape(-1, values[name].shape[-1]), sample))
         self.activations[name] = histogram.choose(self.format.activations, self.format.search)
 
-    def _correct(self, linear: Linear, flows: list[dict[str, Any]]) -> None:
+    def _correct(self, linear: Linear, exact: Flows, flows: Flows) -> None:
         name = linear.step.name
-        found = sum(
-            mean_output(linear, values[name], sample)
-            for values, sample in zip(flows, self.network.samples, strict=True)
-        )
-        mean = found / len(flows) - self.network.means[name]
+        means = [
+            sum(
+                mean_output(linear, values[name], sample)
+                for values, sample in zip(of, self.network.samples, strict=True)
+            )
+            for of in (exact, flows)
+        ]
+        mean = (means[1] - means[0]) / len(flows)
         self.corrections[name] = linear.per_channel(mean.astype(np.float32))
         for values in flows:
             values[name] = values[name] - self.corrections[name]

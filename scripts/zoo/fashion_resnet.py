@@ -21,13 +21,13 @@ SEED, EPOCHS, RATE = 1, 4, 0.2
 SCORED, QUICK = 10_000, 1000
 
 
-def onnx_path() -> Path:
+def onnx_path(seed: int = SEED) -> Path:
     """Path of the ONNX file in the cache; trained for a minute or two when missing."""
-    path = fetch.cache_dir("files", NAME) / f"seed{SEED}-epochs{EPOCHS}.onnx"
+    path = fetch.cache_dir("files", NAME) / f"seed{seed}-epochs{EPOCHS}.onnx"
     if not path.exists():
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         model = SmallResNet()
-        train(model, *load("train"), EPOCHS, RATE, SEED)
+        train(model, *load("train"), EPOCHS, RATE, seed)
         stream = io.BytesIO()
         names = {"input_names": ["image"], "output_names": ["logits"]}
         # dynamo=True would need the package onnxscript.

@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.cuda.launch import THREADS
-from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, sub, tree_sum
+from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, inverse_sum, mul, sub, tree_sum
 from tvm_qfp8.topi.prim_func import load, store
 
 
@@ -49,7 +49,7 @@ class ThreadRow:
 
     def largest(self):
         found = T.alloc_buffer((1,), "float32", scope="local")
-        store(found, 0, tirx.const(float("-inf"), "float32"), 1)
+        store(found, 0, tirx.const(LOWEST, "float32"), 1)
         self._each(lambda value, _offset, _inside: store(found, 0, tirx.max(load(found, 0, 1), value), 1))
         values = self._shared(load(found, 0, 1))
         while len(values) > 1:
@@ -82,7 +82,10 @@ def for_each_row(rows: int, length: int, read: Callable, body: Callable) -> None
 
 
 def emit_softmax(rows: int, length: int, read: Callable, exp: Callable, finish: Callable) -> None:
-    """exp(x - max) / sum; the exponentials are computed twice, which costs less than to keep them."""
+    """exp(x - max) / sum, 0 for a row of only -infinity.
+
+    The exponentials are computed twice, which costs less than to keep them.
+    """
 
     def one(row: ThreadRow, index) -> None:
         largest = row.largest()
@@ -90,7 +93,7 @@ def emit_softmax(rows: int, length: int, read: Callable, exp: Callable, finish: 
         def exponential(v):
             return exp(bind(sub(v, largest)))
 
-        factor = T.bind(tirx.const(1.0, "float32") / row.sum(exponential))
+        factor = inverse_sum(row.sum(exponential))
         row.finish(lambda v: mul(bind(exponential(v)), factor), lambda *value: finish(index, *value))
 
     for_each_row(rows, length, read, one)

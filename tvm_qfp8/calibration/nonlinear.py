@@ -84,16 +84,23 @@ def prelu(x: np.ndarray, slope: np.ndarray, axis: int) -> np.ndarray:
 
 
 def softmax(x: np.ndarray, axis: int) -> np.ndarray:
-    """exp(x) / sum(exp(x)), shifted by the maximum."""
-    out = np.exp(x - x.max(axis=axis, keepdims=True))
-    out /= out.sum(axis=axis, keepdims=True)
+    """exp(x) / sum(exp(x)), shifted by the maximum; 0 where all are -infinity, as in the kernels."""
+    out = np.exp(_below_largest(x, axis))
+    total = out.sum(axis=axis, keepdims=True)
+    out /= np.where(total == 0, np.float32(1), total)
     return out
 
 
 def log_softmax(x: np.ndarray, axis: int) -> np.ndarray:
     """Logarithm of softmax."""
-    shifted = x - x.max(axis=axis, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
+    shifted = _below_largest(x, axis)
+    total = np.exp(shifted).sum(axis=axis, keepdims=True)
+    return shifted - np.log(np.where(total == 0, np.float32(1), total))
+
+
+def _below_largest(x: np.ndarray, axis: int) -> np.ndarray:
+    """x less its greatest value, which is taken for the least finite one where all are -infinity."""
+    return x - np.maximum(x.max(axis=axis, keepdims=True), np.finfo(np.float32).min)
 
 
 def _over_axes(x: np.ndarray, axes: tuple[int, ...], vector: np.ndarray) -> np.ndarray:

@@ -12,20 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from tvm_qfp8.bias_search import MIN_SCALE
-from tvm_qfp8.calibration.compensation import Moments, compensated, output_error
-from tvm_qfp8.calibration.convolution import input_windows
+from tvm_qfp8.calibration.compensation import compensated, output_error
+from tvm_qfp8.calibration.input_rows import InputRows, as_rows, from_rows, geometry
 from tvm_qfp8.calibration.linear import Linear
-from tvm_qfp8.calibration.output_error import row_weights
-from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.format import Layout, encode, get_layout, round_to_grid
 from tvm_qfp8.quantize import QTensor
-
-ROWS_PER_COLUMN = 8
-"""Input rows for each column of the covariance; more change no measurable error."""
 
 DAMPING = 0.01
 """Of the mean of the covariance's diagonal, added to it."""
@@ -41,52 +37,28 @@ ONE_SCALE = np.ones(1, np.float32)
 SCALES = np.exp2(np.linspace(-0.5, 0.75, 81)).astype(np.float32)
 """Of that of least squared error of the weights."""
 
-
-class InputRows:
-    """Moments of a layer's input patches as ``activation`` (if given) rounds them, even and odd samples apart."""
-
-    def __init__(
-        self, linear: Linear, samples: int, activation: ActivationQuantization | None = None, seed: int = 0
-    ) -> None:
-        self.linear, self._activation, self._rng = linear, activation, np.random.default_rng(seed)
-        groups, depth = _geometry(linear)
-        self._most = -(-max(ROWS_PER_COLUMN * depth, 4096) // samples)
-        self._samples = 0
-        self.even, self.odd = Moments(groups, depth), Moments(groups, depth)
-
-    def add(self, received: np.ndarray, exact: np.ndarray, tokens: np.ndarray | None) -> None:
-        """One sample's input in the quantized and the float32 flow; ``tokens`` picks rows of a matmul."""
-        seed = int(self._rng.integers(1 << 31))  # the same rows of both
-        activation, weights = self._activation, None
-        if activation is not None and activation.factors is not None:
-            if not activation.by_rows:
-                received = activation.rounded(received)
-            exact = exact * activation.factors
-        rows = [
-            _patches(self.linear, x, tokens, self._most, np.random.default_rng(seed))
-            for x in (received, exact)
-        ]
-        # Rounded after the picking where that is the same: with many samples few rows of each are picked.
-        if activation is not None and (activation.by_rows or activation.factors is None):
-            rows[0] = activation.rounded(rows[0])
-        if activation is not None and activation.by_rows:
-            weights = row_weights(rows[1][0])  # a token counts as much as any other, however large it is
-        (self.odd if self._samples % 2 else self.even).add(rows[0], rows[1], weights)
-        self._samples += 1
+Nearest = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""``nearest(values, scale)``: float32 values of a grid times the scale; shapes broadcast."""
 
 
 def can_round(linear: Linear) -> bool:
     """Matrices and convolutions (OHWI) up to a depth; a transposed convolution is rounded to nearest."""
     operator, attrs = linear.step.operator, linear.step.attrs
     plain = operator == "relax.matmul" or (operator == "relax.nn.conv2d" and attrs.kernel_layout == "OHWI")
-    return plain and _geometry(linear)[1] <= LARGEST_DEPTH
+    return plain and geometry(linear)[1] <= LARGEST_DEPTH
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """A weight on a grid: float32 ``values`` ``(groups, channels, depth)`` and ``scale`` ``(groups, channels)``."""
+
+    values: np.ndarray
+    scale: np.ndarray
+    nearest: Nearest
 
 
 def rounded_on_data(linear: Linear, nearest: Sequence[QTensor], inputs: InputRows) -> QTensor:
     """Codes, and in shallow layers scales, of small output error, in the layout that errs least with them.
-
-    Channels count alike: a layer's output error is the sum of those of its channels, each relative to what the channel
-    puts out.
 
     Parameters
     ----------
@@ -100,52 +72,73 @@ def rounded_on_data(linear: Linear, nearest: Sequence[QTensor], inputs: InputRow
     -------
     QTensor; the first of ``nearest`` itself where the inputs do not tell.
     """
-    exact = _as_rows(linear, linear.weight)
+    shape = as_rows(linear, linear.weight).shape[:2]
+    found = least_output_error(
+        linear,
+        [
+            RoundedRows(
+                as_rows(linear, weight.dequantize()),
+                np.asarray(weight.scale, np.float32).reshape(shape),
+                partial(_nearest, layout=get_layout(weight.layout)),
+            )
+            for weight in nearest
+        ],
+        inputs,
+    )
+    if found is None:
+        return nearest[0]
+    index, rows = found
+    weight, scale = nearest[index], rows.scale.reshape(-1)
+    codes = encode(from_rows(linear, rows.values), scale, get_layout(weight.layout), weight.axis)
+    return replace(weight, codes=codes, scale=scale)
+
+
+def least_output_error(
+    linear: Linear, candidates: Sequence[RoundedRows], inputs: InputRows, search_scales: bool = True
+) -> tuple[int, RoundedRows] | None:
+    """Which of ``candidates``, each a grid with the weight rounded to nearest on it, errs least, and how it is rounded.
+
+    Channels count alike: a layer's output error is the sum of those of its channels, each relative to what the channel
+    puts out. None where the inputs do not tell. Without ``search_scales`` no channel's scale changes.
+    """
+    exact = as_rows(linear, linear.weight)
     total = inputs.even + inputs.odd
     covariance, pull = total.covariance(), total.pull(exact)
     columns = ColumnRounding.of(covariance)
     if columns is None:
-        return nearest[0]
+        return None
     aim = compensated(exact, inputs.even, inputs.odd)
+    factors = SCALES if search_scales and exact.shape[-1] <= SHALLOW_DEPTH else ONE_SCALE
     energy = output_error(exact, covariance, np.zeros_like(pull))
     used = energy > 0
-    best, least = nearest[0], np.inf
-    for weight in nearest:
-        values, scale, error = _least_error(
-            columns,
-            aim,
-            _as_rows(linear, weight.dequantize()),
-            np.asarray(weight.scale, np.float32).reshape(exact.shape[:2]),
-            get_layout(weight.layout),
-            lambda rounded: output_error(rounded - exact, covariance, pull),
+    best, least = (0, candidates[0]), np.inf
+    for index, candidate in enumerate(candidates):
+        rows, error = _least_of_channels(
+            columns, aim, candidate, factors, lambda values: output_error(values - exact, covariance, pull)
         )
         relative = float((error[used] / energy[used]).sum())
         if relative < least:
-            codes = encode(
-                _from_rows(linear, values), scale.reshape(-1), get_layout(weight.layout), weight.axis
-            )
-            best, least = replace(weight, codes=codes, scale=scale.reshape(-1)), relative
+            best, least = (index, rows), relative
     return best
 
 
-def _least_error(
+def _least_of_channels(
     columns: ColumnRounding,
     aim: np.ndarray,
-    nearest: np.ndarray,
-    scale: np.ndarray,
-    layout: Layout,
+    start: RoundedRows,
+    factors: np.ndarray,
     error_of: Callable[[np.ndarray], np.ndarray],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values, scales and errors of every channel: of ``nearest``, or of ``aim`` rounded at the best scale tried."""
-    values, chosen, least = nearest, scale, error_of(nearest)
-    for factor in SCALES if aim.shape[-1] <= SHALLOW_DEPTH else ONE_SCALE:
-        tried = np.maximum(scale * factor, MIN_SCALE)
-        found = columns.rounded(aim, tried, layout)
+) -> tuple[RoundedRows, np.ndarray]:
+    """The best of every channel, and its error: as it starts, or ``aim`` rounded at one of the scales."""
+    values, scale, least = start.values, start.scale, error_of(start.values)
+    for factor in factors:
+        tried = np.maximum(start.scale * factor, MIN_SCALE)
+        found = columns.rounded(aim, tried, start.nearest)
         error = error_of(found)
         better = error < least
-        least, chosen = np.where(better, error, least), np.where(better, tried, chosen)
+        least, scale = np.where(better, error, least), np.where(better, tried, scale)
         values = np.where(better[..., None], found, values)
-    return values, chosen, least
+    return replace(start, values=values, scale=scale), least
 
 
 @dataclass(frozen=True)
@@ -184,14 +177,14 @@ class ColumnRounding:
             return None
         return cls(order, upper.astype(np.float32))
 
-    def rounded(self, weight: np.ndarray, scale: np.ndarray, layout: Layout) -> np.ndarray:
+    def rounded(self, weight: np.ndarray, scale: np.ndarray, nearest: Nearest) -> np.ndarray:
         """Values on the grid times the scale.
 
         Parameters
         ----------
         weight : float32 ``(groups, channels, depth)``
         scale : float32 ``(groups, channels)``
-        layout : Layout
+        nearest : Nearest
 
         Returns
         -------
@@ -206,7 +199,7 @@ class ColumnRounding:
             errors = np.empty_like(block)
             for i in range(end - start):
                 column = start + i
-                result[:, :, column] = _nearest(block[:, :, i], scale, layout)
+                result[:, :, column] = nearest(block[:, :, i], scale)
                 error = (block[:, :, i] - result[:, :, column]) / upper[:, column, column][:, None]
                 block[:, :, i:] -= error[:, :, None] * upper[:, None, column, column:end]
                 errors[:, :, i] = error
@@ -219,44 +212,3 @@ def _nearest(values: np.ndarray, scale: np.ndarray, layout: Layout) -> np.ndarra
     scaled = values / scale
     magnitude = np.minimum(np.abs(scaled), np.float32(layout.max_grid))
     return np.copysign(round_to_grid(np.ascontiguousarray(magnitude), layout), scaled) * scale
-
-
-def _geometry(linear: Linear) -> tuple[int, int]:
-    """(groups, reduction steps of one output)."""
-    weight, attrs = linear.weight, linear.step.attrs
-    groups = 1 if linear.step.operator == "relax.matmul" else int(attrs.groups)
-    outputs = weight.shape[linear.weight_axis]
-    return groups, weight.size // outputs
-
-
-def _as_rows(linear: Linear, weight: np.ndarray) -> np.ndarray:
-    """A weight as ``(groups, channels of a group, depth)``."""
-    groups, depth = _geometry(linear)
-    return np.moveaxis(weight, linear.weight_axis, 0).reshape(groups, -1, depth)
-
-
-def _from_rows(linear: Linear, rows: np.ndarray) -> np.ndarray:
-    """The inverse of ``_as_rows``."""
-    shape = np.moveaxis(linear.weight, linear.weight_axis, 0).shape
-    return np.moveaxis(rows.reshape(shape), 0, linear.weight_axis)
-
-
-def _patches(
-    linear: Linear, x: np.ndarray, tokens: np.ndarray | None, most: int, rng: np.random.Generator
-) -> np.ndarray:
-    """At most ``most`` input rows of one sample, float32 ``(groups, rows, depth)``, in the weight's order."""
-    if linear.step.operator == "relax.matmul":
-        rows = x.reshape(-1, x.shape[-1])
-        rows = rows[tokens] if tokens is not None else rows
-        return rows[_some(len(rows), most, rng)][None]
-    _, height, width, _ = linear.weight.shape
-    windows = input_windows(linear.step.attrs, x, (height, width))
-    batch, out_h, out_w, kernel_h, kernel_w, channels = windows.shape
-    index = np.unravel_index(_some(batch * out_h * out_w, most, rng), (batch, out_h, out_w))
-    groups, depth = _geometry(linear)
-    picked = windows[index].reshape(len(index[0]), kernel_h * kernel_w, groups, channels // groups)
-    return np.ascontiguousarray(picked.transpose(2, 0, 1, 3)).reshape(groups, -1, depth)
-
-
-def _some(count: int, most: int, rng: np.random.Generator) -> np.ndarray:
-    return np.arange(count) if count <= most else rng.choice(count, most, replace=False)

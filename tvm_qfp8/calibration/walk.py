@@ -21,6 +21,7 @@ from tvm_qfp8.calibration.activations import Choice, Observer
 from tvm_qfp8.calibration.choose_activation import ActivationChooser
 from tvm_qfp8.calibration.embeddings import embedding_steps
 from tvm_qfp8.calibration.evaluate import Program, Step
+from tvm_qfp8.calibration.input_rows import InputRows
 from tvm_qfp8.calibration.linear import (
     LINEAR_WEIGHTS,
     WEIGHTS,
@@ -32,7 +33,7 @@ from tvm_qfp8.calibration.linear import (
 )
 from tvm_qfp8.calibration.output_error import OutputError
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
-from tvm_qfp8.calibration.rounding import InputRows, can_round, rounded_on_data
+from tvm_qfp8.calibration.rounding import can_round, rounded_on_data
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.tabulated import tabulated_steps

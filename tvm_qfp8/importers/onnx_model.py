@@ -91,18 +91,28 @@ def _check_weights(model: onnx.ModelProto) -> None:
 
 def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     """Constants folded, shapes propagated: TVM's importer needs both."""
-    import onnxslim
-
-    try:
-        simple = onnxslim.slim(model, skip_fusion_patterns=KEPT_APART)
-    except (
-        Exception
-    ):  # of many kinds; TVM may still import the model as it is, or name the operator that it cannot
-        simple = model
+    simple = _slimmed(model)
+    while any(node.op_type == "Shape" for node in simple.graph.node):
+        # A shape that is computed hides those behind it, so each round finds some.
+        again = _slimmed(simple)
+        if len(again.graph.node) >= len(simple.graph.node):
+            break
+        simple = again
     if any(node.op_type == "Upsample" for node in simple.graph.node):
         simple = version_converter.convert_version(simple, 13)  # to Resize
     forget_shapes(simple)
     return simple
+
+
+def _slimmed(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnxslim
+
+    try:
+        return onnxslim.slim(model, skip_fusion_patterns=KEPT_APART)
+    except (
+        Exception
+    ):  # of many kinds; TVM may still import the model as it is, or name the operator that it cannot
+        return model
 
 
 def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]]) -> tvm.IRModule:
