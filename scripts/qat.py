@@ -38,7 +38,7 @@ FORMATS = {
     "E5M2": QATConfig(weights="E5M2", activations="E5M2"),
 }
 """int8 is symmetric: E1M6 is its grid. Scales are found and tracked by the same search for all."""
-LAYOUTS["E5M2"] = Layout("E5M2", 4, 2, signed=True)
+E5M2 = Layout("E5M2", 4, 2, signed=True)
 """For this comparison only: the upper 16 of its 32 exponents. What the others add lies below 2^-16 of the largest
 value, and the grid would not fit into the integers that the package computes with."""
 HARMED_LEVELS = 7
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure anew what is stored")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "qat.json")
     arguments = parser.parse_args()
+    LAYOUTS[E5M2.name] = E5M2
     warnings.filterwarnings("ignore", message=".*can be trained and compared")
     conditions = {name: getattr(arguments, name) for name in ("epochs", "tuning_epochs", "images")}
     stored: dict[int, dict[str, Any]] = {}
