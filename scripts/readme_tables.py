@@ -195,6 +195,20 @@ def layouts() -> str:
     return _table(["layout", "e", "m", "sign", "largest G", "NaN", "used for"], rows)
 
 
+def formats() -> str:
+    """Mean output SQNR of each format over the models of the comparison."""
+    from formats_page import FORMATS, MODES, mean_over_models, model_groups
+
+    record = _load("formats.json")
+    if record is None:
+        return ""
+    rows = []
+    for one in FORMATS:
+        means = [mean_over_models(model_groups(record), one.name, mode) for mode in MODES]
+        rows.append([f"**{one.name}**" if one.name == "QFP8" else one.name, *(f"{m:.1f}" for m in means)])
+    return _table(["format", *MODES], rows)
+
+
 TABLES = {
     "machine": machine,
     "accuracy": accuracy,
@@ -204,6 +218,7 @@ TABLES = {
     "cycles": cycles,
     "qat": qat,
     "layouts": layouts,
+    "formats": formats,
 }
 
 if __name__ == "__main__":

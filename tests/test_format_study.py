@@ -64,10 +64,15 @@ def test_activations_take_an_unsigned_grid_only_without_negative_values():
 
 
 def test_the_page_is_current():
-    if not formats_page.RESULTS.exists():
-        pytest.skip("scripts/formats has no committed result yet")
-    record = json.loads(formats_page.RESULTS.read_text())
-    assert formats_page.page(record) == formats_page.PAGE.read_text(), "run scripts/formats_page.py"
+    record, trained = (json.loads(path.read_text()) for path in (formats_page.RESULTS, formats_page.QAT))
+    assert formats_page.page(record, trained) == formats_page.PAGE.read_text(), "run scripts/formats_page.py"
+
+
+def test_qfp8_has_the_best_mean_sqnr():
+    groups = formats_page.model_groups(json.loads(formats_page.RESULTS.read_text()))
+    for mode in formats_page.MODES:
+        ours = formats_page.mean_over_models(groups, "QFP8", mode)
+        assert all(ours > formats_page.mean_over_models(groups, name, mode) for name in formats_page.RIVALS)
 
 
 def test_logits_are_compared_where_a_model_ends_in_a_softmax():
