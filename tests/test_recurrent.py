@@ -130,6 +130,21 @@ def test_compiled_and_calibrated(kind):
         assert noise < 10 ** (-25 / 20)
 
 
+def constant_bytes(steps, samples):
+    made = layer("LSTM", steps=steps)
+    batches = [feed(made, seed) for seed in range(samples)] or None
+    report = tvm_qfp8.compile(made, calibration=batches).report
+    return report.totals["resident bytes of constants after load"], report.totals["weight bytes"]
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+def test_time_steps_share_their_weights(samples):
+    """Codes are held and counted once; what a step has of its own are scales and bias corrections."""
+    (few, counted), (many, again) = constant_bytes(5, samples), constant_bytes(10, samples)
+    own = 5 * 2 * 2 * 4 * GATES["LSTM"] * HIDDEN if samples else 0
+    assert many - few <= 2 * own and counted == again
+
+
 def test_run_time_sequence_lengths_compile():
     made = layer("LSTM", lengths="input", direction="bidirectional")
     inputs = feed(made)

@@ -42,6 +42,7 @@ from tvm_qfp8.relay_passes.operands import storage_dtype
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
+from tvm_qfp8.relay_passes.share_constants import ShareConstants
 from tvm_qfp8.relay_passes.tabulate_codes import TabulateCodes
 from tvm_qfp8.relay_passes.trained import take_trained
 from tvm_qfp8.reporting import describe
@@ -91,6 +92,7 @@ def lowering_passes(
         relax.transform.LegalizeOps(),
         relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),
+        ShareConstants(),
         ForCuda() if isa.name == "cuda" else ScheduleRest(threads),
     ]
 
@@ -253,15 +255,15 @@ def _output_infos(mod: tvm.IRModule, names: list[str]) -> list[TensorInfo]:
 
 def _constant_bytes(mod: tvm.IRModule) -> int:
     """Bytes of all constants of ``main``: packed codes, scales, biases. They stay as they are in memory."""
-    sizes = []
+    sizes: dict[GenericConst, int] = {}
 
     def visit(expr) -> None:
         if isinstance(expr, GenericConst):
             shape = [int(extent) for extent in expr.value.shape]
-            sizes.append(math.prod(shape) * tvm.DataType(str(expr.ty.dtype)).itemsize)
+            sizes[expr] = math.prod(shape) * tvm.DataType(str(expr.ty.dtype)).itemsize
 
     relax.analysis.post_order_visit(mod["main"], visit)
-    return sum(sizes)
+    return sum(sizes.values())
 
 
 def _add_load(mod: tvm.IRModule, memory: StaticMemory) -> tvm.IRModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import tvm
@@ -42,11 +43,23 @@ def describe(
                 layer = LayerReport(layer.name, layer.operator, "in a table of 256 codes, exact")
             if layer is not None:
                 report.layers.append(layer)
+    _count_weights_once(report, plan)
     before = sum(layer.bytes_before for layer in report.layers)
     after = sum(layer.bytes_after for layer in report.layers)
     if before:
         report.totals["weight bytes"] = f"{before} -> {after} ({after / before:.3f})"
     return report
+
+
+def _count_weights_once(report: Report, plan: QuantizationPlan) -> None:
+    """Layers that share a weight, as the steps of a recurrent layer do, have its bytes once."""
+    first: dict[int, str] = {}
+    for index, layer in enumerate(report.layers):
+        if layer.name in plan.linear:
+            owner = first.setdefault(id(plan.linear[layer.name].weight), layer.name)
+            if owner != layer.name:
+                note = f"weights of {owner}" + (f"; {layer.reason}" if layer.reason else "")
+                report.layers[index] = replace(layer, bytes_before=0, bytes_after=0, reason=note)
 
 
 def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Config) -> LayerReport | None:

@@ -140,7 +140,7 @@ def _squared_error(values: np.ndarray, counts: np.ndarray, layout: str) -> Calla
     With n, s1 the count and sum of what rounds to grid value g, and S2 the sum of all squares, the error at
     scale s is ``S2 + sum((g s)^2 n - 2 g s s1)``: one binary search per grid value, no rounding of values.
     """
-    grid = np.unique(np.abs(get_layout(layout).grid.astype(np.int64))).astype(np.float64)
+    grid = get_layout(layout).grid[: get_layout(layout).magnitudes].astype(np.float64)
     middles = (grid[1:] + grid[:-1]) / 2
     cumulated_counts = np.concatenate([[0.0], np.cumsum(counts)])
     cumulated_sums = np.concatenate([[0.0], np.cumsum(counts * values)])

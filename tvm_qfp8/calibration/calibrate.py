@@ -97,7 +97,8 @@ def calibrate(
     if batches is None:
         plan.skipped.update(dict.fromkeys(steps.products, "no calibration data"))
         for done, (name, linear) in enumerate(steps.linear.items(), 1):
-            plan.linear[name] = LinearQuantization(quantized_weight(linear))
+            same = plan.linear.get(steps.repeated.get(name, ""))
+            plan.linear[name] = LinearQuantization(quantized_weight(linear) if same is None else same.weight)
             report("quantize weights", done, len(steps.linear))
         return plan
     samples, first = first_samples(batches, program.inputs, FIRST_SAMPLES)

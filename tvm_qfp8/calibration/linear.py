@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -137,11 +138,15 @@ class LinearSteps:
     products : dict of str to Product
     skipped : dict of str to str
         What stays float32, with the reason.
+    repeated : dict of str to str
+        Linear operators whose weight others have, too, as each step of a recurrent layer has: the first of them. They
+        keep one and the same weight, so it is rounded to nearest, and nothing of an activation is moved into it.
     """
 
     linear: dict[str, Linear] = field(default_factory=dict)
     products: dict[str, Product] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    repeated: dict[str, str] = field(default_factory=dict)
 
 
 def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
@@ -173,7 +178,17 @@ def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
         else:
             _check_finite(step, weight)
             found.linear[name] = Linear(step, activation.name, weight, *_axes(step, weight))
+    found.repeated = _repeated(found.linear)
     return found
+
+
+def _repeated(linears: dict[str, Linear]) -> dict[str, str]:
+    """The first operator with the same weight, for all operators that are not alone with theirs."""
+    names: dict[tuple[str, tuple[int, ...], bytes], list[str]] = {}
+    for name, linear in linears.items():
+        digest = hashlib.sha1(linear.weight.tobytes(), usedforsecurity=False).digest()
+        names.setdefault((linear.step.operator, linear.weight.shape, digest), []).append(name)
+    return {name: same[0] for same in names.values() if len(same) > 1 for name in same}
 
 
 def _check_finite(step: Step, weight: np.ndarray) -> None:

@@ -39,7 +39,7 @@ def _divergence(values: np.ndarray, counts: np.ndarray, layout: str, largest: fl
     if inside == 0:
         return float("inf")
     found = get_layout(layout)
-    grid = np.unique(np.abs(found.grid.astype(np.int64))) * (largest / found.max_grid)
+    grid = found.grid[: found.magnitudes] * (largest / found.max_grid)
     cell = np.searchsorted((grid[1:] + grid[:-1]) / 2, values[:inside])
     width = 2.0 ** np.floor(np.log2(values[:inside]))
     mass = np.bincount(cell, counts[:inside])

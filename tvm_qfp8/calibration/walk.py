@@ -38,6 +38,7 @@ from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.tabulated import tabulated_steps
 from tvm_qfp8.errors import CalibrationError
+from tvm_qfp8.quantize import QTensor
 
 Group = Linear | Product | list[Step]
 _FLOAT, _QUANTIZED = "float32", "quantized"
@@ -67,7 +68,13 @@ class Walk:
         self.alone: dict[str, Linear | Product] = {**found.linear, **found.products}
         self.sources = {linear.source for linear in found.linear.values()}
         self.sources.update(source for product in found.products.values() for source in product.sources)
-        self.readers = read_only_by_linears(found)
+        self.repeated = found.repeated
+        self.nearest: dict[tuple[str, tuple[str, ...]], QTensor] = {}  # of weights that several layers have
+        self.readers = {
+            source: linears
+            for source, linears in read_only_by_linears(found).items()
+            if not any(linear.step.name in self.repeated for linear in linears)
+        }
         self.tables = {
             **tabulated_steps(program, max_error),
             **embedding_steps(program, plan.embeddings),
@@ -216,7 +223,10 @@ class Walk:
         choice = self._choice(source)
         meets = linear if choice.activation is None else linear.meeting(choice.activation)
         layouts = LINEAR_WEIGHTS if self._multiplies_bytes(linear) else WEIGHTS
-        if can_round(linear):
+        if name in self.repeated:
+            same = self.repeated[name], layouts
+            codes = self.nearest.get(same) or self.nearest.setdefault(same, quantized_weight(linear, layouts))
+        elif can_round(linear):
             nearest = [quantized_weight(meets, (layout,)) for layout in layouts]
             codes = rounded_on_data(meets, nearest, self._input_rows(meets, choice.activation))
         else:
