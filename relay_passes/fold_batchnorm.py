@@ -24,6 +24,7 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
+from tvm_qfp8.calibration.linear import LINEAR
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
@@ -92,7 +93,7 @@ class _Rewriter(MainRewriter):
     def _output_axis(self, value: relax.Expr) -> int | None:
         """The axis of the weights that runs over output channels, None if this is no canonical linear layer."""
         name = op_name(value)
-        if name not in ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose"):
+        if name not in LINEAR:
             return None
         weight = value.args[1]
         if (

@@ -19,12 +19,11 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
+from tvm_qfp8.calibration.linear import LINEAR
 from tvm_qfp8.relay_passes.fold_batchnorm import AFFINE
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.relay_passes.simplify_views import VIEWS
-
-LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 
 
 @tvm.transform.module_pass(opt_level=0, name="HoistScales")

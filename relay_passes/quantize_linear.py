@@ -26,6 +26,7 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
+from tvm_qfp8.calibration.linear import LINEAR
 from tvm_qfp8.calibration.plan import (
     ActivationQuantization,
     LinearQuantization,
@@ -37,7 +38,6 @@ from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
-LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 MAX_IMAGE_CHANNELS = 4
 """Up to so many channels a convolution reads NCHW itself."""
 

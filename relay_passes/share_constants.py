@@ -13,12 +13,11 @@ After::
 
 from __future__ import annotations
 
-import hashlib
-
 import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
+from tvm_qfp8.calibration.contents import Contents, contents
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 
@@ -33,11 +32,9 @@ class ShareConstants:
 class _Rewriter(MainRewriter):
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
-        self.first: dict[tuple[str, tuple[int, ...], bytes], GenericConst] = {}
+        self.first: dict[Contents, GenericConst] = {}
 
     def expression(self, expr: relax.Expr) -> relax.Expr:
         if not isinstance(expr, GenericConst):
             return super().expression(expr)
-        array = expr.value.numpy()
-        digest = hashlib.sha1(array, usedforsecurity=False).digest()
-        return self.first.setdefault((str(array.dtype), array.shape, digest), expr)
+        return self.first.setdefault(contents(expr.value.numpy()), expr)

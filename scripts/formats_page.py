@@ -172,15 +172,17 @@ def _trained(record: dict[str, Any]) -> str:
         found = summary[name]
         return f"{100 * found['mean']:.2f} ± {100 * found['deviation']:.2f}"
 
+    names = [key.removesuffix(" qat") for key in summary if key.endswith(" qat")]
+    dates = sorted({run[f"{name} measured"] for run in record["runs"] for name in names})
     lines = [
         f"Top-1 of a small ResNet on the 10,000 test images of Fashion-MNIST in percent, mean and deviation of {seeds} "
-        f"seeds; {record['machine']['cpu']}, torch {record['torch']}, {record['machine']['date']}. float32: "
+        f"seeds; {record['machine']['cpu']}, torch {record['torch']}, {' and '.join(dates)}. float32: "
         f"{cell('float32')}, trained on as long as the others: {cell('float32 trained on')}. Weights are rounded to "
         "nearest here; int8 is symmetric.\n",
         "| format | rounded | BatchNorm recalibrated | trained with rounding |",
         "|---|---|---|---|",
     ]
-    for name in (key.removesuffix(" qat") for key in summary if key.endswith(" qat")):
+    for name in names:
         cells = [cell(f"{name} {part}") for part in ("ptq", "bn", "qat")]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"

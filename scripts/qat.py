@@ -109,6 +109,7 @@ def run(seed: int, found: dict[str, Any], arguments: argparse.Namespace) -> dict
         found[f"{name} bn kept old"] = done.kept_old
         train(tuned, images, labels, arguments.tuning_epochs, TUNING_RATE, seed)
         found[f"{name} qat"] = accuracy(tuned, *test)
+        found[f"{name} measured"] = describe_machine()["date"]
         if name == "QFP8":
             found["features that differ when compiled"] = differing(tuned, test[0][:256])
     if "harmed bn" not in found:

@@ -202,9 +202,9 @@ def formats() -> str:
     record = _load("formats.json")
     if record is None:
         return ""
-    rows = []
+    groups, rows = model_groups(record), []
     for one in FORMATS:
-        means = [mean_over_models(model_groups(record), one.name, mode) for mode in MODES]
+        means = [mean_over_models(groups, one.name, mode) for mode in MODES]
         rows.append([f"**{one.name}**" if one.name == "QFP8" else one.name, *(f"{m:.1f}" for m in means)])
     return _table(["format", *MODES], rows)
 

@@ -188,3 +188,17 @@ def test_configuration_skips_layers_and_fixes_the_layout():
     plan = calibrate(small_network(), images(2), Config(skip=("relax.matmul",), activations="E3M4"))
     assert len(plan.linear) == 3 and len(plan.skipped) == 2
     assert {q.activation.layout for q in plan.linear.values()} == {"E3M4"}
+
+
+def test_layers_of_one_weight_keep_one_weight():
+    """Row scales are found for each of them; channels are not evened out, which would change the weight."""
+
+    def body(emit, x):
+        weight = constant(32, 32, scale=0.2)
+        return emit(R.matmul(emit(R.tanh(emit(R.matmul(x, weight)))), weight))
+
+    samples = [{"x": random(1, 40, 32, seed=i) * np.exp(4 * random(1, 40, 1, seed=i + 9))} for i in range(4)]
+    plan = calibrate(build({"x": ((1, 40, 32), "float32")}, body), samples)
+    first, second = plan.linear.values()
+    assert first.weight is second.weight
+    assert first.activation.by_rows and (first.activation.factors == 1).all()

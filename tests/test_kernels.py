@@ -282,7 +282,6 @@ def test_softmax_of_any_length_and_with_masked_entries(target, length, logarithm
         expected = np.exp(shifted) / np.exp(shifted).sum(-1, keepdims=True)
         if logarithmic:
             expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-        expected[3] = (
-            -np.inf if logarithmic else 0
-        )  # 0 is what attention asks for where a mask leaves nothing
+        # Attention asks for 0 where a mask leaves nothing.
+        expected[3] = -np.inf if logarithmic else 0
     np.testing.assert_allclose(found, expected, rtol=1e-3 if logarithmic else 0, atol=1e-3)

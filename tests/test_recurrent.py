@@ -139,10 +139,10 @@ def constant_bytes(steps, samples):
 
 @pytest.mark.parametrize("samples", [0, 4])
 def test_time_steps_share_their_weights(samples):
-    """Codes are held and counted once; what a step has of its own are scales and bias corrections."""
+    """Codes are held and counted once; a calibrated step has a scale and a bias of its own for each channel."""
     (few, counted), (many, again) = constant_bytes(5, samples), constant_bytes(10, samples)
-    own = 5 * 2 * 2 * 4 * GATES["LSTM"] * HIDDEN if samples else 0
-    assert many - few <= 2 * own and counted == again
+    own = 2 * 4 * GATES["LSTM"] * HIDDEN if samples else 0
+    assert many - few <= 5 * own and counted == again
 
 
 def test_run_time_sequence_lengths_compile():

@@ -10,6 +10,8 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
+from tvm_qfp8.calibration.contents import Contents, contents
+from tvm_qfp8.calibration.linear import LINEAR
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.config import Config
 from tvm_qfp8.distribution import distribution_of
@@ -18,8 +20,6 @@ from tvm_qfp8.relay_passes.interpolate import called_function
 from tvm_qfp8.relay_passes.tabulate_codes import code_chains, is_tabulated
 from tvm_qfp8.report import LayerReport, Report
 from tvm_qfp8.tables import build_table
-
-LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 
 
 def describe(
@@ -36,14 +36,16 @@ def describe(
     elif plan.samples == 0:
         report.notes.append("no calibration data: only weights are quantized, activations stay float32")
     chains = code_chains(canonical)
+    first: dict[tuple[Contents, int | None], str] = {}
     for block in canonical["main"].body.blocks:
         for binding in block.bindings:
             layer = _layer(binding.var, binding.value, plan, config)
+            if layer is not None and op_name(binding.value) in LINEAR:
+                layer = _with_weight_once(layer, binding.value, plan, first)
             if layer is not None and is_tabulated(chains.get(binding.var)):
                 layer = LayerReport(layer.name, layer.operator, "in a table of 256 codes, exact")
             if layer is not None:
                 report.layers.append(layer)
-    _count_weights_once(report, plan)
     before = sum(layer.bytes_before for layer in report.layers)
     after = sum(layer.bytes_after for layer in report.layers)
     if before:
@@ -51,15 +53,23 @@ def describe(
     return report
 
 
-def _count_weights_once(report: Report, plan: QuantizationPlan) -> None:
-    """Layers that share a weight, as the steps of a recurrent layer do, have its bytes once."""
-    first: dict[int, str] = {}
-    for index, layer in enumerate(report.layers):
-        if layer.name in plan.linear:
-            owner = first.setdefault(id(plan.linear[layer.name].weight), layer.name)
-            if owner != layer.name:
-                note = f"weights of {owner}" + (f"; {layer.reason}" if layer.reason else "")
-                report.layers[index] = replace(layer, bytes_before=0, bytes_after=0, reason=note)
+def _with_weight_once(
+    layer: LayerReport,
+    value: relax.Call,
+    plan: QuantizationPlan,
+    first: dict[tuple[Contents, int | None], str],
+) -> LayerReport:
+    """Layers that share a weight, as the steps of a recurrent layer do, have its bytes once: the ``first`` has them."""
+    weights = [argument for argument in value.args if isinstance(argument, GenericConst)]
+    if not weights:
+        return layer
+    codes = plan.linear.get(layer.name)
+    held = contents(weights[0].value.numpy()), None if codes is None else id(codes.weight)
+    owner = first.setdefault(held, layer.name)
+    if owner == layer.name:
+        return layer
+    note = f"weights of {owner}" + (f"; {layer.reason}" if layer.reason else "")
+    return replace(layer, bytes_before=0, bytes_after=0, reason=note)
 
 
 def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Config) -> LayerReport | None:

@@ -97,7 +97,7 @@ def calibrate(
     if batches is None:
         plan.skipped.update(dict.fromkeys(steps.products, "no calibration data"))
         for done, (name, linear) in enumerate(steps.linear.items(), 1):
-            same = plan.linear.get(steps.repeated.get(name, ""))
+            same = plan.linear.get(linear.shares)
             plan.linear[name] = LinearQuantization(quantized_weight(linear) if same is None else same.weight)
             report("quantize weights", done, len(steps.linear))
         return plan

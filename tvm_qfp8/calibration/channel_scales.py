@@ -32,10 +32,12 @@ LARGEST_PRODUCT = max(get_layout(name).max_grid for name in LAYOUTS) * max(
 def can_have_channel_scales(linears: Sequence[Linear]) -> bool:
     """Only depthwise convolutions with one output for each input channel read it, none so long that sums overflow.
 
-    Where sums may overflow the activation goes back to float32 (``overflow_guard``), which has no factors.
+    None that shares its weights, which the scales would change. Where sums may overflow the activation goes back to
+    float32 (``overflow_guard``), which has no factors.
     """
     return all(
         linear.is_depthwise
+        and not linear.shares
         and int(linear.step.attrs.groups) == _outputs(linear)
         and linear.weight.size // _outputs(linear) * LARGEST_PRODUCT < INT32_LIMIT
         for linear in linears

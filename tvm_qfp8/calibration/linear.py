@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
 
+from tvm_qfp8.calibration.contents import Contents, contents
 from tvm_qfp8.calibration.evaluate import Name, Program, Step, TensorSpec
 from tvm_qfp8.calibration.fake_quantize import fake_quantize
 from tvm_qfp8.calibration.operators import TABLE
@@ -23,7 +23,8 @@ best; of a few, as in depthwise and first convolutions, often E1M6."""
 COMPARED_CHANNELS = 64
 """Output channels on which roundings of a weight are compared; all would take long and say the same."""
 
-_OPERATORS = ("relax.nn.conv2d", "relax.nn.conv2d_transpose", "relax.matmul")
+LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
+"""Linear operators of canonical form."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Linear:
     weight : float32 array in the operator's own layout
     weight_axis, channel_axis : int
         Output channels in the weight and in the operator's result.
+    shares : str
+        Where others have the same weight, too, as each step of a recurrent layer has: the first of them; else empty.
+        They keep one and the same weight, so it is rounded to nearest, and no factor of an activation moves into it.
     """
 
     step: Step
@@ -45,6 +49,7 @@ class Linear:
     weight: np.ndarray
     weight_axis: int
     channel_axis: int
+    shares: str = ""
 
     @property
     def is_depthwise(self) -> bool:
@@ -138,15 +143,11 @@ class LinearSteps:
     products : dict of str to Product
     skipped : dict of str to str
         What stays float32, with the reason.
-    repeated : dict of str to str
-        Linear operators whose weight others have, too, as each step of a recurrent layer has: the first of them. They
-        keep one and the same weight, so it is rounded to nearest, and nothing of an activation is moved into it.
     """
 
     linear: dict[str, Linear] = field(default_factory=dict)
     products: dict[str, Product] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    repeated: dict[str, str] = field(default_factory=dict)
 
 
 def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
@@ -167,7 +168,7 @@ def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
     patterns = tuple(skip)
     found = LinearSteps()
     for step in program.steps:
-        if step.operator not in _OPERATORS:
+        if step.operator not in LINEAR:
             continue
         name, (activation, weight) = step.name, step.arguments[:2]
         reason = _reason_to_skip(step, patterns)
@@ -178,17 +179,19 @@ def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
         else:
             _check_finite(step, weight)
             found.linear[name] = Linear(step, activation.name, weight, *_axes(step, weight))
-    found.repeated = _repeated(found.linear)
+    for first, *others in _of_equal_weight(found.linear):
+        if others:
+            for name in (first, *others):
+                found.linear[name] = replace(found.linear[name], shares=first)
     return found
 
 
-def _repeated(linears: dict[str, Linear]) -> dict[str, str]:
-    """The first operator with the same weight, for all operators that are not alone with theirs."""
-    names: dict[tuple[str, tuple[int, ...], bytes], list[str]] = {}
+def _of_equal_weight(linears: dict[str, Linear]) -> list[list[str]]:
+    """Names of the operators, those of the same kind with equal weights together."""
+    names: dict[tuple[str, Contents], list[str]] = {}
     for name, linear in linears.items():
-        digest = hashlib.sha1(linear.weight.tobytes(), usedforsecurity=False).digest()
-        names.setdefault((linear.step.operator, linear.weight.shape, digest), []).append(name)
-    return {name: same[0] for same in names.values() if len(same) > 1 for name in same}
+        names.setdefault((linear.step.operator, contents(linear.weight)), []).append(name)
+    return list(names.values())
 
 
 def _check_finite(step: Step, weight: np.ndarray) -> None:

@@ -81,11 +81,16 @@ def with_row_scales(
 
 
 def _factors(linears: Sequence[Linear], rows: Rows) -> np.ndarray | None:
-    """What channels are multiplied by, float32; None where activation or weights are zero."""
+    """What channels are multiplied by, float32; None where activation or weights are zero.
+
+    All 1 where a weight is also that of other layers.
+    """
     activation = np.max([np.abs(part).max(axis=0, initial=0.0) for part in rows()], axis=0)
     weight = np.max([np.abs(linear.weight).max(axis=1) for linear in linears], axis=0)
     if not (0 < activation.max() < np.inf and weight.max() > 0):
         return None
+    if any(linear.shares for linear in linears):
+        return np.ones(activation.shape, np.float32)
     activation, weight = (np.maximum(v, SMALLEST * v.max()).astype(np.float64) for v in (activation, weight))
     logarithm = np.log2(weight / activation) / 2
     return np.exp2(logarithm - logarithm.mean()).astype(np.float32)

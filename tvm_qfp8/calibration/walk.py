@@ -68,13 +68,8 @@ class Walk:
         self.alone: dict[str, Linear | Product] = {**found.linear, **found.products}
         self.sources = {linear.source for linear in found.linear.values()}
         self.sources.update(source for product in found.products.values() for source in product.sources)
-        self.repeated = found.repeated
         self.nearest: dict[tuple[str, tuple[str, ...]], QTensor] = {}  # of weights that several layers have
-        self.readers = {
-            source: linears
-            for source, linears in read_only_by_linears(found).items()
-            if not any(linear.step.name in self.repeated for linear in linears)
-        }
+        self.readers = read_only_by_linears(found)
         self.tables = {
             **tabulated_steps(program, max_error),
             **embedding_steps(program, plan.embeddings),
@@ -223,8 +218,8 @@ class Walk:
         choice = self._choice(source)
         meets = linear if choice.activation is None else linear.meeting(choice.activation)
         layouts = LINEAR_WEIGHTS if self._multiplies_bytes(linear) else WEIGHTS
-        if name in self.repeated:
-            same = self.repeated[name], layouts
+        if linear.shares:
+            same = linear.shares, layouts
             codes = self.nearest.get(same) or self.nearest.setdefault(same, quantized_weight(linear, layouts))
         elif can_round(linear):
             nearest = [quantized_weight(meets, (layout,)) for layout in layouts]

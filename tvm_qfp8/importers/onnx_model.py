@@ -109,10 +109,8 @@ def _slimmed(model: onnx.ModelProto) -> onnx.ModelProto:
 
     try:
         return onnxslim.slim(model, skip_fusion_patterns=KEPT_APART)
-    except (
-        Exception
-    ):  # of many kinds; TVM may still import the model as it is, or name the operator that it cannot
-        return model
+    except Exception:  # of many kinds
+        return model  # TVM may still import it as it is, or name the operator that it cannot
 
 
 def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]]) -> tvm.IRModule:
