@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from tvm import tirx
 
+from tvm_qfp8.calibration.contents import contents
 from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
@@ -214,8 +215,13 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
     assert memory is not None
     _, weight, a, bias = call.args
     codes = pack_winograd_weights(isa, plan, array_of(weight))
-    offset = np.array([memory.reserve(plan.filter_values(isa))], np.int64)
-    memory.fillers.append(Filler(repr(plan), lambda: filter_function(isa, plan, codes), (codes, offset)))
+    # Filters do not depend on the image's size: a module for several shares them.
+    key = plan.parts, plan.tile(isa)[1], layout_of(weight), contents(codes)
+    offset = memory.part(
+        key,
+        plan.filter_values(isa),
+        lambda at: Filler(repr(plan), lambda: filter_function(isa, plan, codes), (codes, at)),
+    )
     operands.constant(codes)
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))

@@ -1,4 +1,4 @@
-"""Constants of equal bytes become one.
+"""Constants of equal bytes become one, in all functions of a module.
 
 Packing gives every layer arrays of its own, also where layers share weights, as the steps of a recurrent layer do.
 Before::
@@ -14,27 +14,24 @@ After::
 from __future__ import annotations
 
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.contents import Contents, contents
-from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 
 @tvm.transform.module_pass(opt_level=0, name="ShareConstants")
 class ShareConstants:
-    """Rewrite ``main``."""
+    """Rewrite every Relax function."""
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return _Rewriter(mod).rewrite()
+        first: dict[Contents, GenericConst] = {}
 
+        def share(constant: GenericConst, _mutator) -> GenericConst:
+            return first.setdefault(contents(constant.value.numpy()), constant)
 
-class _Rewriter(MainRewriter):
-    def __init__(self, mod: tvm.IRModule) -> None:
-        super().__init__(mod)
-        self.first: dict[Contents, GenericConst] = {}
-
-    def expression(self, expr: relax.Expr) -> relax.Expr:
-        if not isinstance(expr, GenericConst):
-            return super().expression(expr)
-        return self.first.setdefault(contents(expr.value.numpy()), expr)
+        for var, function in list(mod.functions_items()):
+            if isinstance(function, relax.Function):
+                mod[var] = tvm_ffi.structural_mutate(function, [(GenericConst, share)])
+        return mod

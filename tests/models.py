@@ -6,6 +6,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+WIDTH, WORDS, PLACES = 24, 30, 20
+"""Of ``encoder``."""
+
 
 def model(nodes, inputs, outputs, constants, opset=17) -> onnx.ModelProto:
     """A checked model; ``inputs`` and ``outputs`` are {name: shape} of float32."""
@@ -57,6 +60,65 @@ def cnn(opset=17, batch: int | str = 1) -> onnx.ModelProto:
     ]
     outputs = {"probabilities": (batch, 10)}
     return model(nodes, {"image": (batch, 3, 16, 16)}, outputs, constants, opset)
+
+
+def encoder(masked: bool = True) -> onnx.ModelProto:
+    """Embeddings, a head of attention, a dense layer; inputs ``ids`` and ``mask``, int64 ``(n, m)``."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "words": rng.standard_normal((WORDS, WIDTH)),
+        "places": rng.standard_normal((1, PLACES, WIDTH)),
+        **{name: rng.standard_normal((WIDTH, WIDTH)) / 4 for name in ("wq", "wk", "wv", "wo")},
+    }
+    node = helper.make_node
+    masking = [
+        node("Cast", ["mask"], ["m"], to=TensorProto.FLOAT),
+        node("Sub", ["m", "unit"], ["m1"]),
+        node("Mul", ["m1", "large"], ["m2"]),
+        node("Unsqueeze", ["m2", "one"], ["bias"]),
+        node("Add", ["scores", "bias"], ["masked"]),
+    ]
+    nodes = [
+        node("Gather", ["words", "ids"], ["e"]),
+        node("Shape", ["ids"], ["n"], start=1, end=2),
+        node("Slice", ["places", "zero", "n", "one"], ["p"]),
+        node("Add", ["e", "p"], ["x"]),
+        node("MatMul", ["x", "wq"], ["q"]),
+        node("MatMul", ["x", "wk"], ["k"]),
+        node("MatMul", ["x", "wv"], ["v"]),
+        node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
+        node("MatMul", ["q", "kt"], ["scores"]),
+        *(masking if masked else []),
+        node("Softmax", ["masked" if masked else "scores"], ["a"], axis=-1),
+        node("MatMul", ["a", "v"], ["c"]),
+        node("MatMul", ["c", "wo"], ["o"]),
+        node("Add", ["o", "x"], ["tokens"]),
+    ]
+    tensors = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in constants.items()]
+    tensors += [
+        numpy_helper.from_array(np.array(value, dtype), name)
+        for name, value, dtype in (
+            ("zero", [0], np.int64),
+            ("one", [1], np.int64),
+            ("unit", 1, np.float32),
+            ("large", 1e4, np.float32),
+        )
+    ]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ("n", "m"))
+        for name in (("ids", "mask") if masked else ("ids",))
+    ]
+    outputs = [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ("n", "m", WIDTH))]
+    graph = helper.make_graph(nodes, "encoder", inputs, outputs, tensors)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(made)
+    return made
+
+
+def tokens(length: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Inputs of ``encoder``, none masked."""
+    ids = np.random.default_rng(seed).integers(1, WORDS, (1, length))
+    return {"ids": ids, "mask": np.ones((1, length), np.int64)}
 
 
 def images(count: int, seed: int = 0) -> list[dict[str, np.ndarray]]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 
+import models
 import numpy as np
 import onnx
 import pytest
@@ -107,6 +108,29 @@ def test_the_cpp_runner_gives_the_modules_bits(compiled, native_bundle, tmp_path
 
 
 @LINUX_X86
+def test_both_runners_take_each_length_of_a_module(tmp_path):
+    made = tvm_qfp8.compile(
+        models.encoder(), "x86-64", input_shapes={"ids": (1, [8, 12]), "mask": (1, [8, 12])}
+    )
+    made.export_library(tmp_path / "lengths.so")
+    folder = tvm_qfp8.bundle(tmp_path / "lengths.so", tmp_path / "bundle", "x86-64")
+    for length in (8, 12):
+        given = models.tokens(length)
+        for name, array in given.items():
+            np.save(tmp_path / f"{name}.npy", array)
+        for runner in ([sys.executable, folder / "run.py"], [folder / "run"]):
+            if runner[-1].exists():
+                finished = run([*runner, "ids.npy", "mask.npy"], tmp_path)
+                assert finished.returncode == 0, finished.stderr
+                np.testing.assert_array_equal(np.load(tmp_path / "output_0.npy"), made.run(given)[0])
+    np.save(tmp_path / "ids.npy", models.tokens(9)["ids"])
+    for runner in ([sys.executable, folder / "run.py"], [folder / "run"]):
+        if runner[-1].exists():
+            finished = run([*runner, "ids.npy", "mask.npy"], tmp_path)
+            assert finished.returncode == 1 and "input ids is" in finished.stderr
+
+
+@LINUX_X86
 def test_a_changed_module_is_refused(native_bundle, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(native_bundle, copy)
@@ -122,8 +146,8 @@ def test_a_changed_module_is_refused(native_bundle, tmp_path):
     shutil.copyfile(native_bundle / "model.so", copy / "model.so")
     (copy / "lib" / "libtvm_ffi.so").unlink()
     assert "libtvm_ffi.so is missing" in run([sys.executable, copy / "run.py", "x.npy"], tmp_path).stderr
-    (copy / "manifest.txt").write_text("format 2\n")
-    assert "format 2" in run([sys.executable, copy / "run.py", "x.npy"], tmp_path).stderr
+    (copy / "manifest.txt").write_text("format 9\n")
+    assert "format 9" in run([sys.executable, copy / "run.py", "x.npy"], tmp_path).stderr
 
 
 @LINUX_X86

@@ -76,6 +76,20 @@ def test_more_threads_take_the_tiles_of_one_and_share_as_by_default(log, workloa
     assert schedule.decisions() == expected and not caught
 
 
+@pytest.mark.parametrize("factor", [2, 5])
+def test_other_rows_pack_weights_like_those_in_the_log(log, workload, factor):
+    from dataclasses import replace
+
+    more = replace(workload, shape=replace(workload.shape, rows=factor * workload.shape.rows + 1))
+    best, _ = choose(log.parent, workload)
+    schedule, caught = choose(log.parent, more)
+    assert schedule.vectors == best.vectors and schedule.scratch_bytes == best.scratch_bytes and not caught
+    assert schedule.tile_rows <= best.tile_rows
+    assert schedule.parallel_rows == bool(more.default()["parallel_rows"])
+    wider = replace(workload, shape=replace(workload.shape, columns=workload.shape.columns + 1))
+    assert choose(log.parent, wider)[0].decisions() == wider.default()
+
+
 def test_a_second_run_goes_on_where_the_first_ended(tmp_path, workload):
     tune(tmp_path, workload, CountingMeasurer(), 10)
     again = CountingMeasurer()

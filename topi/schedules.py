@@ -8,7 +8,7 @@ MetaSchedule samples (``tvm_qfp8/tuning``). Weights are packed in the order in w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tvm_qfp8.topi.isa import InstructionSet
@@ -116,6 +116,11 @@ class GemmSchedule:
                 "prefetch": {0, 1},
             },
         )
+
+    def for_rows(self, rows: int, row_group: int) -> GemmSchedule:
+        """The schedule for another number of rows: weights packed alike, and tiles that leave no short one."""
+        tiles = -(-rows // self.tile_rows)
+        return replace(self, tile_rows=-(-rows // (tiles * row_group)) * row_group)
 
     def decisions(self) -> Decisions:
         return {

@@ -8,7 +8,7 @@ others wait. A part is a state word, padded to 64 bytes, and the values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,10 +77,19 @@ class StaticMemory:
     fillers: list[Filler] = field(default_factory=list)
     """What fills the parts before the kernels that read them would."""
 
-    def reserve(self, count: int) -> int:
-        """Offset of a new part for ``count`` int16 values."""
-        offset = self.size
-        self.size += HEADER_BYTES + -(-2 * count // 64) * 64
+    offsets: dict[Hashable, int] = field(default_factory=dict)
+    """Where the parts lie, by what makes them equal."""
+
+    def part(self, key: Hashable, count: int, filler: Callable[[np.ndarray], Filler]) -> np.ndarray:
+        """Offset, int64 ``(1,)``, of the part of ``count`` int16 values that ``key`` stands for.
+
+        A new one is filled by ``filler(offset)``.
+        """
+        known = key in self.offsets
+        offset = np.array([self.offsets.setdefault(key, self.size)], np.int64)
+        if not known:
+            self.size += HEADER_BYTES + -(-2 * count // 64) * 64
+            self.fillers.append(filler(offset))
         return offset
 
     def function(self) -> tirx.PrimFunc:

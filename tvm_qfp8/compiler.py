@@ -30,7 +30,9 @@ from tvm_qfp8.config import Config
 from tvm_qfp8.cpu_features import used_features
 from tvm_qfp8.cuda_code import register_compiler
 from tvm_qfp8.errors import CalibrationError
-from tvm_qfp8.importers import Shapes, load_model
+from tvm_qfp8.importers import Imported, Shapes, load_model
+from tvm_qfp8.length_programs import check_same_layers, function_at, joined, padded_samples, padding_is_unseen
+from tvm_qfp8.lengths import Lengths, Variant
 from tvm_qfp8.linker import architecture
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
 from tvm_qfp8.relay_passes.for_cuda import ForCuda
@@ -52,12 +54,12 @@ from tvm_qfp8.runtime import (
     LOADED,
     METADATA_FUNCTION,
     CompiledModule,
-    TensorInfo,
     encode_metadata,
 )
 from tvm_qfp8.static_shapes import check_static_shapes
 from tvm_qfp8.targets import cpu_features, host_of, parse_target
 from tvm_qfp8.targets import isa as isa_name
+from tvm_qfp8.tensor_info import TensorInfo
 from tvm_qfp8.topi.isa import InstructionSet, instruction_set
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import StaticMemory
@@ -67,6 +69,8 @@ SENSITIVITY_SAMPLES = 4
 """Samples on which the harm of single layers is compared."""
 
 Calibration = Iterable[Mapping[str, np.ndarray]] | str | os.PathLike | None
+Canonical = tuple[tvm.IRModule, QuantizationPlan | None]
+"""A canonical program, and the plan that quantization-aware training left in it."""
 
 
 def lowering_passes(
@@ -138,9 +142,13 @@ def compile(  # noqa: A001 - the public name
         Parameters of a Relax module that are not bound yet.
     input_shapes : dict of name to shape
         Needed where the model leaves dimensions open. A name instead of the first extent of every input leaves the
-        batch open: ``run`` then takes any number of samples, one after the other.
+        batch open: ``run`` then takes any number of samples, one after the other. A list instead of an extent, such as
+        ``{"input_ids": (1, [16, 32, 64, 128])}``, makes a module for all these lengths, with one set of weights.
+        Shorter inputs are padded with zeros up to the next length where outputs do not see it, as with an attention
+        mask; else ``run`` takes these lengths only.
     calibration : iterable of ``{input name: array}``, path of an .npz, or None
-        Samples with the inputs' full shapes; None quantizes weights only.
+        Samples with the inputs' full shapes, of several lengths the longest; shorter ones are padded where ``run``
+        pads, unless they are in an .npz. None quantizes weights only.
     config : Config
     tuning_logs : path or ScheduleChooser
         A folder of tuning logs to take schedules from, or a function that chooses them; None: the logs of this
@@ -168,13 +176,23 @@ def compile(  # noqa: A001 - the public name
     stage = progress or (lambda name, done, total: None)
     stage("import", 0, 1)
     imported = load_model(mod, params=params, input_shapes=input_shapes)
-    try:
-        canonical, trained = take_trained(prepare(imported.mod), config.skip)
-    except Exception:  # passes raise whatever they do on tensors of unknown shape, the cause worth naming
-        check_static_shapes(imported.mod)
-        raise
-    check_static_shapes(canonical)
+    canonical, trained = _canonical(imported, config)
+    shorter: dict[int, Canonical] = {}
+    padding = False
+    if imported.length is not None:
+        *lengths, _ = imported.length.lengths
+        for done, length in enumerate(lengths, 1):
+            stage("import", done, len(lengths) + 1)
+            shapes = imported.length.shapes_at(input_shapes or {}, length)
+            shorter[length] = _canonical(load_model(mod, params=params, input_shapes=shapes), config)
+        padding = bool(lengths) and padding_is_unseen(shorter[lengths[0]][0], canonical, imported.length.axes)
+        if padding and calibration is not None and not isinstance(calibration, str | os.PathLike):
+            calibration = padded_samples(calibration, imported.length.axes, Program(canonical).inputs)
     stage("import", 1, 1)
+    if shorter and config.recalibrate_batchnorm:
+        raise CalibrationError(
+            "recalibrate_batchnorm works on one length: call tvm_qfp8.recalibrate_batchnorm with the longest before"
+        )
     if max_drop is not None and metric is None:
         raise CalibrationError("max_drop and metric belong together: give both or neither")
     if metric is not None and max_drop is None and not config.recalibrate_batchnorm:
@@ -193,6 +211,7 @@ def compile(  # noqa: A001 - the public name
         samples, first = first_samples(batches, Program(canonical).inputs, SENSITIVITY_SAMPLES)
         if calibration is not None:
             canonical = lift_above_zero(canonical)
+            shorter = {length: (lift_above_zero(program), own) for length, (program, own) in shorter.items()}
         plan = calibrate(canonical, samples, config, progress) if trained is None else trained
         if metric is not None and max_drop is not None:
 
@@ -203,13 +222,22 @@ def compile(  # noqa: A001 - the public name
             again = wider if trained is None and config.byte_loss_db != 0 else None
             plan = keep_within(canonical, plan, first, metric, max_drop, config.max_error, progress, again)
     keep_sums_in_int32(plan)
+    for length, (program, own) in shorter.items():
+        check_same_layers(program, length, canonical, plan)
+        if own is not None:
+            keep_sums_in_int32(own)
     threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
     report = describe(canonical, plan, config, parsed, imported.notes)
-    inputs = [
-        TensorInfo(name, tuple(int(d) for d in p.ty.shape), storage_dtype(str(p.ty.dtype)))
-        for name, p in zip(imported.input_names, canonical["main"].params, strict=True)
-    ]
-    outputs = _output_infos(canonical, imported.output_names)
+    inputs, outputs = _tensor_infos(canonical, imported)
+    several = None
+    if imported.length is not None:
+        variants = [
+            Variant(length, function_at(length), *_tensor_infos(program, imported))
+            for length, (program, _) in shorter.items()
+        ]
+        variants.append(Variant(imported.length.lengths[-1], "main", inputs, outputs))
+        several = Lengths(imported.length.axes, padding, variants)
+        report.notes.append(several.describe())
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
     stage("build kernels", 0, 2)
     if callable(tuning_logs) or on_gpu:
@@ -218,8 +246,13 @@ def compile(  # noqa: A001 - the public name
         choose = LoggedSchedules(parsed, default_roots() if tuning_logs is None else [Path(tuning_logs)])
     with parsed:
         memory = StaticMemory() if config.winograd and not on_gpu else None
-        passes = lowering_passes(plan, config, isa, threads, choose, memory)
-        lowered = tvm.transform.Sequential(passes)(canonical)
+
+        def lower(program: tvm.IRModule, own: QuantizationPlan) -> tvm.IRModule:
+            passes = lowering_passes(own, config, isa, threads, choose, memory)
+            return tvm.transform.Sequential(passes)(program)
+
+        others = {length: lower(program, own or plan) for length, (program, own) in shorter.items()}
+        lowered = joined(lower(canonical, plan), others)
         if isinstance(choose, LoggedSchedules):
             report.totals["tuned kernels"] = f"{len(choose.used)} of {len(choose.asked)}"
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
@@ -232,7 +265,7 @@ def compile(  # noqa: A001 - the public name
         check_finite = config.check_finite and quantized
         device = str(parsed.kind.name).replace("llvm", "cpu")
         metadata = encode_metadata(
-            inputs, outputs, report, versions, check_finite, cpu, device, imported.batch
+            inputs, outputs, report, versions, check_finite, cpu, device, imported.batch, several
         )
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
@@ -244,17 +277,33 @@ def compile(  # noqa: A001 - the public name
     return CompiledModule(metadata, executable, executable, parsed)
 
 
-def _output_infos(mod: tvm.IRModule, names: list[str]) -> list[TensorInfo]:
-    result = mod["main"].ret_ty
-    types = list(result.fields) if isinstance(result, relax.TupleType) else [result]
-    return [
-        TensorInfo(name, tuple(int(d) for d in ty.shape), storage_dtype(str(ty.dtype)))
-        for name, ty in zip(names, types, strict=True)
-    ]
+def _canonical(imported: Imported, config: Config) -> Canonical:
+    try:
+        canonical, trained = take_trained(prepare(imported.mod), config.skip)
+    except Exception:  # passes raise whatever they do on tensors of unknown shape, the cause worth naming
+        check_static_shapes(imported.mod)
+        raise
+    check_static_shapes(canonical)
+    return canonical, trained
+
+
+def _tensor_infos(canonical: tvm.IRModule, imported: Imported) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Inputs and outputs of a program."""
+    result = canonical["main"].ret_ty
+    results = list(result.fields) if isinstance(result, relax.TupleType) else [result]
+    parameters = [parameter.ty for parameter in canonical["main"].params]
+    inputs, outputs = (
+        [
+            TensorInfo(name, tuple(int(d) for d in ty.shape), storage_dtype(str(ty.dtype)))
+            for name, ty in zip(names, types, strict=True)
+        ]
+        for names, types in ((imported.input_names, parameters), (imported.output_names, results))
+    )
+    return inputs, outputs
 
 
 def _constant_bytes(mod: tvm.IRModule) -> int:
-    """Bytes of all constants of ``main``: packed codes, scales, biases. They stay as they are in memory."""
+    """Bytes of all constants: packed codes, scales, biases. They stay as they are in memory."""
     sizes: dict[GenericConst, int] = {}
 
     def visit(expr) -> None:
@@ -262,7 +311,9 @@ def _constant_bytes(mod: tvm.IRModule) -> int:
             shape = [int(extent) for extent in expr.value.shape]
             sizes[expr] = math.prod(shape) * tvm.DataType(str(expr.ty.dtype)).itemsize
 
-    relax.analysis.post_order_visit(mod["main"], visit)
+    for _, function in mod.functions_items():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, visit)
     return sum(sizes.values())
 
 

@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,13 @@ import numpy as np
 import tvm
 
 from tvm_qfp8.errors import InputError, ModelError
+from tvm_qfp8.lengths import Lengths
 from tvm_qfp8.report import Report
 from tvm_qfp8.shared_object import check_shared_object
+from tvm_qfp8.tensor_info import TensorInfo, tensor_entries, tensor_infos
 
 METADATA_FUNCTION = "qfp8_metadata"
-METADATA_FORMAT = 4
+METADATA_FORMAT = 5
 LOAD_FUNCTION = "qfp8_load"
 """Fills what kernels keep in memory; without it the first call does."""
 LOADED = "bytes of transformed 3x3 filters, in memory only"
@@ -50,15 +51,6 @@ def _without_scope_messages() -> Iterator[None]:
                     os.write(2, line)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Name, shape and dtype of an input or output."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def encode_metadata(
     inputs: list[TensorInfo],
     outputs: list[TensorInfo],
@@ -68,29 +60,27 @@ def encode_metadata(
     cpu: Mapping[str, Any],
     device: str = "cpu",
     batch: str | None = None,
+    lengths: Lengths | None = None,
 ) -> np.ndarray:
     """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant.
 
     ``cpu`` is ``{"architecture": str, "features": [LLVM's names]}`` of the CPU that the module may run on,
-    ``device`` what runs its kernels, ``"cpu"`` or ``"cuda"``, ``batch`` the name of an open batch.
+    ``device`` what runs its kernels, ``"cpu"`` or ``"cuda"``, ``batch`` the name of an open batch, ``lengths`` those of
+    a dimension that has several.
     """
     data = {
         "format": METADATA_FORMAT,
-        "inputs": [[i.name, list(i.shape), i.dtype] for i in inputs],
-        "outputs": [[o.name, list(o.shape), o.dtype] for o in outputs],
+        "inputs": tensor_entries(inputs),
+        "outputs": tensor_entries(outputs),
         "report": report.to_json(),
         "versions": versions,
         "check_finite": check_finite,
         "cpu": dict(cpu),
         "device": device,
         "batch": batch,
+        "lengths": None if lengths is None else lengths.to_json(),
     }
     return np.frombuffer(json.dumps(data).encode(), np.uint8).copy()
-
-
-def tensor_infos(entries: list) -> list[TensorInfo]:
-    """Inputs or outputs as the metadata hold them."""
-    return [TensorInfo(name, tuple(shape), dtype) for name, shape, dtype in entries]
 
 
 METADATA_START = re.compile(rb'\{"format": (\d+), "inputs": ')
@@ -126,9 +116,11 @@ class CompiledModule:
     Attributes
     ----------
     inputs, outputs : list of TensorInfo
-        With an open batch those of one sample.
+        With an open batch those of one sample, with several lengths those of the longest.
     batch : str or None
         Name of an open batch: ``run`` takes any number of samples, one after the other.
+    lengths : Lengths or None
+        The lengths of a dimension that has several.
     report : Report
     """
 
@@ -147,6 +139,7 @@ class CompiledModule:
         self.check_finite: bool = data["check_finite"]
         self.cpu: dict[str, Any] = data["cpu"]
         self.batch: str | None = data["batch"]
+        self.lengths = None if data["lengths"] is None else Lengths.from_json(data["lengths"])
         self.device = tvm.device(data["device"], 0)
         self._module, self._executable, self._target = module, executable, target
 
@@ -215,20 +208,32 @@ class CompiledModule:
             found = ", ".join(f"{count} in {name!r}" for name, count in counts.items())
             raise InputError(f"inputs have different numbers of samples: {found}")
         count = next(iter(counts.values()), 1)
+        if count == 0:  # what one sample of zeros gives has the shapes
+            return [
+                result[:0] for result in self._call([np.zeros((1, *a.shape[1:]), a.dtype) for a in arrays])
+            ]
         results = [self._call([array[i : i + 1] for array in arrays]) for i in range(count)]
-        if results:
-            return [np.concatenate(parts) for parts in zip(*results, strict=True)]
-        for info, array in zip(self.inputs, arrays, strict=True):
-            self._check_kind(info, (1, *array.shape[1:]), array.dtype)
-        return [np.empty((0, *info.shape[1:]), info.dtype) for info in self.outputs]
+        return [np.concatenate(parts) for parts in zip(*results, strict=True)]
 
     def _call(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         machine = self.virtual_machine
-        tensors = [self._check(info, array) for info, array in zip(self.inputs, arrays, strict=True)]
-        result = machine["main"](*tensors)
-        if hasattr(result, "numpy"):
-            return [result.numpy()]
-        return [tensor.numpy() for tensor in result]
+        function, tensors, length = self._prepared(arrays)
+        result = machine[function](*tensors)
+        results = [result.numpy()] if hasattr(result, "numpy") else [tensor.numpy() for tensor in result]
+        return results if self.lengths is None or length is None else self.lengths.cut(results, length)
+
+    def _prepared(self, arrays: Sequence[np.ndarray]) -> tuple[str, list[Any], int | None]:
+        """The function that runs ``arrays``, its arguments, and the length of inputs that had to be padded."""
+        function, infos, padded_from = "main", self.inputs, None
+        if self.lengths is not None:
+            named = {info.name: np.asarray(array) for info, array in zip(infos, arrays, strict=True)}
+            length = self.lengths.length_of(named)
+            variant = self.lengths.variant_for(length)
+            if variant.length != length:
+                padded_from, named = length, self.lengths.pad(named, variant.length)
+            function, infos, arrays = variant.function, variant.inputs, list(named.values())
+        tensors = [self._check(info, array) for info, array in zip(infos, arrays, strict=True)]
+        return function, tensors, padded_from
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Run on named arrays, see ``__call__``."""
@@ -266,10 +271,10 @@ class CompiledModule:
     ) -> list[float]:
         """Seconds per call of the compiled function alone, one figure per repeat."""
         machine = self.virtual_machine
-        tensors = [self._check(info, inputs[info.name]) for info in self.inputs]
-        machine.set_input("main", *tensors)
+        function, tensors, _ = self._prepared([inputs[info.name] for info in self.inputs])
+        machine.set_input(function, *tensors)
         timer = machine.time_evaluator("invoke_stateful", self.device, number=number, repeat=repeat)
-        return list(timer("main").results)
+        return list(timer(function).results)
 
     def export_library(self, path: str | os.PathLike, fcompile: Callable | None = None) -> None:
         """Write a shared library (``.so``); nothing is left behind when linking fails.

@@ -12,10 +12,12 @@ from tvm_qfp8.bundling.manifest import MODULE, write_manifest
 from tvm_qfp8.bundling.runtime_libraries import runtime_libraries
 from tvm_qfp8.cpu_features import reported_features
 from tvm_qfp8.errors import ModelError, TargetError
+from tvm_qfp8.lengths import Lengths
 from tvm_qfp8.linker import ZIG_TRIPLES, architecture, run_compiler, zig_compiler
-from tvm_qfp8.runtime import read_metadata, tensor_infos
+from tvm_qfp8.runtime import read_metadata
 from tvm_qfp8.shared_object import machine_of
 from tvm_qfp8.targets import cpu_features, parse_target
+from tvm_qfp8.tensor_info import tensor_infos
 
 BOARD = Path(__file__).parent / "board"
 SOURCES = ("qfp8_model.h", "sha256.h", "run.cc", "CMakeLists.txt")
@@ -98,9 +100,14 @@ def _fill(folder: Path, module: Path, machine: str, target: str, metadata: dict)
     shutil.copyfile(BOARD / "run.py", folder / "run.py")
     built = _build_runner(folder, machine) if libraries else False
     files = [MODULE, *(f"lib/{library.name}" for library in libraries)]
-    inputs, outputs = tensor_infos(metadata["inputs"]), tensor_infos(metadata["outputs"])
+    inputs = tensor_infos(metadata["inputs"])
+    if metadata["lengths"] is None:
+        programs = {"main": (inputs, tensor_infos(metadata["outputs"]))}
+    else:
+        variants = Lengths.from_json(metadata["lengths"]).variants
+        programs = {variant.function: (variant.inputs, variant.outputs) for variant in variants}
     features = reported_features(metadata["cpu"]["architecture"], metadata["cpu"]["features"])
-    write_manifest(folder, target, machine, metadata["versions"], features, files, inputs, outputs)
+    write_manifest(folder, target, machine, metadata["versions"], features, files, programs)
     (folder / "README.md").write_text(_readme(target, machine, bool(libraries), built, inputs))
 
 

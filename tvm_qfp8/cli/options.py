@@ -13,25 +13,32 @@ from tvm_qfp8.errors import CalibrationError, InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from tvm_qfp8.importers import Extent
 
-def parse_shapes(texts: list[str]) -> dict[str, tuple[int | str, ...]]:
-    """``["name=1,3,224,224"]`` as ``{"name": (1, 3, 224, 224)}``; the first extent may be a name, for an open batch.
+
+def parse_shapes(texts: list[str]) -> dict[str, tuple[Extent, ...]]:
+    """``["name=1,3,224,224"]`` as ``{"name": (1, 3, 224, 224)}``.
+
+    The first extent may be a name, for an open batch; any may be lengths to choose from, ``16/32/64``.
 
     Raises
     ------
     typer.BadParameter
         Anything else.
     """
-    shapes: dict[str, tuple[int | str, ...]] = {}
+    shapes: dict[str, tuple[Extent, ...]] = {}
     for text in texts:
         name, equals, extents = text.rpartition("=")
         parts = [part.strip() for part in extents.replace("x", ",").split(",")]
         open_batch = len(parts) > 1 and parts[0].isidentifier()
-        numbers = parts[1:] if open_batch else parts
-        if not equals or not name or not all(part.isdigit() and int(part) > 0 for part in numbers):
-            raise typer.BadParameter(f"{text!r} is not NAME=EXTENT,EXTENT,... as in image=1,3,224,224")
-        batch: tuple[int | str, ...] = (parts[0],) if open_batch else ()
-        shapes[name] = batch + tuple(int(part) for part in numbers)
+        shape: list[Extent] = [parts.pop(0)] if open_batch else []
+        for part in parts:
+            lengths = part.split("/")
+            if not equals or not name or not all(each.isdigit() and int(each) > 0 for each in lengths):
+                raise typer.BadParameter(f"{text!r} is not NAME=EXTENT,EXTENT,... as in image=1,3,224,224")
+            numbers = [int(each) for each in lengths]
+            shape.append(numbers if len(numbers) > 1 else numbers[0])
+        shapes[name] = tuple(shape)
     return shapes
 
 

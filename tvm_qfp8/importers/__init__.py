@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tvm
@@ -13,10 +13,11 @@ from tvm import relax
 
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.importers.imported import Imported
-from tvm_qfp8.importers.open_batch import Shapes, check_batch, close_batch
+from tvm_qfp8.importers.open_batch import check_batch, close_batch
+from tvm_qfp8.importers.open_length import Extent, Shapes, ShapesAtLength, open_length
 from tvm_qfp8.importers.relax_module import from_relax
 
-__all__ = ["Imported", "Shapes", "load_model"]
+__all__ = ["Extent", "Imported", "Shapes", "load_model"]
 
 
 def load_model(
@@ -32,7 +33,8 @@ def load_model(
     params : dict of name to array
         Values of a Relax module's parameters.
     input_shapes : dict of name to shape
-        For inputs whose dimensions the model leaves open. A name instead of the first extent leaves the batch open.
+        For inputs whose dimensions the model leaves open. A name instead of the first extent leaves the batch open; of
+        a list of lengths the longest is taken.
 
     Raises
     ------
@@ -41,9 +43,14 @@ def load_model(
     UnsupportedOperatorError
         The importer does not know an operator.
     """
-    given = input_shapes or {}
+    length = open_length(input_shapes or {})
+    if length is None:
+        given = cast(ShapesAtLength, input_shapes or {})
+    else:
+        given = length.shapes_at(input_shapes or {}, length.lengths[-1])
     shapes, batch = close_batch(given)
     imported = _load(mod, params or {}, shapes)
+    imported.length = length
     if batch is not None:
         result = imported.mod["main"].ret_ty
         results = list(result.fields) if isinstance(result, relax.TupleType) else [result]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import tvm
 
+from tvm_qfp8.importers.open_length import OpenLength
+
 
 @dataclass
 class Imported:
@@ -21,6 +23,8 @@ class Imported:
         What a user should know, for the report.
     batch : str or None
         Name of a batch that stays open; ``mod`` is for one sample.
+    length : OpenLength or None
+        Lengths of a dimension that has several; ``mod`` is for the longest.
     """
 
     mod: tvm.IRModule
@@ -28,3 +32,4 @@ class Imported:
     output_names: list[str]
     notes: list[str] = field(default_factory=list)
     batch: str | None = None
+    length: OpenLength | None = None

@@ -6,14 +6,11 @@ that it has alone, and a batch of none is none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from tvm_qfp8.errors import ModelError
+from tvm_qfp8.importers.open_length import ShapesAtLength
 
-Shapes = Mapping[str, tuple[int | str, ...]]
 
-
-def close_batch(input_shapes: Shapes) -> tuple[dict[str, tuple[int, ...]], str | None]:
+def close_batch(input_shapes: ShapesAtLength) -> tuple[dict[str, tuple[int, ...]], str | None]:
     """The shapes of one sample, and the name that stands for the number of samples.
 
     Raises
@@ -28,17 +25,23 @@ def close_batch(input_shapes: Shapes) -> tuple[dict[str, tuple[int, ...]], str |
         if any(isinstance(extent, str) for extent in rest):
             raise ModelError(
                 f"input {name!r} is given as {tuple(shape)}: only the first dimension, the batch, may stay open; "
-                "compile a module for each length, or one for the longest and pad to it"
+                f"of another list the lengths that the module is for, such as {_with_lengths(shape)}"
             )
         names.update(extent for extent in first if isinstance(extent, str))
-        extents = (1 if isinstance(extent, str) else extent for extent in shape)
-        closed[name] = tuple(int(extent) for extent in extents)
+        closed[name] = tuple(1 if isinstance(extent, str) else int(extent) for extent in shape)
     if len(names) > 1:
         raise ModelError(f"inputs have different batches: {', '.join(sorted(names))}; give them one name")
     return closed, names.pop() if names else None
 
 
-def check_batch(batch: str, input_shapes: Shapes, inputs: Shapes, outputs: Shapes) -> None:
+def _with_lengths(shape: tuple) -> tuple:
+    """A shape as the user gave it, with example lengths for names after the first dimension."""
+    return (*shape[:1], *([32, 64, 128] if isinstance(extent, str) else extent for extent in shape[1:]))
+
+
+def check_batch(
+    batch: str, input_shapes: ShapesAtLength, inputs: ShapesAtLength, outputs: ShapesAtLength
+) -> None:
     """Refuse to leave a batch open that not all inputs and outputs have in front.
 
     Parameters

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -30,8 +31,9 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.target import Target, codegen
 
 from tvm_qfp8.targets import cpu_features
+from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.schedules import SHARING, Decisions
+from tvm_qfp8.topi.schedules import SHARING, Decisions, GemmSchedule
 from tvm_qfp8.tuning.search import read_decisions
 from tvm_qfp8.tuning.workload import ATTRIBUTE, Workload, template
 
@@ -153,7 +155,8 @@ def best_schedule(times: Mapping[tuple, float], default: tuple) -> tuple:
 class LoggedSchedules:
     """A ``ScheduleChooser``: the best logged schedule of a workload, else the default.
 
-    Several threads take the schedule of one thread where the log has none for them.
+    Where the log has none for a number of threads, they take the schedule of one thread; for a number of rows of a
+    dense layer, that of the nearest number, so that a module for several lengths packs weights once.
 
     Parameters
     ----------
@@ -209,15 +212,35 @@ class LoggedSchedules:
     def _choose(self, workload: Workload) -> Any:
         default = workload.default()
         decisions = self._best(workload)
-        if decisions is None and workload.threads > 1:
-            # Tiles that are best for one thread are good for several; how these share the work is not in its log.
-            alone = self._best(replace(workload, threads=1))
-            shared = {name: default[name] for name in SHARING if name in default}
-            decisions = alone and alone | shared
+        if decisions is None:
+            # Tiles that are best for one thread are good for several, those of some rows good for more; how threads
+            # share the work depends on both.
+            near = self._best_of_other_rows(workload)
+            if near is None and workload.threads > 1:
+                alone = replace(workload, threads=1)
+                near = self._best(alone) or self._best_of_other_rows(alone)
+            decisions = near and near | {name: default[name] for name in SHARING if name in default}
         if decisions is None or not workload.allows(decisions):
             return workload.schedules.from_decisions(default)
         self.used[workload.key] = decisions
         return workload.schedules.from_decisions(decisions)
+
+    def _best_of_other_rows(self, workload: Workload) -> Decisions | None:
+        """What suits a dense layer that differs in the number of rows only; None without any."""
+        if not isinstance(workload.shape, GemmShape):
+            return None
+        rows, row_group = workload.shape.rows, workload.isa.row_group
+        for logged in sorted(self._logged_rows, key=lambda other: abs(math.log(other / max(rows, 1)))):
+            best = self._best(replace(workload, shape=replace(workload.shape, rows=logged)))
+            if best is not None:
+                return GemmSchedule.from_decisions(best).for_rows(rows, row_group).decisions()
+        return None
+
+    @functools.cached_property
+    def _logged_rows(self) -> set[int]:
+        """All numbers of rows of dense layers in the log."""
+        shapes = [json.loads(key) for key in self._records]
+        return {shape["shape"]["rows"] for shape in shapes if shape["family"] == "gemm"}
 
     def _best(self, workload: Workload) -> Decisions | None:
         """The best decisions in the log, None without any."""

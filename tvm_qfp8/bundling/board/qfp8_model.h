@@ -3,7 +3,9 @@
 //   qfp8::Model model("folder of the bundle");          // checks manifest and hashes
 //   std::vector<std::vector<char>> outputs = model.Run({image_bytes});
 //
-// Tensors are raw bytes, row-major, with the dtypes and shapes of model.inputs and model.outputs. Everything that is
+// Tensors are raw bytes, row-major, with the dtypes and shapes of model.inputs and model.outputs. A network compiled for
+// several lengths has a program for each, model.programs, the longest last; inputs and outputs are those of the longest,
+// and Run takes the program whose inputs have the given sizes (model.Fitting). Everything that is
 // wrong (a changed file, a wrong size, a failing kernel) is a std::runtime_error that says so.
 #pragma once
 #include <tvm/ffi/container/array.h>
@@ -51,6 +53,12 @@ struct TensorInfo {
   }
 };
 
+// A function of the module: one for each length that the network is compiled for.
+struct Program {
+  std::string function;
+  std::vector<TensorInfo> inputs, outputs;
+};
+
 // Whether the CPU has a feature: a word of /proc/cpuinfo or, where the line goes on, entry and bit of the auxiliary vector.
 inline bool HasFeature(const std::string& name, std::istringstream& place) {
   unsigned long entry = 0, bit = 0;
@@ -64,10 +72,13 @@ inline bool HasFeature(const std::string& name, std::istringstream& place) {
 
 class Model {
  public:
+  std::vector<Program> programs;
   std::vector<TensorInfo> inputs, outputs;
 
   explicit Model(const std::string& folder) {
     ReadManifest(folder);
+    inputs = programs.back().inputs;
+    outputs = programs.back().outputs;
     namespace ffi = tvm::ffi;
     ffi::Module library = ffi::Module::LoadFromFile(folder + "/model.so");
     ffi::Module machine = (*library->GetFunction("vm_load_executable"))().cast<ffi::Module>();
@@ -75,30 +86,46 @@ class Model {
     (*machine->GetFunction("vm_initialization"))(static_cast<int>(kDLCPU), 0, kPooledAllocator);
     // Fills what kernels keep in memory; without it the first call does.
     if (auto load = machine->GetFunction("qfp8_load")) (*load)();
-    main_ = *machine->GetFunction("main");
+    machine_ = machine;
     library_ = library;
   }
 
-  std::vector<std::vector<char>> Run(const std::vector<std::vector<char>>& values) {
-    namespace ffi = tvm::ffi;
+  // The program whose inputs have the sizes of `values`.
+  const Program& Fitting(const std::vector<std::vector<char>>& values) const {
     if (values.size() != inputs.size()) {
       throw std::runtime_error(std::to_string(values.size()) + " inputs given, the network has " +
                                std::to_string(inputs.size()));
     }
+    auto fits = [&](const Program& program) {
+      for (size_t i = 0; i < values.size(); ++i) {
+        if (values[i].size() != program.inputs[i].Bytes()) return false;
+      }
+      return true;
+    };
+    for (const Program& program : programs) {
+      if (fits(program)) return program;
+    }
+    std::string text = "no program of the network takes inputs of these sizes:";
+    for (size_t i = 0; i < values.size(); ++i) {
+      text += " input " + inputs[i].name + " has " + std::to_string(values[i].size()) + " bytes, the network takes";
+      for (const Program& program : programs) text += " " + std::to_string(program.inputs[i].Bytes());
+    }
+    throw std::runtime_error(text);
+  }
+
+  std::vector<std::vector<char>> Run(const std::vector<std::vector<char>>& values) {
+    namespace ffi = tvm::ffi;
+    const Program& program = Fitting(values);
     std::vector<ffi::Tensor> tensors;
     for (size_t i = 0; i < values.size(); ++i) {
-      const TensorInfo& info = inputs[i];
-      if (values[i].size() != info.Bytes()) {
-        throw std::runtime_error("input " + info.name + " has " + std::to_string(values[i].size()) +
-                                 " bytes, the network takes " + std::to_string(info.Bytes()));
-      }
+      const TensorInfo& info = program.inputs[i];
       tensors.push_back(ffi::Tensor::FromNDAlloc(AlignedAllocator(), ffi::Shape(info.shape.begin(), info.shape.end()),
                                                  ffi::StringToDLDataType(info.dtype), DLDevice{kDLCPU, 0}));
       std::memcpy(tensors.back().data_ptr(), values[i].data(), values[i].size());
     }
     std::vector<ffi::AnyView> arguments(tensors.begin(), tensors.end());
     ffi::Any result;
-    main_->CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
+    (*(*machine_)->GetFunction(program.function)).CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
     std::vector<std::vector<char>> found;
     if (auto tensor = result.as<ffi::Tensor>()) {
       found.push_back(BytesOf(*tensor));
@@ -130,7 +157,7 @@ class Model {
     std::string whole = ReadFile(folder + "/manifest.txt");
     size_t end = whole.rfind("end ");
     std::string format = whole.substr(0, whole.find('\n'));
-    if (format != "format 1") throw std::runtime_error("manifest.txt has " + format + ", this runner reads format 1");
+    if (format != "format 2") throw std::runtime_error("manifest.txt has " + format + ", this runner reads format 2");
     if (end == std::string::npos || whole.substr(end) != "end " + Sha256(whole.substr(0, end)) + "\n") {
       throw std::runtime_error("manifest.txt was changed or cut off; copy the bundle again");
     }
@@ -153,6 +180,9 @@ class Model {
         if (Sha256(ReadFile(folder + "/" + rest)) != hash) {
           throw std::runtime_error(rest + " does not fit manifest.txt: it was changed or damaged; copy the bundle again");
         }
+      } else if (kind == "program") {
+        line >> rest;
+        programs.push_back({rest, {}, {}});
       } else if (kind == "input" || kind == "output") {
         TensorInfo info;
         size_t rank = 0;
@@ -160,7 +190,8 @@ class Model {
         info.shape.resize(rank);
         for (int64_t& extent : info.shape) line >> extent;
         std::getline(line >> std::ws, info.name);
-        (kind == "input" ? inputs : outputs).push_back(info);
+        Program& program = programs.back();
+        (kind == "input" ? program.inputs : program.outputs).push_back(info);
       }
     }
     if (!missing.empty()) {
@@ -169,8 +200,7 @@ class Model {
     }
   }
 
-  std::optional<tvm::ffi::Module> library_;
-  std::optional<tvm::ffi::Function> main_;
+  std::optional<tvm::ffi::Module> library_, machine_;
 };
 
 }  // namespace qfp8

@@ -36,7 +36,12 @@ std::string Compact(std::string text) {
   return found;
 }
 
-std::vector<char> ReadNpy(const std::string& path, const qfp8::TensorInfo& info) {
+struct Npy {
+  std::string path, header;
+  std::vector<char> data;
+};
+
+Npy ReadNpy(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::vector<char> data((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   if (data.size() < 10 || std::memcmp(data.data(), "\x93NUMPY", 6) != 0) {
@@ -46,11 +51,23 @@ std::vector<char> ReadNpy(const std::string& path, const qfp8::TensorInfo& info)
   for (size_t i = 0; i < wide; ++i) length |= size_t(static_cast<unsigned char>(data[8 + i])) << (8 * i);
   size_t start = 8 + wide;
   if (data.size() < start + length) throw std::runtime_error(path + " is cut off");
-  std::string header(data.begin() + start, data.begin() + start + length);
-  if (Compact(header) != Compact(Header(info))) {
-    throw std::runtime_error(path + " holds " + header + "input " + info.name + " is " + Header(info));
+  return {path, std::string(data.begin() + start, data.begin() + start + length),
+          std::vector<char>(data.begin() + start + length, data.end())};
+}
+
+// Dtypes and shapes have to be those of one of the network's programs; the error names what the longest takes.
+void CheckHeaders(const qfp8::Model& model, const std::vector<Npy>& files) {
+  std::string found;
+  for (const qfp8::Program& program : model.programs) {
+    found.clear();
+    for (size_t i = 0; i < files.size() && found.empty(); ++i) {
+      const qfp8::TensorInfo& info = program.inputs[i];
+      if (Compact(files[i].header) == Compact(Header(info))) continue;
+      found = files[i].path + " holds " + files[i].header + "input " + info.name + " is " + Header(info);
+    }
+    if (found.empty()) return;
   }
-  return std::vector<char>(data.begin() + start + length, data.end());
+  throw std::runtime_error(found);
 }
 
 void WriteNpy(const std::string& path, const std::vector<char>& data, const qfp8::TensorInfo& info) {
@@ -72,14 +89,18 @@ int Run(int argc, char** argv) {
     return 2;
   }
   std::vector<std::vector<char>> values;
-  for (size_t i = 0; i < model.inputs.size(); ++i) values.push_back(ReadNpy(argv[i + 1], model.inputs[i]));
+  std::vector<Npy> files;
+  for (int i = 1; i < argc; ++i) files.push_back(ReadNpy(argv[i]));
+  CheckHeaders(model, files);
+  for (Npy& file : files) values.push_back(std::move(file.data));
+  const std::vector<qfp8::TensorInfo>& infos = model.Fitting(values).outputs;
   auto started = std::chrono::steady_clock::now();
   auto outputs = model.Run(values);
   std::chrono::duration<double, std::milli> elapsed = std::chrono::steady_clock::now() - started;
   for (size_t i = 0; i < outputs.size(); ++i) {
     std::string path = "output_" + std::to_string(i) + ".npy";
-    WriteNpy(path, outputs[i], model.outputs[i]);
-    std::cout << model.outputs[i].name << " -> " << path << "\n";
+    WriteNpy(path, outputs[i], infos[i]);
+    std::cout << infos[i].name << " -> " << path << "\n";
   }
   std::cout << elapsed.count() << " ms\n";
   return 0;

@@ -156,13 +156,17 @@ class Runtime:
 
 
 class Model:
-    """A bundle's network. ``inputs`` and ``outputs`` are (name, dtype, shape)."""
+    """A bundle's network.
+
+    ``programs`` are (function, inputs, outputs), one for each length that it is compiled for, the longest last; inputs
+    and outputs are (name, dtype, shape). ``inputs`` and ``outputs`` are those of the longest.
+    """
 
     def __init__(self, folder) -> None:
         folder = Path(folder)
-        self.inputs: list = []
-        self.outputs: list = []
+        self.programs: list = []
         self._read_manifest(folder)
+        _, self.inputs, self.outputs = self.programs[-1]
         self.runtime = Runtime(folder / "lib")
         load = self.runtime.function("ffi.ModuleLoadFromFile")
         self.machine = self.runtime.call(load, self.runtime.text(str(folder / "model.so")))
@@ -171,7 +175,7 @@ class Model:
         load = self._member("qfp8_load")
         if load:  # fills what kernels keep in memory; without it the first call does
             self.runtime.release(self.runtime.call(load))
-        self.main = self._member("main")
+        self.functions = {function: self._member(function) for function, _, _ in self.programs}
 
     def _member(self, name: str) -> int:
         get = self.runtime.function("ffi.ModuleGetFunction")
@@ -184,8 +188,8 @@ class Model:
         text, _, digest = data.rpartition(b"end ")
         lines = [line.partition(" ")[::2] for line in data.decode(errors="replace").splitlines()]
         found = dict(lines)
-        if found.get("format", "1") != "1":
-            raise RuntimeError(f"manifest.txt has format {found['format']}, this runner reads format 1")
+        if found.get("format", "2") != "2":
+            raise RuntimeError(f"manifest.txt has format {found['format']}, this runner reads format 2")
         if hashlib.sha256(text).hexdigest().encode() != digest.strip():
             raise RuntimeError("manifest.txt was changed or cut off; copy the bundle again")
         made_for = found["target"].split()[0]
@@ -200,12 +204,12 @@ class Model:
         for kind, rest in lines:
             if kind == "file":
                 self._check_file(folder, *rest.split(" ", 1))
+            elif kind == "program":
+                self.programs.append((rest, [], []))
             elif kind in ("input", "output"):
                 dtype, rank, rest = rest.split(" ", 2)
                 *shape, name = rest.split(" ", int(rank))
-                (self.inputs if kind == "input" else self.outputs).append(
-                    (name, dtype, tuple(map(int, shape)))
-                )
+                self.programs[-1][1 if kind == "input" else 2].append((name, dtype, tuple(map(int, shape))))
 
     @staticmethod
     def _check_file(folder: Path, digest: str, name: str) -> None:
@@ -219,18 +223,21 @@ class Model:
     def __call__(self, *arrays: np.ndarray) -> list:
         if len(arrays) != len(self.inputs):
             raise ValueError(f"{len(arrays)} arrays given, the network has {len(self.inputs)} inputs")
-        tensors = []
-        for (name, dtype, shape), array in zip(self.inputs, arrays):
-            if array.shape != shape or str(array.dtype) != dtype:
-                raise ValueError(f"input {name} is {dtype} {shape}, not {array.dtype} {array.shape}")
-            tensors.append(self.runtime.tensor(array))
-        result = self.runtime.call(self.main, *(tensor for tensor, _ in tensors))
+        given = [(str(array.dtype), array.shape) for array in arrays]
+        fitting = [program for program in self.programs if given == [input[1:] for input in program[1]]]
+        if not fitting:
+            pairs = zip(self.inputs, given)
+            (name, dtype, shape), (kind, found) = next(pair for pair in pairs if pair[0][1:] != pair[1])
+            raise ValueError(f"input {name} is {dtype} {shape}, not {kind} {found}")
+        ((function, _, outputs),) = fitting
+        tensors = [self.runtime.tensor(array) for array in arrays]
+        result = self.runtime.call(self.functions[function], *(tensor for tensor, _ in tensors))
         for tensor, _ in tensors:
             self.runtime.release(tensor)
         if result.type_index == TENSOR:
             return [self.runtime.array(result)]
         item = self.runtime.function("ffi.ArrayGetItem")
-        parts = [self.runtime.call(item, result, Any(INT, 0, i)) for i in range(len(self.outputs))]
+        parts = [self.runtime.call(item, result, Any(INT, 0, i)) for i in range(len(outputs))]
         self.runtime.release(result)
         return [self.runtime.array(part) for part in parts]
 

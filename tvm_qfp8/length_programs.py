@@ -1,0 +1,136 @@
+"""From the programs of several lengths to one module, see ``importers.open_length``.
+
+Layers are calibrated in the program of the longest; those of the others have the same names and weights, and take the
+same codes, scales and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm import ir, relax
+
+from tvm_qfp8.calibration import Program, QuantizationPlan
+from tvm_qfp8.calibration.evaluate import evaluate
+from tvm_qfp8.errors import ModelError
+from tvm_qfp8.lengths import padded, varying_axes
+from tvm_qfp8.relay_passes.share_constants import ShareConstants
+from tvm_qfp8.topi.static_memory import FUNCTION
+
+TOLERANCE = 1e-4
+"""Of the largest output: what float32 sums in another order may differ by."""
+
+
+def function_at(length: int) -> str:
+    """The name of the function that runs inputs of a length; the longest is ``main``."""
+    return f"main_{length}"
+
+
+def padding_is_unseen(short: tvm.IRModule, long: tvm.IRModule, axes: Mapping[str, int]) -> bool:
+    """Whether zeros behind the inputs of ``short`` leave its outputs as they are, in float32 on random inputs.
+
+    So it is for networks with an attention mask among their inputs, and for causal ones.
+    """
+    random = np.random.default_rng(0)
+    inputs, more = {}, {}
+    extents = {name: spec.shape for name, spec in Program(long).inputs.items()}
+    for name, spec in Program(short).inputs.items():
+        if spec.dtype.startswith("float"):
+            value = random.standard_normal(spec.shape).astype(spec.dtype)
+        else:  # indices, or masks that leave at least the first
+            value = random.integers(0, 2, spec.shape).astype(spec.dtype)
+            if value.ndim:
+                value[..., :1] = 1
+        inputs[name] = value
+        axis = axes.get(name)
+        more[name] = value if axis is None else padded(value, axis, extents[name][axis])
+    found, wider = evaluate(short, inputs), evaluate(long, more)
+    for own, other, moving in zip(
+        found,
+        wider,
+        varying_axes([[array.shape for array in found], [array.shape for array in wider]]),
+        strict=True,
+    ):
+        name, axis = next(iter(axes.items()))
+        lengths = inputs[name].shape[axis], more[name].shape[axis]
+        if any((own.shape[i], other.shape[i]) != lengths for i in moving):
+            return False
+        kept = other[tuple(slice(lengths[0] if i in moving else None) for i in range(other.ndim))]
+        difference = np.abs(np.subtract(own, kept, dtype=np.float64)).max(initial=0)
+        if not difference <= TOLERANCE * np.abs(own).max(initial=0):
+            return False
+    return True
+
+
+def padded_samples(
+    batches: Iterable[Mapping[str, np.ndarray]], axes: Mapping[str, int], inputs: Mapping[str, Any]
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Calibration samples, shorter ones padded up to the lengths of ``inputs``."""
+    for batch in batches:
+        sample = dict(batch) if isinstance(batch, Mapping) else batch
+        if isinstance(sample, dict):
+            for name in sample.keys() & axes.keys():
+                array, shape = np.asarray(sample[name]), inputs[name].shape
+                axis = axes[name] - len(shape)  # from the end: a sample may have a new first axis
+                if array.ndim >= -axis and array.shape[axis] < shape[axis]:
+                    sample[name] = padded(array, axis % array.ndim, shape[axis])
+        yield sample
+
+
+def check_same_layers(
+    program: tvm.IRModule, length: int, longest: tvm.IRModule, plan: QuantizationPlan
+) -> None:
+    """Refuse a program in which a layer that the plan decides on is missing or has other weights.
+
+    Raises
+    ------
+    ModelError
+    """
+    steps = {step.name: step for step in Program(program).steps}
+    names = {*plan.linear, *plan.products, *plan.embeddings}
+    for step in Program(longest).steps:
+        if step.name not in names:
+            continue
+        other = steps.get(step.name)
+        if other is None or not _same_layer(step, other):
+            raise ModelError(
+                f"the model is another network at length {length} than at the longest: layer {step.name} "
+                f"({step.operator.removeprefix('relax.')}) is not the same; compile a module for each length"
+            )
+
+
+def _same_layer(step: Any, other: Any) -> bool:
+    if other.operator != step.operator or len(other.arguments) != len(step.arguments):
+        return False
+    pairs = zip(step.arguments, other.arguments, strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs if isinstance(a, np.ndarray))
+
+
+def joined(longest: tvm.IRModule, shorter: Mapping[int, tvm.IRModule]) -> tvm.IRModule:
+    """All lowered programs in one module: ``main`` and ``main_16``, ``main_32``, ... with equal constants shared."""
+    functions: dict[ir.GlobalVar, ir.BaseFunc] = dict(longest.functions_items())
+    for length, mod in shorter.items():
+        # What fills the module's memory stands in the longest, which was lowered last.
+        own = {
+            var.name_hint: function for var, function in mod.functions_items() if var.name_hint != FUNCTION
+        }
+        names = {name: ir.GlobalVar(f"{name}_{length}") for name in own}
+        for name, function in own.items():
+            renamed = _renamed(function, names)
+            relax.expr._update_type(names[name], renamed.ty)
+            functions[names[name]] = renamed
+    whole = tvm.IRModule(functions, attrs=longest.attrs, global_infos=longest.global_infos)
+    return tvm.transform.Sequential([ShareConstants()])(whole)
+
+
+def _renamed(function: ir.BaseFunc, names: Mapping[str, ir.GlobalVar]) -> ir.BaseFunc:
+    def rename(var: ir.GlobalVar, _mutator) -> ir.GlobalVar:
+        return names.get(var.name_hint, var)
+
+    renamed = tvm_ffi.structural_mutate(function, [(ir.GlobalVar, rename)])
+    symbol = (function.attrs or {}).get("global_symbol")
+    return renamed if symbol is None else renamed.with_attr("global_symbol", names[symbol].name_hint)

@@ -1,0 +1,133 @@
+"""Which program of a module runs inputs of a length, and what padding means: see ``importers.open_length``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tvm_qfp8.errors import InputError
+from tvm_qfp8.tensor_info import TensorInfo, tensor_entries, tensor_infos
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The program of a module for one length."""
+
+    length: int
+    function: str
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of a module.
+
+    Attributes
+    ----------
+    axes : dict of str to int
+        The axis of each input that has the length.
+    padding : bool
+        Whether shorter inputs are padded with zeros up to the next length: only where outputs do not see it.
+    variants : list of Variant
+        Ascending.
+    """
+
+    axes: Mapping[str, int]
+    padding: bool
+    variants: list[Variant]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Lengths:
+        """From ``to_json``'s result."""
+        variants = [
+            Variant(length, function, tensor_infos(inputs), tensor_infos(outputs))
+            for length, function, inputs, outputs in data["variants"]
+        ]
+        return cls(data["axes"], data["padding"], variants)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        variants = [
+            [v.length, v.function, tensor_entries(v.inputs), tensor_entries(v.outputs)] for v in self.variants
+        ]
+        return {"axes": dict(self.axes), "padding": self.padding, "variants": variants}
+
+    def describe(self) -> str:
+        """For the report."""
+        listed = ", ".join(str(variant.length) for variant in self.variants)
+        between = (
+            "shorter inputs are padded with zeros" if self.padding else "no others: results would see padding"
+        )
+        return f"one program for each of the lengths {listed}, with the same weights; {between}"
+
+    def length_of(self, arrays: Mapping[str, np.ndarray]) -> int:
+        """The length that all ``arrays`` have; the longest of the module where one lacks the axis.
+
+        Raises
+        ------
+        InputError
+            Their lengths differ.
+        """
+        found = {
+            name: arrays[name].shape[axis] for name, axis in self.axes.items() if arrays[name].ndim > axis
+        }
+        if len(set(found.values())) > 1:
+            shown = ", ".join(f"{length} in {name!r}" for name, length in found.items())
+            raise InputError(f"inputs have different lengths: {shown}")
+        return next(iter(found.values()), self.variants[-1].length)
+
+    def variant_for(self, length: int) -> Variant:
+        """What runs inputs of ``length``, padded where they are shorter.
+
+        Raises
+        ------
+        InputError
+            They are too long, empty, or shorter where padding would change results.
+        """
+        known = [variant.length for variant in self.variants]
+        listed = ", ".join(map(str, known))
+        if length in known:
+            return self.variants[known.index(length)]
+        if not 0 < length < known[-1]:
+            raise InputError(f"inputs have length {length}, the module is compiled for {listed}")
+        if not self.padding:
+            raise InputError(
+                f"inputs have length {length}, the module is compiled for {listed}, and padding them would change its "
+                "results; give one of these lengths"
+            )
+        return next(variant for variant in self.variants if variant.length > length)
+
+    def pad(self, arrays: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """Arrays with zeros behind their values, up to ``length``."""
+        return {
+            name: padded(array, self.axes[name], length) if name in self.axes else array
+            for name, array in arrays.items()
+        }
+
+    def cut(self, results: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
+        """Results of padded inputs without what belongs to the padding."""
+        axes = varying_axes([[info.shape for info in variant.outputs] for variant in self.variants])
+        found = []
+        for result, own in zip(results, axes, strict=True):
+            kept = tuple(slice(length if axis in own else None) for axis in range(result.ndim))
+            found.append(np.ascontiguousarray(result[kept]))
+        return found
+
+
+def varying_axes(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[list[int]]:
+    """The axes of each tensor whose extents differ; ``shapes`` has all tensors' shapes at each length."""
+    return [
+        [axis for axis, extents in enumerate(zip(*tensor, strict=True)) if len(set(extents)) > 1]
+        for tensor in zip(*shapes, strict=True)
+    ]
+
+
+def padded(array: np.ndarray, axis: int, length: int) -> np.ndarray:
+    """``array`` with zeros behind ``axis``'s values, up to ``length``."""
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - array.shape[axis])
+    return np.pad(array, widths)
