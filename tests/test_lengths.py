@@ -167,3 +167,19 @@ def test_another_network_at_another_length_is_refused():
 def test_command_line_lengths():
     assert parse_shapes(["ids=1,8/12/20"]) == {"ids": (1, [8, 12, 20])}
     assert parse_shapes(["ids=N,8/12"]) == {"ids": ("N", [8, 12])}
+
+
+def test_an_exported_program_with_an_open_dimension():
+    torch = pytest.importorskip("torch")
+
+    class Shifted(torch.nn.Module):
+        def forward(self, x):
+            # The slice ends at n + 1, which has to become a number.
+            return torch.cat([x[:, :1], x], 1)[..., 1:] * 2
+
+    rows = torch.export.Dim("n", min=2, max=16)
+    exported = torch.export.export(Shifted(), (torch.zeros(1, 4),), dynamic_shapes=({1: rows},))
+    compiled = q.compile(exported, input_shapes={"x": (1, [4, 7])})
+    for length in (3, 4, 6, 7):
+        x = np.arange(length, dtype=np.float32)[None]
+        np.testing.assert_array_equal(compiled.run({"x": x})[0], 2 * x)

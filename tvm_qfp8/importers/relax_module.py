@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import tvm
-from tvm import relax
+import tvm_ffi
+from tvm import relax, tirx
+from tvm.sym import Analyzer
 
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.importers.finite_weights import check_finite
@@ -38,6 +40,7 @@ def from_relax(
                     symbols[own] = int(given)
     if symbols:
         mod = relax.transform.BindSymbolicVars(symbols, "main")(mod)
+        mod["main"] = _with_numbers(mod["main"])
     for p in mod["main"].params:
         dims = list(p.ty.shape or [])
         if not all(hasattr(extent, "value") for extent in dims):
@@ -47,3 +50,10 @@ def from_relax(
     result = mod["main"].ret_ty
     count = len(result.fields) if isinstance(result, relax.TupleType) else 1
     return Imported(mod, [p.name for p in mod["main"].params], [f"output{i}" for i in range(count)])
+
+
+def _with_numbers(function: relax.Function) -> relax.Function:
+    """What open dimensions were computed to, such as ``1 + 16`` for ``1 + n``, as numbers."""
+    analyzer = Analyzer()
+    arithmetic = (tirx.Add, tirx.Sub, tirx.Mul, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max)
+    return tvm_ffi.structural_map(function, (arithmetic, analyzer.simplify))
