@@ -21,6 +21,8 @@ from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import StaticMemory
 
 MIN_PARALLEL_ELEMENTS = 65_536
+TOGETHER = 8
+"""Vectors that elementwise kernels of one operator read before they write any, see ``Epilogue.emit_together``."""
 
 
 @dataclass
@@ -115,22 +117,35 @@ def _elementwise_body(epilogue: Epilogue, isa: InstructionSet, threads: int) -> 
             for expr, e in epilogue.externals.items()
         }
 
-    def body(_inputs, finish) -> None:
+    def run(row, start, length: int) -> None:
+        """``length`` neighbouring elements of a row, some vectors at a time."""
+        step = max(1, TOGETHER // len(epilogue.members)) * isa.lanes
+        done = length // step * step
+        if done:
+            with T.serial(0, length // step) as i:
+                first = start + i * step
+                epilogue.emit_together(row, [first + at for at in range(0, step, isa.lanes)], isa.lanes)
+        if done == length:
+            return
+        if done and length - done < isa.lanes:
+            done = length - isa.lanes  # computed twice rather than in parts
+        vector_runs(
+            length - done,
+            isa.lanes,
+            lambda at, lanes: epilogue.emit(None, None, row, start + done + at, lanes, lanes),
+        )
+
+    def body(_inputs, _finish) -> None:
         parallel = T.parallel if threads > 1 and size >= MIN_PARALLEL_ELEMENTS else T.serial
         columns = epilogue.columns
         chunk = 4096 if flat and size > 8192 else columns
         if flat:
             with parallel(0, size // chunk) as block:
-                vector_runs(
-                    chunk, isa.lanes, lambda at, lanes: finish(None, 0, block * chunk + at, lanes, lanes)
-                )
+                run(0, block * chunk, chunk)
             if size % chunk:
-                start = size // chunk * chunk
-                vector_runs(
-                    size - start, isa.lanes, lambda at, lanes: finish(None, 0, start + at, lanes, lanes)
-                )
+                run(0, size // chunk * chunk, size % chunk)
             return
         with parallel(0, size // columns) as row:
-            vector_runs(columns, isa.lanes, lambda at, lanes: finish(None, row, at, lanes, lanes))
+            run(row, 0, columns)
 
     return body

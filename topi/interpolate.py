@@ -115,6 +115,10 @@ class TirOps:
         """The nearest integer, ties to even: vrndscaleps."""
         return bind(_masked_avx512("rndscale", x, tirx.const(8, "int32")))
 
+    def fraction(self, x):
+        """x - rint(x), which is exact; 0 for infinities: vreduceps."""
+        return bind(_masked_avx512("reduce", x, tirx.const(8, "int32")))
+
     def scale(self, x, power):
         """x * 2**power, rounded once; right for infinities and denormals: vscalefps."""
         return bind(_masked_avx512("scalef", x, power))

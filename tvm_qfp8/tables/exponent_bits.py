@@ -17,6 +17,8 @@ LN2_HIGH = 355.0 / 512.0
 LN2_LOW = float(np.float32(np.log(2.0) - LN2_HIGH))
 # exp on arguments inside these bounds has normal results.
 EXP_NORMAL = (-87.0, 87.0)
+# 2**t is 0 below the first and infinite above the second, however t is rounded.
+SATURATED = (-151.0, 128.5)
 # exp: n below this is applied by a second factor, so that denormal results round once.
 FIRST_FACTOR_MIN = -90.0
 
@@ -27,6 +29,11 @@ def _clamped(table: Table, x, ops):
 
 def _has_normal_results(table: Table) -> bool:
     return table.low >= EXP_NORMAL[0] and table.high <= EXP_NORMAL[1]
+
+
+def _saturates(table: Table) -> bool:
+    """Whether results beyond the bounds are 0 and infinity."""
+    return table.low * table.scale <= SATURATED[0] and table.high * table.scale >= SATURATED[1]
 
 
 def _round(t, ops):
@@ -57,13 +64,16 @@ def _times_power_of_two(mantissa, shifted, whole, ops, normal: bool):
 
 def exp(table: Table, x, ops):
     """Reduction ``exp``."""
-    normal = _has_normal_results(table)
-    t = _clamped(table, x, ops)
+    # Beside vscalefps, which gives 0 and infinity itself, only a narrower domain has to be kept.
+    saturates = ops.scales_by_powers and _saturates(table)
+    t = x if saturates else _clamped(table, x, ops)
     if table.scale != 1.0:
         t = ops.mul(t, ops.const(table.scale))
+    if saturates:
+        return ops.scale(horner(table, None, ops.fraction(t), ops, table.degree - 1), ops.rint(t))
     shifted, whole, fraction = _round(t, ops)
-    mantissa = horner(table, None, fraction, ops, ops.add_on_multipliers)
-    return _times_power_of_two(mantissa, shifted, whole, ops, normal)
+    mantissa = horner(table, None, fraction, ops, table.degree)
+    return _times_power_of_two(mantissa, shifted, whole, ops, _has_normal_results(table))
 
 
 def exp_flush(table: Table, x, ops):
@@ -80,7 +90,7 @@ def exp_flush(table: Table, x, ops):
         root = ops.add_on_multipliers(fraction, ops.const(table.coefficients[1][0]))
         mantissa = ops.add_on_multipliers(ops.mul(root, root), ops.const(table.coefficients[0][0]))
     else:
-        mantissa = horner(table, None, fraction, ops, ops.add_on_multipliers)
+        mantissa = horner(table, None, fraction, ops, table.degree)
     flushed, zero = ops.less(t, ops.const(-126.0)), ops.const(0.0)
     if ops.scales_by_powers:
         return ops.select(flushed, zero, ops.scale(mantissa, whole))

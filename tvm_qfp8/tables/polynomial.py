@@ -11,15 +11,19 @@ MAGIC = 12582912.0
 """1.5 * 2**23: adding it leaves the nearest integer, ties to even, in the low bits."""
 
 
-def horner(table: Table, index, variable, ops, add=None):
-    """The polynomial of cell ``index`` (modulo the number of cells) at ``variable``; ``add`` if not ``ops.add``."""
+def horner(table: Table, index, variable, ops, on_multipliers: int = 0):
+    """The polynomial of cell ``index`` (modulo the number of cells) at ``variable``.
+
+    The first ``on_multipliers`` additions go to the units that multiply, where those that add are busier.
+    """
     if table.cells == 1:
         values = [ops.const(power[0]) for power in table.coefficients]
     else:
         values = ops.lookup(table.coefficients, index)
     result = values[-1]
-    for value in reversed(values[:-1]):
-        result = (add or ops.add)(ops.mul(result, variable), value)
+    for step, value in enumerate(reversed(values[:-1])):
+        add = ops.add_on_multipliers if step < on_multipliers else ops.add
+        result = add(ops.mul(result, variable), value)
     return result
 
 
