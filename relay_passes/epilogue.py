@@ -64,7 +64,6 @@ class Epilogue:
         self.buffers: list = []
         self.outputs: dict = {}
         self.scalar_buffer = None
-        self._held: list[tuple] | None = None
 
     def _absorb_clips(self, operands: Operands) -> None:
         """Let an unsigned encode do the work of the ReLU or clip from zero before it, where only it reads that.
@@ -150,9 +149,6 @@ class Epilogue:
     def _write(self, var: relax.Var, value, row, column, lanes: int, valid: int) -> None:
         buffer = self.outputs[var]
         at = row * self.columns + column
-        if self._held is not None:
-            self._held.append((buffer, at, bind(value), lanes))
-            return
         if valid == lanes:
             store(buffer, at, value, lanes)
             return
@@ -160,19 +156,6 @@ class Epilogue:
         store(part, 0, value, lanes)
         for lane in range(valid):
             store(buffer, at + lane, load(part, lane, 1), 1)
-
-    def emit_together(self, row, columns: list, lanes: int) -> None:
-        """Finish whole vectors of a row that has no anchor; all are read before the first is written.
-
-        A processor takes a load for one of what was just stored if the low 12 bits of their addresses agree, and waits.
-        Buffers often lie so that each vector's store stands before the next one's load in this way.
-        """
-        self._held = []
-        for column in columns:
-            self.emit(None, None, row, column, lanes, lanes)
-        held, self._held = self._held, None
-        for buffer, at, value, width in held:
-            store(buffer, at, value, width)
 
     def emit(self, start: relax.Var | None, value, row, column, lanes: int, valid: int) -> None:
         """Finish one vector: ``value`` is the anchor's result (None where the anchor itself is in the members)."""

@@ -16,13 +16,11 @@ from tvm_qfp8.relay_passes.linear_kernels import LINEAR_ANCHORS
 from tvm_qfp8.relay_passes.operands import Operands, storage_dtype
 from tvm_qfp8.relay_passes.row_kernels import ROW_ANCHORS
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, vector_runs
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, stores_last, vector_runs
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import StaticMemory
 
 MIN_PARALLEL_ELEMENTS = 65_536
-TOGETHER = 8
-"""Vectors that elementwise kernels of one operator read before they write any, see ``Epilogue.emit_together``."""
 
 
 @dataclass
@@ -119,12 +117,13 @@ def _elementwise_body(epilogue: Epilogue, isa: InstructionSet, threads: int) -> 
 
     def run(row, start, length: int) -> None:
         """``length`` neighbouring elements of a row, some vectors at a time."""
-        step = max(1, TOGETHER // len(epilogue.members)) * isa.lanes
+        step = max(1, isa.vectors_at_once // len(epilogue.members)) * isa.lanes
         done = length // step * step
         if done:
             with T.serial(0, length // step) as i:
-                first = start + i * step
-                epilogue.emit_together(row, [first + at for at in range(0, step, isa.lanes)], isa.lanes)
+                with stores_last():
+                    for at in range(0, step, isa.lanes):
+                        epilogue.emit(None, None, row, start + i * step + at, isa.lanes, isa.lanes)
         if done == length:
             return
         if done and length - done < isa.lanes:

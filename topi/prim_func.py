@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import with_lanes
+from tvm_qfp8.topi.float_contract import bind, with_lanes
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,32 @@ def load(buffer, index, lanes: int):
     return buffer.vload([index], with_lanes(str(buffer.dtype), lanes))
 
 
+_HELD: ContextVar[list[tuple] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def stores_last() -> Iterator[None]:
+    """Stores that are emitted inside come after all else that is; those to registers and loops stay out of it.
+
+    A processor takes a load for one of what was just stored if the low 12 bits of their addresses agree, and waits.
+    Buffers often lie so that each vector's store stands before the next one's load in this way.
+    """
+    held: list[tuple] = []
+    token = _HELD.set(held)
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+    for arguments in held:
+        store(*arguments)
+
+
 def store(buffer, index, value, lanes: int) -> None:
     """Write ``lanes`` neighbouring elements at ``index``."""
+    held = _HELD.get()
+    if held is not None and buffer.scope() != "local":
+        held.append((buffer, index, bind(value), lanes))
+        return
     T.buffer_store(buffer, value, [index if lanes == 1 else tirx.Ramp(index, 1, lanes)])
 
 

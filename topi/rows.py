@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, lanes_of, like, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.prim_func import load, store, stores_last
 
 MIN_PARALLEL_ELEMENTS = 65_536
 
@@ -27,6 +27,7 @@ class Row:
 
     def __init__(self, isa: InstructionSet, length: int, read: Callable, pad: float) -> None:
         self.lanes = min(isa.lanes, LANES)
+        self._at_once = isa.vectors_at_once
         self.length = length
         self._read = read
         self._full = length // LANES
@@ -56,12 +57,27 @@ class Row:
 
     def _groups(self, body: Callable) -> None:
         """``body(source, offset)`` for each group; ``source(lane)`` is a vector of the row, padding included."""
-        if self._full:
-            with T.serial(0, self._full) as group:
-                at = group * LANES
-                body(lambda lane: bind(self._read(at + lane, self.lanes)), at)
+
+        def whole(at) -> None:
+            body(lambda lane: bind(self._read(at + lane, self.lanes)), at)
+
+        parts = LANES // self.lanes
+        self._together(self._full, max(1, self._at_once // parts), lambda group: whole(group * LANES))
         if self._rest:
             body(lambda lane: bind(load(self._tail, lane, self.lanes)), self._full * LANES)
+
+    @staticmethod
+    def _together(count: int, together: int, emit: Callable) -> None:
+        """``emit(index)`` of ``count``, so many at a time that their stores come last."""
+        whole = count // together
+        if whole:
+            with T.serial(0, whole) as index:
+                with stores_last():
+                    for part in range(together):
+                        emit(index * together + part)
+        if count % together:
+            with T.serial(0, count % together) as index:
+                emit(whole * together + index)
 
     def vector(self, offset, lane: int):
         """The vector at ``lane`` of the group at ``offset``, padding included."""
@@ -112,11 +128,12 @@ class Row:
             store(accumulators, lane, self.constant(0.0), self.lanes)
 
         def body(source, offset) -> None:
-            # Its loads come first: rows are often 4 KiB apart, where a load seems to follow a store of this group.
+            # Loads come before stores: rows are often 4 KiB apart, where a load seems to read what was just stored.
+            read = [source(lane) for lane in parts]
             if beside is not None:
                 beside(offset)
-            for lane in parts:
-                value = bind(function(source(lane)))
+            for lane, vector in zip(parts, read, strict=True):
+                value = bind(function(vector))
                 if keep is not None:
                     store(keep[0], keep[1] + offset + lane, value, self.lanes)
                 store(accumulators, lane, add(load(accumulators, lane, self.lanes), value), self.lanes)
@@ -152,9 +169,8 @@ class Row:
         def piece(offset, lanes: int) -> None:
             emit(bind(function(bind(self._read(offset, lanes)))), offset, lanes)
 
-        if self._full:
-            with T.serial(0, self._full * LANES // self.lanes) as i:
-                piece(i * self.lanes, self.lanes)
+        vectors = self._full * LANES // self.lanes
+        self._together(vectors, self._at_once, lambda index: piece(index * self.lanes, self.lanes))
         for offset, lanes in self.pieces(self._full * LANES) if self._rest else []:
             piece(offset, lanes)
 

@@ -84,6 +84,11 @@ class InstructionSet:
         """Which of those forms a product takes."""
         return self.split.activation_part(product) if self.split else 0
 
+    @property
+    def vectors_at_once(self) -> int:
+        """Vectors that elementwise and row kernels read before they write any, see ``stores_last``: they are held."""
+        return 8 if self.registers >= 32 else 2
+
     def in_bytes(self, activation: Layout, weight: Layout, dense: bool) -> InstructionSet:
         """The variant that multiplies the int8 parts of these layouts; itself where there is none."""
         variant = (dense and self.matrix_products) or self.byte_products
