@@ -1,0 +1,128 @@
+"""Times one module compiled for several lengths against onnxruntime and OpenVINO on inputs of many lengths.
+
+MiniLM, texts of 8 to 128 tokens without padding. Ours is one module for 16, 32, 64 and 128 tokens, which pads a text up
+to the next of them; onnxruntime runs the file with its open dimensions; OpenVINO gets a network of its own, reshaped,
+for each length. Contestants take turns, each in a process of its own (``zoo/contest.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+COMPILED = (16, 32, 64, 128)
+LENGTHS = (8, 16, 24, 32, 48, 64, 100, 128)
+PEERS = ("onnxruntime float32", "onnxruntime int8 dynamic", "openvino float32")
+"""Their static int8 files have one length."""
+
+
+class AtLength:
+    """The model as the peers' runners ask it, with inputs of one length."""
+
+    def __init__(self, model: Any, length: int) -> None:
+        self._model, self._length = model, length
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def input_shapes(self) -> dict[str, tuple[int, ...]]:
+        """All inputs are ``(1, tokens)``."""
+        return dict.fromkeys(self._model.input_shapes(), (1, self._length))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "bench_lengths.json")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve_runner(arguments.serve, arguments.module)
+        return
+    from zoo.contest import contest
+    from zoo.machine import describe_machine
+
+    module, report = compile_minilm()
+    record: dict[str, Any] = {
+        "machine": describe_machine(),
+        "turns": arguments.turns,
+        "compiled for": COMPILED,
+        "module bytes": module.stat().st_size,
+        "totals": report.totals,
+        "rows": [],
+    }
+    for length in LENGTHS:
+        print(f"{length} tokens", file=sys.stderr)
+        commands = {
+            runner: [__file__, "--serve", f"{runner}:{length}", "--module", str(module)]
+            for runner in ("qfp8", *PEERS)
+        }
+        medians = contest(commands, 1, arguments.turns)
+        record["rows"].append(
+            {
+                "tokens": length,
+                "milliseconds": {runner: round(value, 3) for runner, value in medians.items()},
+                "speedup": {r: round(v / medians["qfp8"], 3) for r, v in medians.items() if r != "qfp8"},
+            }
+        )
+    print_table(record)
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"written to {arguments.output}")
+
+
+def compile_minilm() -> tuple[Path, Any]:
+    """The module for all lengths, calibrated with 32 samples; (saved module, report)."""
+    import tvm_qfp8
+    from zoo import minilm
+    from zoo.fetch import cache_dir
+
+    compiled = tvm_qfp8.compile(
+        str(minilm.onnx_path()),
+        "native",
+        input_shapes=dict.fromkeys(minilm.input_shapes(), (1, COMPILED)),
+        calibration=minilm.calibration(32),
+        config=tvm_qfp8.Config(check_finite=False),
+    )
+    output = cache_dir("bench") / "minilm_lengths.so"
+    compiled.export_library(output)
+    return output, compiled.report
+
+
+def serve_runner(which: str, module: Path) -> None:
+    """Be one contestant."""
+    import tvm_qfp8
+    from zoo import latency, minilm
+    from zoo.contest import serve
+
+    runner, text = which.split(":")
+    length = int(text)
+    ids = np.random.default_rng(0).integers(1000, 20000, (1, length))
+    values = (ids, np.ones_like(ids), np.zeros_like(ids))
+    sample = dict(zip(minilm.input_shapes(), values, strict=True))
+    run = (
+        tvm_qfp8.load(module).run if runner == "qfp8" else latency.PEERS[runner](AtLength(minilm, length), 1)
+    )
+    serve(lambda: run(sample))
+
+
+def print_table(record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tokens", "ours, ms", *PEERS, title="MiniLM, one thread: times as long as ours")
+    for row in record["rows"]:
+        others = (f"{row['speedup'][peer]:.2f}" for peer in PEERS)
+        table.add_row(str(row["tokens"]), f"{row['milliseconds']['qfp8']:.2f}", *others)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
