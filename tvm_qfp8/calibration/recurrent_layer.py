@@ -1,0 +1,89 @@
+"""Recurrent layers: what is quantized in them, and what they compute then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tvm_qfp8.calibration.evaluate import Step, resolve
+from tvm_qfp8.calibration.plan import LinearQuantization
+from tvm_qfp8.calibration.recurrent import Product, float_function, float_product, run_loop
+from tvm_qfp8.format import decode_grid, encode, get_layout
+from tvm_qfp8.tables import build_table
+
+RECURRENT = "relax.qfp8.recurrent"
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A recurrent layer of one direction; its step's product with the hidden state is quantized.
+
+    Attributes
+    ----------
+    step : Step
+    weight : float32 array ``(gates * hidden, hidden)``
+    weight_axis : int
+        Output channels in the weight.
+    """
+
+    step: Step
+    weight: np.ndarray
+    weight_axis: int = 0
+
+    @classmethod
+    def of(cls, step: Step) -> Recurrent:
+        """Of a step of a canonical program."""
+        return cls(step, step.arguments[1])
+
+    @property
+    def _bias(self) -> np.ndarray:
+        return self.step.arguments[3]
+
+    def _run(self, values: Mapping[str, Any], product: Product, function) -> tuple[np.ndarray, ...]:
+        return run_loop(self.step.attrs, resolve(self.step.arguments, values), product, function)
+
+    def observed(
+        self, values: Mapping[str, Any]
+    ) -> tuple[tuple[np.ndarray, ...], list[tuple[slice, np.ndarray]]]:
+        """The float32 result, and what the products of all steps read, with their rows of the weight."""
+        seen: list[tuple[slice, np.ndarray]] = []
+        float32 = float_product(self.weight, self._bias)
+
+        def product(rows: slice, x: np.ndarray) -> np.ndarray:
+            seen.append((rows, x))
+            return float32(rows, x)
+
+        return self._run(values, product, float_function), seen
+
+    def quantized_output(
+        self, values: Mapping[str, Any], chosen: LinearQuantization, max_error: float
+    ) -> tuple[np.ndarray, ...]:
+        """The result with quantized products and functions as tables."""
+
+        def function(name: str, x: np.ndarray) -> np.ndarray:
+            return np.asarray(build_table(name, max_error=max_error)(x))
+
+        return self._run(values, quantized_product(chosen, self._bias), function)
+
+
+def quantized_product(chosen: LinearQuantization, bias: np.ndarray) -> Product:
+    """The product as the kernel computes it: to the bit, but where activations stay float32."""
+    weight, activation = chosen.weight, chosen.activation
+    if chosen.bias_correction is not None:
+        bias = (bias - chosen.bias_correction).astype(np.float32)
+    if activation is None:
+        return float_product(weight.dequantize(), bias)
+    assert activation.scale is not None  # of one tensor, as no row of it is known before the loop
+    layout, activation_scale = get_layout(activation.layout), np.float32(activation.scale)
+    exact = decode_grid(weight.codes, weight.layout).astype(np.float64)
+    a = np.asarray(weight.scale, np.float32) * activation_scale
+
+    def product(rows: slice, x: np.ndarray) -> np.ndarray:
+        # Sums of products of grid values are integers below 2^53.
+        total = decode_grid(encode(x, activation_scale, layout), layout) @ exact[rows].T
+        return total.astype(np.float32) * a[rows] + bias[rows]
+
+    return product
