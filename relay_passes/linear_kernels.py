@@ -100,7 +100,7 @@ def dense_kernel(
     threads: int,
     choose: ScheduleChooser,
 ) -> tuple[np.ndarray, Callable, object]:
-    """Weights ``(columns, depth)`` packed for the kernel that fits, ``emit(x, packed, epilogue)``, and what tells it."""
+    """Weights ``(columns, depth)`` packed for the kernel that fits, ``emit(x, packed, epilogue)``, its description."""
     columns, depth = weight.shape
     if activation is None or layout is None:
         one_row = ConvShape(1, 1, rows, depth, columns, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, None, layout)

@@ -215,17 +215,18 @@ class _Rewriter(MainRewriter):
         """The product with the hidden state; the state is encoded in the loop."""
         inputs, _, _, bias, *others = value.args
         weight, activation = quantization.weight, quantization.activation
-        a, shift, state = np.asarray(weight.scale, np.float32), bias.value.numpy(), {}
+        a, shift = np.asarray(weight.scale, np.float32), bias.value.numpy()
+        layout, scale = "", 0.0
         if activation is not None:
             assert activation.scale is not None
             a = a * np.float32(activation.scale)
-            state = {"layout": activation.layout, "scale": activation.scale}
+            layout, scale = activation.layout, activation.scale
         if quantization.bias_correction is not None:
             shift = (shift - quantization.bias_correction).astype(np.float32)
         constants = (codes_constant(weight.codes, weight.layout), relax.const(a), relax.const(shift))
         arguments = [self.expression(inputs), *constants, *map(self.expression, others)]
-        reverse = bool(value.attrs["reverse"])
-        call = qfp8_ops.recurrent(arguments, Cell.of(value.attrs), reverse=reverse, **state)
+        cell, reverse = Cell.of(value.attrs), bool(value.attrs["reverse"])
+        call = qfp8_ops.recurrent(arguments, cell, reverse=reverse, layout=layout, scale=scale)
         self.variables[var] = self.builder.emit(call, var.name)
 
     def _image(self, value: relax.Call) -> relax.Var | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from tvm import relax, tirx
@@ -15,6 +14,7 @@ from tvm_qfp8.relay_passes.kernels import Kernel
 from tvm_qfp8.relay_passes.linear_kernels import dense_kernel, scaled
 from tvm_qfp8.relay_passes.operands import Operands, array_of, layout_of
 from tvm_qfp8.topi.cuda.recurrent import emit_recurrent as emit_on_gpu
+from tvm_qfp8.topi.float_linear import emit_decoded
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load
@@ -28,7 +28,12 @@ def recurrent_shape(call) -> RecurrentShape:
     hidden = shape_of(call.args[5])[1]
     layout = str(call.attrs["layout"])
     return RecurrentShape(
-        Cell.of(call.attrs), steps, batch, hidden, bool(call.attrs["reverse"]), get_layout(layout) if layout else None
+        Cell.of(call.attrs),
+        steps,
+        batch,
+        hidden,
+        bool(call.attrs["reverse"]),
+        get_layout(layout) if layout else None,
     )
 
 
@@ -85,20 +90,25 @@ def _on_cpu(
     """``emit(arguments, buffers)``, and what tells the kernels of the products."""
     codes, a, bias = (array_of(argument) for argument in call.args[1:4])
     layout = layout_of(call.args[1])
+    # Float32 kernels decode weights at each call, here once for all steps.
+    decoded = layout if shape.state is None else None
     emitters, described = [], []
     for first, count in shape.cell.products:
         rows = slice(first * shape.hidden, (first + count) * shape.hidden)
-        packed, emit, what = dense_kernel(isa, shape.batch, codes[rows], shape.state, layout, threads, choose)
+        read = None if decoded else layout
+        packed, emit, what = dense_kernel(isa, shape.batch, codes[rows], shape.state, read, threads, choose)
         constants = (packed, pad_channels(a[rows]), pad_channels(bias[rows]))
         emitters.append((emit, [operands.constant(array) for array in constants]))
-        described.append(what)
+        described.append((what, layout))
 
     def emit_kernel(given, buffers: RecurrentBuffers) -> None:
-        def product(emit: Callable, at: list[int], operand, finish: Callable) -> None:
-            packed, a, bias = (given[index] for index in at)
-            emit(operand, packed, scaled(a, bias, finish))
+        def product_of(emit: Callable, at: list[int]) -> Callable:
+            weights, a, bias = (given[index] for index in at)
+            if decoded:
+                weights = emit_decoded(isa, weights, operands.specs[at[0]].size, decoded)
+            return lambda operand, finish: emit(operand, weights, scaled(a, bias, finish))
 
-        products = [partial(product, *emitter) for emitter in emitters]
+        products = [product_of(*emitter) for emitter in emitters]
         emit_recurrent(isa, shape, buffers, products, max_error)
 
     return emit_kernel, described

@@ -30,7 +30,9 @@ CELLS = {
     "lstm": Cell("LSTM", (SIGMOID, TANH, TANH)),
     "lstm, peepholes and clip": Cell("LSTM", (SIGMOID, TANH, TANH), clip=0.7, peepholes=True),
     "lstm, arithmetic": Cell(
-        "LSTM", (("HardSigmoid", 0.3, 0.4), ("ScaledTanh", 0.9, 1.1), ("Softsign", 0.0, 0.0)), input_forget=True
+        "LSTM",
+        (("HardSigmoid", 0.3, 0.4), ("ScaledTanh", 0.9, 1.1), ("Softsign", 0.0, 0.0)),
+        input_forget=True,
     ),
     "rnn, leaky": Cell("RNN", (("LeakyRelu", 0.2, 0.0),)),
     "rnn, threshold": Cell("RNN", (("ThresholdedRelu", 0.1, 0.0),)),
@@ -46,7 +48,12 @@ class Layer:
     def __init__(self, cell, batch=1, hidden=20, steps=4, reverse=False, activation=STATE, ends=False):
         rng = np.random.default_rng(hidden)
         width = cell.gates * hidden
-        self.cell, self.reverse, self.activation, self.shape = cell, reverse, activation, (steps, batch, hidden)
+        self.cell, self.reverse, self.activation, self.shape = (
+            cell,
+            reverse,
+            activation,
+            (steps, batch, hidden),
+        )
         codes = random_codes(rng, (width, hidden))
         codes[codes == 0x80] = 0
         scale = (rng.random(width, np.float32) + np.float32(0.5)) / np.float32(400 * hidden**0.5)
@@ -66,8 +73,17 @@ class Layer:
             state = {"layout": self.activation.layout, "scale": self.activation.scale}
 
         def emit(builder, inputs, *states):
-            constants = [codes_constant(self.weight.codes, self.weight.layout), *map(relax.const, (a, self.bias))]
-            arguments = [inputs, *constants, relax.const(self.lengths), *states, *map(relax.const, self.peepholes)]
+            constants = [
+                codes_constant(self.weight.codes, self.weight.layout),
+                *map(relax.const, (a, self.bias)),
+            ]
+            arguments = [
+                inputs,
+                *constants,
+                relax.const(self.lengths),
+                *states,
+                *map(relax.const, self.peepholes),
+            ]
             return builder.emit(qfp8_ops.recurrent(arguments, self.cell, reverse=self.reverse, **state))
 
         return program([(x.shape, None) for x in (self.inputs, *self.states)], emit)

@@ -17,7 +17,7 @@ from tvm_qfp8.format import Layout
 from tvm_qfp8.recurrent_cell import Cell, Operands
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.topi.codec import encode_expr
-from tvm_qfp8.topi.float_contract import bind, lanes_of, mul
+from tvm_qfp8.topi.float_contract import bind, mul, with_lanes
 from tvm_qfp8.topi.interpolate import TirOps, emit_table
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
@@ -25,7 +25,7 @@ from tvm_qfp8.topi.prim_func import load, store, vector_runs
 
 @dataclass(frozen=True)
 class RecurrentShape:
-    """One direction of a layer; ``state`` is the layout that the product reads the hidden state in, None for float32."""
+    """One direction of a layer; ``state`` is the layout of the hidden state in the product, None for float32."""
 
     cell: Cell
     steps: int
@@ -74,7 +74,8 @@ def emit_recurrent(
 
     def put_operand(at, value, lanes: int) -> None:
         if shape.state is not None:
-            scaled = bind(mul(value, tirx.Broadcast(buffers.reciprocal, lanes) if lanes > 1 else buffers.reciprocal))
+            factor = buffers.reciprocal if lanes == 1 else tirx.Broadcast(buffers.reciprocal, lanes)
+            scaled = bind(mul(value, factor))
             value = encode_expr(scaled, shape.state, isa)
         store(operand, at, value, lanes)
 
@@ -118,14 +119,16 @@ def emit_recurrent(
         store(buffers.outputs, t * size + at, found[0], lanes)
 
     def end(t, row, column, lanes: int) -> None:
-        zero = tirx.const(0.0, "float32" if lanes == 1 else f"float32x{lanes}")
+        zero = tirx.const(0.0, with_lanes("float32", lanes))
         store(buffers.outputs, t * size + row * shape.hidden + column, zero, lanes)
 
     def over_columns(body: Callable, t, row) -> None:
         vector_runs(shape.hidden, isa.lanes, partial(body, t, row))
 
     for first, last in zip(buffers.first, buffers.states, strict=True):
-        vector_runs(size, isa.lanes, lambda at, lanes, a=first, b=last: store(b, at, load(a, at, lanes), lanes))
+        vector_runs(
+            size, isa.lanes, lambda at, lanes, a=first, b=last: store(b, at, load(a, at, lanes), lanes)
+        )
     with T.serial(0, shape.steps) as index:
         t = T.bind(shape.steps - 1 - index) if shape.reverse else index
         vector_runs(size, isa.lanes, keep_states)

@@ -78,7 +78,9 @@ class Cell:
     @classmethod
     def of(cls, attributes: Any) -> Cell:
         """From what ``attributes`` gave, read by name."""
-        functions = tuple((str(name), float(alpha), float(beta)) for name, alpha, beta in attributes["functions"])
+        functions = tuple(
+            (str(name), float(alpha), float(beta)) for name, alpha, beta in attributes["functions"]
+        )
         flags = (bool(attributes[name]) for name in ("input_forget", "linear_before_reset", "peepholes"))
         return cls(str(attributes["kind"]), functions, float(attributes["clip"]), *flags)
 

@@ -56,7 +56,9 @@ def emit_recurrent(
                 store(total, 0, load(total, 0, 1) + load(shared, depth, 1) * weight_at(depth, column), 1)
             value = to_float(T.bind(load(total, 0, 1)))
         else:
-            value = _float_sum(hidden, lambda depth: mul(load(shared, depth, 1), bind(weight_at(depth, column))))
+            value = _float_sum(
+                hidden, lambda depth: mul(load(shared, depth, 1), bind(weight_at(depth, column)))
+            )
         return bind(add(bind(mul(value, load(a, column, 1))), load(bias, column, 1)))
 
     def operands(t, row, column, shared: list) -> Operands:
@@ -96,7 +98,9 @@ def emit_recurrent(
             store(shared[0], column, operand_of(state), 1)
 
         def share_reset(t, column) -> None:
-            store(shared[1], column, operand_of(bind(cell.reset_state(operands(t, row, column, shared[:1])))), 1)
+            store(
+                shared[1], column, operand_of(bind(cell.reset_state(operands(t, row, column, shared[:1])))), 1
+            )
 
         def update(t, column) -> None:
             at = row * hidden + column

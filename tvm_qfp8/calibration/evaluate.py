@@ -63,7 +63,7 @@ def _python(value: Any) -> Any:
 
 def _attributes(call: tvm.ir.Call, result: Spec) -> SimpleNamespace:
     if isinstance(call.attrs, tvm.ir.DictAttrs):
-        return SimpleNamespace(result=result, **{name: _python(call.attrs[name]) for name in call.attrs.keys()})
+        return SimpleNamespace(result=result, **{name: _python(value) for name, value in call.attrs.items()})
     fields = () if call.attrs is None else type(call.attrs).__tvm_ffi_type_info__.fields
     return SimpleNamespace(result=result, **{f.name: _python(getattr(call.attrs, f.name)) for f in fields})
 

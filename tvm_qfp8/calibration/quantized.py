@@ -50,7 +50,8 @@ class QuantizedProgram:
             x, y = (values[source] for source in self.products[name].sources)
             return self.products[name].quantized_output(x, y, self.plan.products[name])
         if name in self.recurrent:
-            return self.recurrent[name].quantized_output(values, self.plan.linear[name], self.max_error)
+            layer, chosen = self.recurrent[name], self.plan.linear[name]
+            return layer.quantized_outputs([values], chosen, self.max_error)[0]
         if name not in self.linear:
             return self.tables.get(name, step.run)(values)
         linear, chosen = self.linear[name], self.plan.linear[name]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tvm_qfp8.calibration import nonlinear
 from tvm_qfp8.recurrent_cell import Cell, Operands
 from tvm_qfp8.tables.families import find_function
 from tvm_qfp8.tables.numpy_ops import NumpyOps
@@ -39,9 +40,7 @@ def run_loop(
 
     for t in reversed(range(steps)) if attrs.reverse else range(steps):
         sums = np.empty((batch, cell.gates * hidden), np.float32)
-        at = Operands(
-            NumpyOps(), function, partial(part, sums), partial(part, inputs[t]), peephole, states
-        )
+        at = Operands(NumpyOps(), function, partial(part, sums), partial(part, inputs[t]), peephole, states)
         for index, (first, count) in enumerate(cell.products):
             rows = slice(first * hidden, (first + count) * hidden)
             sums[:, rows] = product(rows, cell.reset_state(at) if index else states[0])
@@ -57,8 +56,13 @@ def float_product(weight: np.ndarray, bias: np.ndarray) -> Product:
     return lambda rows, x: x @ weight[rows].T + bias[rows]
 
 
+_FUNCTIONS: dict[str, Callable] = {"tanh": np.tanh, "sigmoid": nonlinear.sigmoid}
+
+
 def float_function(name: str, x: np.ndarray) -> np.ndarray:
-    """A function of ``tables``, computed in float64."""
+    """A function of ``tables`` in float32; the less usual ones are computed in float64."""
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name](x)
     return find_function(name).reference(np.asarray(x, np.float64)).astype(np.float32)
 
 

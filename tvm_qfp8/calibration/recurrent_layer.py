@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from tvm_qfp8.calibration.evaluate import Step, resolve
 from tvm_qfp8.calibration.plan import LinearQuantization
 from tvm_qfp8.calibration.recurrent import Product, float_function, float_product, run_loop
 from tvm_qfp8.format import decode_grid, encode, get_layout
+from tvm_qfp8.recurrent_cell import Cell
 from tvm_qfp8.tables import build_table
 
 RECURRENT = "relax.qfp8.recurrent"
@@ -39,16 +40,32 @@ class Recurrent:
         return cls(step, step.arguments[1])
 
     @property
+    def sums(self) -> int:
+        """Values of all gates at all steps of one sample."""
+        steps, batch, _ = self.step.spec[0].shape  # type: ignore[index, union-attr]
+        return steps * batch * len(self.weight)
+
+    @property
     def _bias(self) -> np.ndarray:
         return self.step.arguments[3]
 
-    def _run(self, values: Mapping[str, Any], product: Product, function) -> tuple[np.ndarray, ...]:
-        return run_loop(self.step.attrs, resolve(self.step.arguments, values), product, function)
+    def _run(
+        self, samples: Sequence[Mapping[str, Any]], product: Product, function: Callable
+    ) -> list[tuple[np.ndarray, ...]]:
+        """The results of some samples, which go through the loop as one batch."""
+        resolved = [resolve(self.step.arguments, values) for values in samples]
+        inputs, weight, a, bias, lengths, *others = zip(*resolved, strict=True)
+        states = [np.concatenate(state) for state in others[: Cell.of(vars(self.step.attrs)).states]]
+        joined = np.concatenate(inputs, axis=1), weight[0], a[0], bias[0], np.concatenate(lengths), *states
+        peepholes = (weights[0] for weights in others[len(states) :])
+        outputs, *last = run_loop(self.step.attrs, (*joined, *peepholes), product, function)
+        parts = [np.split(outputs, len(samples), axis=1), *(np.split(state, len(samples)) for state in last)]
+        return list(zip(*parts, strict=True))
 
     def observed(
-        self, values: Mapping[str, Any]
-    ) -> tuple[tuple[np.ndarray, ...], list[tuple[slice, np.ndarray]]]:
-        """The float32 result, and what the products of all steps read, with their rows of the weight."""
+        self, samples: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[tuple[np.ndarray, ...]], list[tuple[slice, np.ndarray]]]:
+        """The float32 results, and what the products of all steps read, with their rows of the weight."""
         seen: list[tuple[slice, np.ndarray]] = []
         float32 = float_product(self.weight, self._bias)
 
@@ -56,17 +73,17 @@ class Recurrent:
             seen.append((rows, x))
             return float32(rows, x)
 
-        return self._run(values, product, float_function), seen
+        return self._run(samples, product, float_function), seen
 
-    def quantized_output(
-        self, values: Mapping[str, Any], chosen: LinearQuantization, max_error: float
-    ) -> tuple[np.ndarray, ...]:
-        """The result with quantized products and functions as tables."""
+    def quantized_outputs(
+        self, samples: Sequence[Mapping[str, Any]], chosen: LinearQuantization, max_error: float
+    ) -> list[tuple[np.ndarray, ...]]:
+        """The results with quantized products and functions as tables."""
 
         def function(name: str, x: np.ndarray) -> np.ndarray:
             return np.asarray(build_table(name, max_error=max_error)(x))
 
-        return self._run(values, quantized_product(chosen, self._bias), function)
+        return self._run(samples, quantized_product(chosen, self._bias), function)
 
 
 def quantized_product(chosen: LinearQuantization, bias: np.ndarray) -> Product:

@@ -8,7 +8,7 @@ import io
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import onnx
 import tvm
@@ -134,7 +134,7 @@ def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]]) -> tvm.IRMo
 
 
 @contextlib.contextmanager
-def _more_converters(front_end: ModuleType) -> Iterator[None]:
+def _more_converters(front_end: Any) -> Iterator[None]:
     """Our converters beside those of TVM's front end, which looks them up by a function of its own."""
     look_up = front_end._get_convert_map
     front_end._get_convert_map = lambda: look_up() | CONVERTERS

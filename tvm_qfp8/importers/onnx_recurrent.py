@@ -85,7 +85,11 @@ class _Layer:
         self.batch_first = bool(given.get("layout", 0))
         self.weight, self.recurrent = self._weights(1), self._weights(2)
         self.directions, width, self.hidden = self.recurrent.shape
-        bias = self._weights(3) if self.inputs[3] is not None else np.zeros((self.directions, 2 * width), np.float32)
+        bias = (
+            self._weights(3)
+            if self.inputs[3] is not None
+            else np.zeros((self.directions, 2 * width), np.float32)
+        )
         self.bias = bias.reshape(self.directions, 2, width)
 
     def _weights(self, position: int) -> np.ndarray:
@@ -118,7 +122,9 @@ class _Layer:
             self.kind == "GRU" and bool(self.given.get("linear_before_reset", 0)),
             peepholes is not None,
         )
-        weights = DirectionWeights(self.weight[index], self.recurrent[index], *self.bias[index], peepholes)
+        weights = DirectionWeights(
+            self.weight[index], self.recurrent[index], self.bias[index, 0], self.bias[index, 1], peepholes
+        )
         states = [self._first(5 + position, index, batch) for position in range(cell.states)]
         reverse = index == 1 or self.given.get("direction") == b"reverse"
         return emit_direction(self.builder, x, weights, cell, lengths, states, reverse)

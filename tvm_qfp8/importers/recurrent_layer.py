@@ -1,4 +1,4 @@
-"""Recurrent layers of any front end as Relax operators: a matmul with the input of all steps, then the loop over time."""
+"""Recurrent layers of any front end in Relax: one matmul with the inputs of all steps, then the loop over time."""
 
 from __future__ import annotations
 

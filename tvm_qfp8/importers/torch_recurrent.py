@@ -47,19 +47,23 @@ def _array(program: Any, node: Any) -> np.ndarray:
     signature = program.graph_signature
     name = signature.inputs_to_parameters.get(node.name) or signature.inputs_to_buffers.get(node.name)
     if name is None:
-        raise UnsupportedOperatorError(f"weights {node.name!r} of a recurrent layer are computed; make them parameters")
+        raise UnsupportedOperatorError(
+            f"weights {node.name!r} of a recurrent layer are computed, not parameters"
+        )
     return program.state_dict[name].detach().float().cpu().numpy()
 
 
 def _convert(program: Any, cell: Cell, order: tuple[int, ...], node: Any, importer: Any) -> Any:
-    """aten.lstm(input, states, parameters, biases, layers, dropout, train, bidirectional, batch_first), and likewise."""
+    """aten.lstm(input, states, parameters, biases, layers, dropout, train, bidirectional, batch_first) and the like."""
     from tvm import relax
 
     x, states, _, has_bias, layers, _, _, bidirectional, batch_first = importer.retrieve_args(node)
     parameters = [_array(program, parameter) for parameter in node.args[2]]
     directions, count = 2 if bidirectional else 1, 4 if has_bias else 2
     if len(parameters) != layers * directions * count:
-        raise UnsupportedOperatorError("an LSTM with proj_size is not supported; project its outputs by a Linear layer")
+        raise UnsupportedOperatorError(
+            "an LSTM with proj_size is not supported; project its outputs by a Linear layer"
+        )
     first = list(states) if cell.states == 2 else [states]
     builder = importer.block_builder
 
@@ -83,7 +87,7 @@ def _convert(program: Any, cell: Cell, order: tuple[int, ...], node: Any, import
             index = layer * directions + direction
             weight, recurrent, *bias = map(gates, parameters[index * count : (index + 1) * count])
             bias = bias or [np.zeros(len(weight), np.float32)] * 2
-            weights = DirectionWeights(weight, recurrent, *bias)
+            weights = DirectionWeights(weight, recurrent, bias[0], bias[1])
             begin = [state(tensor, index) for tensor in first]
             result = emit_direction(builder, x, weights, cell, lengths, begin, direction == 1)
             outputs.append(result[0])
