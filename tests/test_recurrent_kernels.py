@@ -45,7 +45,9 @@ STATE = ActivationQuantization("E2M5", 1 / 100)
 class Layer:
     """A layer with random weights; ``activation`` None for a hidden state in float32."""
 
-    def __init__(self, cell, batch=1, hidden=20, steps=4, reverse=False, activation=STATE, ends=False):
+    def __init__(
+        self, cell, batch=1, hidden=20, steps=4, reverse=False, activation=STATE, ends=False, weight="E2M5"
+    ):
         rng = np.random.default_rng(hidden)
         width = cell.gates * hidden
         self.cell, self.reverse, self.activation, self.shape = (
@@ -57,7 +59,7 @@ class Layer:
         codes = random_codes(rng, (width, hidden))
         codes[codes == 0x80] = 0
         scale = (rng.random(width, np.float32) + np.float32(0.5)) / np.float32(400 * hidden**0.5)
-        self.weight = QTensor(codes, scale, "E2M5", 0)
+        self.weight = QTensor(codes, scale, weight, 0)
         self.bias = rng.standard_normal(width, np.float32)
         self.inputs = rng.standard_normal((steps, batch, width), np.float32)
         self.states = [rng.standard_normal((batch, hidden), np.float32) for _ in range(cell.states)]
@@ -123,9 +125,32 @@ def test_shapes(batch, hidden):
     assert_exact(Layer(CELLS["lstm"], batch, hidden))
 
 
-@pytest.mark.parametrize("layout", ["E1M6", "E3M4", "UE2M6"])
-def test_layouts_of_the_state(layout):
-    assert_exact(Layer(CELLS["lstm"], activation=ActivationQuantization(layout, 1 / 60)))
+LAYOUTS = [
+    ("E1M6", "E2M5", 1),
+    ("E3M4", "E2M5", 3),
+    ("UE2M6", "E1M6", 1),
+    ("E1M6", "E1M6", 9),
+    ("UE1M7", "E1M6", 12),
+]
+
+
+@pytest.mark.parametrize("layout, weight, batch", LAYOUTS)
+def test_layouts(layout, weight, batch):
+    """Linear codes of 32 channels are multiplied as the bytes they are."""
+    state = ActivationQuantization(layout, 1 / 60)
+    assert_exact(Layer(CELLS["lstm"], batch, hidden=32, activation=state, weight=weight))
+
+
+@pytest.mark.aarch64
+@pytest.mark.parametrize("layout, weight, batch", LAYOUTS)
+def test_arm(run_aarch64, layout, weight, batch):
+    layer = Layer(
+        CELLS["gru"], batch, hidden=21, activation=ActivationQuantization(layout, 1 / 60), weight=weight
+    )
+    target = "llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod"
+    found = run_aarch64(build(layer.program(), target), [layer.inputs, *layer.states])
+    for ours, expected in zip(found, layer.expected(), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_two_threads():

@@ -41,7 +41,8 @@ class Linear:
     weight_axis, channel_axis : int
         Output channels in the weight and in the operator's result.
     shares : str
-        Where others have the same weight, too, as each step of a recurrent layer has: the first of them; else empty.
+        Where others have the same weight, too, as written-out steps of a recurrent layer have: the first of them; else
+        empty.
         They keep one and the same weight, so it is rounded to nearest, and no factor of an activation moves into it.
     """
 
