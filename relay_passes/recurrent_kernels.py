@@ -14,7 +14,6 @@ from tvm_qfp8.relay_passes.kernels import Kernel
 from tvm_qfp8.relay_passes.linear_kernels import dense_kernel, scaled
 from tvm_qfp8.relay_passes.operands import Operands, array_of, layout_of
 from tvm_qfp8.topi.cuda.recurrent import emit_recurrent as emit_on_gpu
-from tvm_qfp8.topi.float_linear import emit_decoded
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load
@@ -90,22 +89,17 @@ def _on_cpu(
     """``emit(arguments, buffers)``, and what tells the kernels of the products."""
     codes, a, bias = (array_of(argument) for argument in call.args[1:4])
     layout = layout_of(call.args[1])
-    # Float32 kernels decode weights at each call, here once for all steps.
-    decoded = layout if shape.state is None else None
     emitters, described = [], []
     for first, count in shape.cell.products:
         rows = slice(first * shape.hidden, (first + count) * shape.hidden)
-        read = None if decoded else layout
-        packed, emit, what = dense_kernel(isa, shape.batch, codes[rows], shape.state, read, threads, choose)
+        packed, emit, what = dense_kernel(isa, shape.batch, codes[rows], shape.state, layout, threads, choose)
         constants = (packed, pad_channels(a[rows]), pad_channels(bias[rows]))
         emitters.append((emit, [operands.constant(array) for array in constants]))
-        described.append((what, layout))
+        described.append(what)
 
     def emit_kernel(given, buffers: RecurrentBuffers) -> None:
         def product_of(emit: Callable, at: list[int]) -> Callable:
             weights, a, bias = (given[index] for index in at)
-            if decoded:
-                weights = emit_decoded(isa, weights, operands.specs[at[0]].size, decoded)
             return lambda operand, finish: emit(operand, weights, scaled(a, bias, finish))
 
         products = [product_of(*emitter) for emitter in emitters]

@@ -86,18 +86,6 @@ def _weight_vector(shape: FloatConvShape, weights, at, lanes: int):
     return bind(to_float(decode_expr(value, shape.weight, "int32")) if shape.weight else value)
 
 
-def emit_decoded(isa: InstructionSet, codes, size: int, layout: Layout):
-    """Packed weights as float32 in scratch memory, for layers that read them many times."""
-    decoded = T.alloc_buffer((size,), "float32", align=64)
-
-    def decode(at, lanes: int) -> None:
-        grid = decode_expr(bind(load(codes, at, lanes)), layout, "int32")
-        store(decoded, at, to_float(grid), lanes)
-
-    vector_runs(size, isa.lanes, decode)
-    return decoded
-
-
 def emit_float_conv2d(
     isa: InstructionSet, shape: FloatConvShape, x, weights, epilogue: Callable, threads: int
 ) -> None:

@@ -41,8 +41,7 @@ class Linear:
     weight_axis, channel_axis : int
         Output channels in the weight and in the operator's result.
     shares : str
-        Where others have the same weight, too, as written-out steps of a recurrent layer have: the first of them; else
-        empty.
+        Where others have the same weight, too, as written-out steps of a recurrent layer have: the first; else empty.
         They keep one and the same weight, so it is rounded to nearest, and no factor of an activation moves into it.
     """
 
@@ -115,17 +114,23 @@ def _axes(step: Step, weight: np.ndarray) -> tuple[int, int]:
     return step.attrs.kernel_layout.index("O"), step.attrs.out_layout.index("C")
 
 
+def _skipped_by_name(step: Step, skip: tuple[str, ...]) -> str | None:
+    """The reason, if a pattern of the configuration names a step or its operator."""
+    for pattern in skip:
+        if fnmatchcase(step.name, pattern) or fnmatchcase(step.operator, pattern):
+            return f"skipped by configuration ({pattern})"
+    return None
+
+
 def _reason_to_skip(step: Step, skip: tuple[str, ...]) -> str | None:
     """Why a linear call stays float32, or None."""
     activation, weight = step.arguments[:2]
     spec = step.spec
-    if step.operator != RECURRENT and (not isinstance(spec, TensorSpec) or spec.dtype != "float32"):
+    if not isinstance(spec, TensorSpec) or spec.dtype != "float32":
         return "the result is not float32"
-    for pattern in skip:
-        if fnmatchcase(step.name, pattern) or fnmatchcase(step.operator, pattern):
-            return f"skipped by configuration ({pattern})"
-    if step.operator == RECURRENT:
-        return None
+    configured = _skipped_by_name(step, skip)
+    if configured is not None:
+        return configured
     if not isinstance(weight, np.ndarray):
         if step.operator == "relax.matmul" and isinstance(activation, Name):
             return None
@@ -177,10 +182,11 @@ def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
         if step.operator not in (*LINEAR, RECURRENT):
             continue
         name, (activation, weight) = step.name, step.arguments[:2]
-        reason = _reason_to_skip(step, patterns)
+        recurrent = step.operator == RECURRENT
+        reason = _skipped_by_name(step, patterns) if recurrent else _reason_to_skip(step, patterns)
         if reason is not None:
             found.skipped[name] = reason
-        elif step.operator == RECURRENT:
+        elif recurrent:
             found.recurrent[name] = Recurrent.of(step)
         elif isinstance(weight, Name):
             found.products[name] = Product(step, (activation.name, weight.name))
