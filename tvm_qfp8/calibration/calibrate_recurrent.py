@@ -14,7 +14,7 @@ import numpy as np
 
 from tvm_qfp8.calibration.activations import Observer
 from tvm_qfp8.calibration.choose_activation import ActivationChooser
-from tvm_qfp8.calibration.linear import quantized_weight
+from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, quantized_weight
 from tvm_qfp8.calibration.plan import LinearQuantization
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
 
@@ -33,8 +33,12 @@ def calibrate_recurrent(
     chooser: ActivationChooser,
     max_error: float,
     write: Callable[[str, int, tuple], None],
+    in_bytes: bool,
 ) -> LinearQuantization:
-    """Layouts, scales and bias correction; ``write(flow, sample, result)`` receives both flows' results."""
+    """Layouts, linear ones where ``in_bytes``, scales and bias correction.
+
+    ``write(flow, sample, result)`` receives both flows' results.
+    """
     observer = Observer()
     operands: list[tuple[slice, np.ndarray]] = []
     signal = error = 0.0
@@ -44,10 +48,9 @@ def calibrate_recurrent(
         _, seen = layer.observed([exact(sample) for sample in batch])
         observer.record(np.stack([x for _, x in seen]))
         operands = operands or seen
-    choice = chooser.choose(observer, [], lambda: iter(()), False)
-    chosen = LinearQuantization(
-        quantized_weight(layer), choice.activation, note=choice.note, received=choice.distribution
-    )
+    choice = chooser.choose(observer, [], lambda: [], in_bytes)
+    weight = quantized_weight(layer, LINEAR_WEIGHTS if in_bytes else WEIGHTS)
+    chosen = LinearQuantization(weight, choice.activation, note=choice.note, received=choice.distribution)
     chosen = replace(chosen, bias_correction=_correction(layer.weight, chosen, operands))
     for batch in batches:
         results, _ = layer.observed([exact(sample) for sample in batch])

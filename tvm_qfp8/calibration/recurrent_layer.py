@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tvm_qfp8.calibration.evaluate import Step, resolve
-from tvm_qfp8.calibration.plan import LinearQuantization
+from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization
 from tvm_qfp8.calibration.recurrent import Product, float_function, float_product, run_loop
 from tvm_qfp8.format import decode_grid, encode, get_layout
 from tvm_qfp8.recurrent_cell import Cell
@@ -46,6 +46,11 @@ class Recurrent:
         return steps * batch * len(self.weight)
 
     @property
+    def macs(self) -> int:
+        """Multiply-adds of the products of one sample."""
+        return self.sums * self.weight.shape[1]
+
+    @property
     def _bias(self) -> np.ndarray:
         return self.step.arguments[3]
 
@@ -74,6 +79,13 @@ class Recurrent:
             return float32(rows, x)
 
         return self._run(samples, product, float_function), seen
+
+    def rounded_outputs(
+        self, samples: Sequence[Mapping[str, Any]], activation: ActivationQuantization, weight: np.ndarray
+    ) -> list[tuple[np.ndarray, ...]]:
+        """The results with a rounded hidden state and another weight, all else in float32."""
+        exact = float_product(weight, self._bias)
+        return self._run(samples, lambda rows, x: exact(rows, activation.rounded(x)), float_function)
 
     def quantized_outputs(
         self, samples: Sequence[Mapping[str, Any]], chosen: LinearQuantization, max_error: float

@@ -311,7 +311,14 @@ class Walk:
                 self.spill.write(step.name, flow, sample, result)
 
         self.plan.linear[step.name] = calibrate_recurrent(
-            layer, exact, rounded, self.samples, self.chooser, self.max_error, write
+            layer,
+            exact,
+            rounded,
+            self.samples,
+            self.chooser,
+            self.max_error,
+            write,
+            step.name in self.in_bytes,
         )
 
     def free_dead(self, group: Group) -> None:
