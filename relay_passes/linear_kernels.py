@@ -76,16 +76,10 @@ def _in_bytes(
 def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
     x, weight, a, bias = call.args[:4]
     rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
-    columns, depth = shape_of(weight)
-    activation, layout = layout_of(x), layout_of(weight)
-    if activation is None or layout is None:
-        one_row = ConvShape(1, 1, rows, depth, columns, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, None, layout)
-        return _float_linear(
-            call, one_row, array_of(weight).reshape(columns, 1, 1, depth), isa, threads, operands
-        )
-    shape = GemmShape(rows, columns, depth, activation, layout)
     operands.tensor(x)
-    packed, emit, label = _dense(isa, shape, array_of(weight), threads, choose)
+    packed, emit, described = dense_kernel(
+        isa, rows, array_of(weight), layout_of(x), layout_of(weight), threads, choose
+    )
     operands.constant(packed)
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
@@ -95,20 +89,34 @@ def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         row_scales = None if scales_at is None else inputs[scales_at]
         emit(inputs[0], inputs[1], scaled(inputs[2], inputs[3], finish, row_scales))
 
-    return body, (shape, label)
+    return body, described
 
 
-def _dense(
-    isa: InstructionSet, shape: GemmShape, codes: np.ndarray, threads: int, choose: ScheduleChooser
-) -> tuple[np.ndarray, Callable, str]:
-    """Weights packed for the kernel that fits, ``emit(x, packed, epilogue)``, and the kernel's name."""
-    isa = _in_bytes(isa, shape.rows, codes, shape.activation, shape.weight)
-    if isa.split is None and multiplies_magnitudes(isa, shape, codes):
-        packed = pack_few_rows(isa, shape, codes)
-        return packed, functools.partial(emit_few_rows, isa, shape, threads=threads), "few rows"
+def dense_kernel(
+    isa: InstructionSet,
+    rows: int,
+    weight: np.ndarray,
+    activation: Layout | None,
+    layout: Layout | None,
+    threads: int,
+    choose: ScheduleChooser,
+) -> tuple[np.ndarray, Callable, object]:
+    """Weights ``(columns, depth)`` packed for the kernel that fits, ``emit(x, packed, epilogue)``, its description."""
+    columns, depth = weight.shape
+    if activation is None or layout is None:
+        one_row = ConvShape(1, 1, rows, depth, columns, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, None, layout)
+        floats = FloatConvShape(one_row, layout)
+        packed = pack_float_weights(isa, floats, weight.reshape(columns, 1, 1, depth))
+        return packed, functools.partial(emit_float_conv2d, isa, floats, threads=threads), floats
+    shape = GemmShape(rows, columns, depth, activation, layout)
+    isa = _in_bytes(isa, rows, weight, activation, layout)
+    if isa.split is None and multiplies_magnitudes(isa, shape, weight):
+        packed = pack_few_rows(isa, shape, weight)
+        return packed, functools.partial(emit_few_rows, isa, shape, threads=threads), (shape, "few rows")
     schedule = choose(GemmSchedule, isa, shape, threads)
-    packed = pack_weights(isa, shape.weight, codes, schedule.vectors)
-    return packed, functools.partial(emit_gemm, isa, shape, threads=threads, schedule=schedule), isa.label
+    packed = pack_weights(isa, layout, weight, schedule.vectors)
+    emit = functools.partial(emit_gemm, isa, shape, threads=threads, schedule=schedule)
+    return packed, emit, (shape, isa.label)
 
 
 def conv_shape(call) -> ConvShape:
@@ -173,10 +181,8 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         if plan is not None and winograd_is_faster(plan):
             return _winograd(call, plan, isa, threads, operands)
     if shape.is_pointwise:
-        dense = GemmShape(pixels, shape.out_channels, shape.channels, *shape.layouts())
         flat = codes.reshape(shape.out_channels, -1)
-        packed, emit, label = _dense(isa, dense, flat, threads, choose)
-        described: tuple = (dense, label)
+        packed, emit, described = dense_kernel(isa, pixels, flat, *shape.layouts(), threads, choose)
     else:
         packed, emit, described = _windowed(isa, in_bytes, shape, codes, threads, choose)
     operands.constant(packed)
@@ -197,7 +203,7 @@ def _windowed(
     threads: int,
     choose: ScheduleChooser,
 ) -> tuple[np.ndarray, Callable, tuple]:
-    """As ``_dense``, for convolutions over windows."""
+    """As ``dense_kernel``, for convolutions over windows."""
     if is_depthwise(isa, shape):
         by_channel = choose(DepthwiseSchedule, isa, shape, threads)
         packed = pack_depthwise_weights(isa, shape, codes, by_channel)

@@ -25,8 +25,9 @@ from tvm import relax
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import cuda_kernels
 from tvm_qfp8.relay_passes.fuse import Group, Single, op_name, partition, shape_of, static_shape
-from tvm_qfp8.relay_passes.kernels import write_kernel
+from tvm_qfp8.relay_passes.kernels import Kernel, write_kernel
 from tvm_qfp8.relay_passes.operands import array_of, storage_dtype
+from tvm_qfp8.relay_passes.recurrent_kernels import recurrent_kernel
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.topi.code_lookup import look_up_prim_func
 from tvm_qfp8.topi.concat import concat_prim_func
@@ -137,6 +138,8 @@ class _Rewriter(MainRewriter):
                 self.look_up(step.var, step.value)
             elif op_name(step.value) == "relax.qfp8.encode_rows":
                 self.encode_rows(step.var, step.value)
+            elif op_name(step.value) == "relax.qfp8.recurrent":
+                self.recurrent(step.var, step.value)
             else:
                 self.keep(step.var, step.value)
             return
@@ -144,6 +147,21 @@ class _Rewriter(MainRewriter):
         kernel = write_kernel(
             step, options.isa, options.threads, options.max_error, options.choose, options.memory
         )
+        result = self.kernel_call(kernel, step.outputs[0].name)
+        for index, var in enumerate(step.outputs):
+            self.variables[var] = (
+                result
+                if len(kernel.outputs) == 1
+                else self.builder.emit(relax.TupleGetItem(result, index), var.name)
+            )
+
+    def recurrent(self, var: relax.Var, value: relax.Call) -> None:
+        options = self.options
+        kernel = recurrent_kernel(value, options.isa, options.threads, options.max_error, options.choose)
+        self.variables[var] = self.kernel_call(kernel, var.name)
+
+    def kernel_call(self, kernel: Kernel, name: str) -> relax.Var:
+        """Emit a call of the kernel, which is written if none is equal to it; a tuple of several outputs."""
         if kernel.key not in self._written:
             # Private: the builder makes the name unique.
             function = kernel.function().without_attr("global_symbol")
@@ -153,11 +171,5 @@ class _Rewriter(MainRewriter):
             for a in kernel.arguments
         ]
         types = [relax.TensorType(spec.shape, spec.dtype) for spec in kernel.outputs]
-        result = self.builder.emit(
-            relax.call_tir(self._written[kernel.key], arguments, types if len(types) > 1 else types[0]),
-            step.outputs[0].name,
-        )
-        for index, var in enumerate(step.outputs):
-            self.variables[var] = (
-                result if len(types) == 1 else self.builder.emit(relax.TupleGetItem(result, index), var.name)
-            )
+        outputs = types if len(types) > 1 else types[0]
+        return self.builder.emit(relax.call_tir(self._written[kernel.key], arguments, outputs), name)

@@ -17,6 +17,7 @@ qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc
 qfp8.take           table codes ``(rows, width)``, scale       float32: rows of an embedding table, each with its
                     ``(rows,)``, indices                       own scale
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
+qfp8.recurrent      inputs float32, weight, a, bias, ...       float32: outputs of all steps and the last states
 qfp8.fake_quantize  x float32, scale                           x rounded to ``layout``; ``ClaimTrained`` takes it
 qfp8.trained        a linear layer's result, weight scales     the same: how the layer was trained (``trained``)
 qfp8.batchnorm_input  x float32, number, axis            x: what BatchNorm layer ``number`` receives
@@ -30,11 +31,14 @@ Where only weights are quantized x is float32, and where a layer is left out its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tvm
 from tvm import ir, relax
 
 from tvm_qfp8 import dtype as _dtype  # noqa: F401  (registers the data types)
 from tvm_qfp8.format import Layout, get_layout
+from tvm_qfp8.recurrent_cell import Cell
 
 
 def _encode_type(call, _builder):
@@ -82,11 +86,19 @@ def _take_type(call, _builder):
     return relax.TensorType([*indices.ty.shape, table.ty.shape[1]], "float32")
 
 
+def _recurrent_type(call, _builder):
+    inputs, hidden = list(call.args[0].ty.shape), call.args[5].ty
+    states = 2 if str(call.attrs["kind"]) == "LSTM" else 1
+    outputs = relax.TensorType([*inputs[:2], hidden.shape[1]], "float32")
+    return relax.TupleType([outputs, *[hidden] * states])
+
+
 def _look_up_type(call, _builder):
     return relax.TensorType(call.args[0].ty.shape, call.args[1].ty.dtype)
 
 
 _OPERATORS = {
+    "recurrent": _recurrent_type,
     "look_up": _look_up_type,
     "encode": _encode_type,
     "encode_rows": _encode_rows_type,
@@ -182,6 +194,30 @@ def batch_matmul(x, y, scale: float, *, transpose_y: bool) -> relax.Call:
 def take(table, scale, indices) -> relax.Call:
     """Rows ``indices`` of an embedding table of codes."""
     return _call("take", [table, scale, indices])
+
+
+def recurrent(
+    arguments: Sequence, cell: Cell, *, reverse: bool, layout: str = "", scale: float = 0.0
+) -> relax.Call:
+    """One direction of a recurrent layer: the loop over time, from the last step to the first where ``reverse``.
+
+    Parameters
+    ----------
+    arguments : sequence of expressions
+        ``inputs`` float32 ``(steps, batch, gates * hidden)``, the input's product with its bias; ``weight``
+        ``(gates * hidden, hidden)``, float32 or codes, of the product with the hidden state; its ``a`` and ``bias``,
+        float32 ``(gates * hidden,)``; ``lengths`` int32 ``(batch,)``, the steps that each sequence has; the first
+        hidden and, for LSTM, cell state, float32 ``(batch, hidden)``; where the cell has peepholes their weights,
+        float32 ``(3 * hidden,)``.
+    layout, scale : str, float
+        Of the hidden state as the product reads it; no layout where it stays float32.
+
+    Returns
+    -------
+    A call whose value is a tuple: outputs ``(steps, batch, hidden)``, 0 after a sequence's end, and the last states.
+    """
+    attributes = {**cell.attributes(), "reverse": bool(reverse), "layout": layout, "scale": float(scale)}
+    return _call("recurrent", list(arguments), **attributes)
 
 
 def fake_quantize(x, scale, layout: str, axis: int) -> relax.Call:

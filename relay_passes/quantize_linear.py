@@ -32,8 +32,10 @@ from tvm_qfp8.calibration.plan import (
     LinearQuantization,
     QuantizationPlan,
 )
+from tvm_qfp8.calibration.recurrent_layer import RECURRENT
 from tvm_qfp8.dtype import codes_tensor
 from tvm_qfp8.format import get_layout
+from tvm_qfp8.recurrent_cell import Cell
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
@@ -142,6 +144,8 @@ class _Rewriter(MainRewriter):
             rows = codes_constant(table.codes, table.layout)
             call = qfp8_ops.take(rows, relax.const(table.scale), self.expression(value.args[1]))
             self.variables[var] = self.builder.emit(call, var.name)
+        elif op_name(value) == RECURRENT and var.name in self.plan.linear:
+            self._recurrent(var, value, self.plan.linear[var.name])
         elif op_name(value) == "relax.matmul" and self._is_batched(value):
             self._product(var, value)
         else:
@@ -206,6 +210,24 @@ class _Rewriter(MainRewriter):
             result = self._transposed(x, constants, value, target)
         self.variables[target] = result
         self._done.add(target)
+
+    def _recurrent(self, var: relax.Var, value: relax.Call, quantization: LinearQuantization) -> None:
+        """The product with the hidden state; the state is encoded in the loop."""
+        inputs, _, _, bias, *others = value.args
+        weight, activation = quantization.weight, quantization.activation
+        a, shift = np.asarray(weight.scale, np.float32), bias.value.numpy()
+        layout, scale = "", 0.0
+        if activation is not None:
+            assert activation.scale is not None
+            a = a * np.float32(activation.scale)
+            layout, scale = activation.layout, activation.scale
+        if quantization.bias_correction is not None:
+            shift = (shift - quantization.bias_correction).astype(np.float32)
+        constants = (codes_constant(weight.codes, weight.layout), relax.const(a), relax.const(shift))
+        arguments = [self.expression(inputs), *constants, *map(self.expression, others)]
+        cell, reverse = Cell.of(value.attrs), bool(value.attrs["reverse"])
+        call = qfp8_ops.recurrent(arguments, cell, reverse=reverse, layout=layout, scale=scale)
+        self.variables[var] = self.builder.emit(call, var.name)
 
     def _image(self, value: relax.Call) -> relax.Var | None:
         """The NCHW tensor of few channels whose transposition a convolution reads."""

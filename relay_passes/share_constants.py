@@ -1,6 +1,6 @@
 """Constants of equal bytes become one, in all functions of a module.
 
-Packing gives every layer arrays of its own, also where layers share weights, as the steps of a recurrent layer do.
+Packing gives every layer arrays of its own, also where layers share weights.
 Before::
 
     lv = R.call_tir(cls.matmul, (x, metadata["ir.GenericConst"][0]))

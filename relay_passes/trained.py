@@ -164,7 +164,8 @@ def take_trained(mod: tvm.IRModule, skip: Iterable[str] = ()) -> tuple[tvm.IRMod
     marks, program = rewriter.marks, Program(mod)
     steps = find_linear(program, skip)
     plan = QuantizationPlan(trained=True, skipped=steps.skipped)
-    plan.skipped.update(dict.fromkeys([*steps.products, *(set(steps.linear) - set(marks))], LEFT_OUT))
+    unmarked = [*steps.products, *steps.recurrent, *(set(steps.linear) - set(marks))]
+    plan.skipped.update(dict.fromkeys(unmarked, LEFT_OUT))
     for name, linear in steps.linear.items():
         if name in marks:
             plan.linear[name] = _linear(linear.weight, linear.weight_axis, *marks[name])

@@ -1,7 +1,7 @@
 """Times one module compiled for several lengths against onnxruntime and OpenVINO on inputs of many lengths.
 
-MiniLM, texts of 8 to 128 tokens without padding. Ours is one module for 16, 32, 64 and 128 tokens, which pads a text up
-to the next of them; onnxruntime runs the file with its open dimensions; OpenVINO gets a network of its own, reshaped,
+MiniLM, texts of 8 to 128 tokens without padding. Ours is one module for eight lengths, which pads a text up to the next of
+them; onnxruntime runs the file with its open dimensions; OpenVINO gets a network of its own, reshaped,
 for each length. Contestants take turns, each in a process of its own (``zoo/contest.py``).
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-COMPILED = (16, 32, 64, 128)
-LENGTHS = (8, 16, 24, 32, 48, 64, 100, 128)
+COMPILED = (8, 16, 24, 32, 48, 64, 96, 128)
+LENGTHS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128)
 PEERS = ("onnxruntime float32", "onnxruntime int8 dynamic", "openvino float32")
 """Their static int8 files have one length."""
 

@@ -95,6 +95,19 @@ def latency() -> str:
     return _table(["model", "threads", "QFP8", *peers], rows)
 
 
+def recurrent() -> str:
+    """Milliseconds and ratios of recurrent layers."""
+    record = _load("bench_recurrent.json")
+    if record is None:
+        return ""
+    peers = list(record["rows"][0]["times as fast as"])
+    rows = []
+    for row in record["rows"]:
+        cells = [f"{row['milliseconds'][p]:.1f} ({row['times as fast as'][p]:.2f})" for p in peers]
+        rows.append([row["network"], f"{row['milliseconds']['QFP8']:.1f}", *cells, f"{row['sqnr_db']:.1f}"])
+    return _table(["layers", "QFP8", *peers, "SQNR, dB"], rows)
+
+
 def kernels() -> str:
     """How single layers compare, and the bars."""
     record = _load("bench_kernels.json")
@@ -213,6 +226,7 @@ TABLES = {
     "machine": machine,
     "accuracy": accuracy,
     "latency": latency,
+    "recurrent": recurrent,
     "kernels": kernels,
     "functions": functions,
     "cycles": cycles,

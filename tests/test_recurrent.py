@@ -7,7 +7,9 @@ from models import model
 from onnx import TensorProto, helper, numpy_helper
 
 import tvm_qfp8
-from tvm_qfp8.calibration import evaluate
+from tvm_qfp8.calibration import calibrate, evaluate, evaluate_quantized
+from tvm_qfp8.calibration.linear import WEIGHTS
+from tvm_qfp8.calibration.sensitivity import layer_effects
 from tvm_qfp8.errors import UnsupportedOperatorError
 from tvm_qfp8.importers import load_model
 from tvm_qfp8.relay_passes.prepare import prepare
@@ -16,19 +18,30 @@ STEPS, BATCH, INPUT, HIDDEN = 5, 3, 8, 16
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
-def layer(kind, lengths=None, initial=False, peepholes=False, bias=True, opset=17, steps=STEPS, **given):
+def layer(
+    kind,
+    lengths=None,
+    initial=False,
+    peepholes=False,
+    bias=True,
+    opset=17,
+    steps=STEPS,
+    batch=BATCH,
+    hidden=HIDDEN,
+    **given,
+):
     """One recurrent layer with all its outputs; ``lengths`` "input" makes them an input."""
     rng = np.random.default_rng(3)
     directions = 2 if given.get("direction") == "bidirectional" else 1
-    width = GATES[kind] * HIDDEN
+    width = GATES[kind] * hidden
     batch_first = bool(given.get("layout", 0))
 
     def normal(*shape):
         return (rng.standard_normal(shape) * 0.4).astype(np.float32)
 
-    state = (BATCH, directions, HIDDEN) if batch_first else (directions, BATCH, HIDDEN)
-    constants = {"w": normal(directions, width, INPUT), "r": normal(directions, width, HIDDEN)}
-    inputs = {"x": (BATCH, steps, INPUT) if batch_first else (steps, BATCH, INPUT)}
+    state = (batch, directions, hidden) if batch_first else (directions, batch, hidden)
+    constants = {"w": normal(directions, width, INPUT), "r": normal(directions, width, hidden)}
+    inputs = {"x": (batch, steps, INPUT) if batch_first else (steps, batch, INPUT)}
     names = ["x", "w", "r", "", "", "", "", ""]
     if bias:
         constants["b"], names[3] = normal(directions, 2 * width), "b"
@@ -41,14 +54,14 @@ def layer(kind, lengths=None, initial=False, peepholes=False, bias=True, opset=1
         if kind == "LSTM":
             inputs["c"], names[6] = state, "c"
     if peepholes:
-        constants["p"], names[7] = normal(directions, 3 * HIDDEN), "p"
+        constants["p"], names[7] = normal(directions, 3 * hidden), "p"
     while not names[-1]:
         names.pop()
     outputs = {"y": None, "y_h": None, **({"y_c": None} if kind == "LSTM" else {})}
-    node = helper.make_node(kind, names, list(outputs), hidden_size=HIDDEN, **given)
+    node = helper.make_node(kind, names, list(outputs), hidden_size=hidden, **given)
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in inputs.items()]
     if isinstance(lengths, str):
-        values.append(helper.make_tensor_value_info("lengths", TensorProto.INT32, (BATCH,)))
+        values.append(helper.make_tensor_value_info("lengths", TensorProto.INT32, (batch,)))
     results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs]
     tensors = [numpy_helper.from_array(v, n) for n, v in constants.items()]
     graph = helper.make_graph([node], "test", values, results, tensors)
@@ -130,19 +143,68 @@ def test_compiled_and_calibrated(kind):
         assert noise < 10 ** (-25 / 20)
 
 
-def constant_bytes(steps, samples):
-    made = layer("LSTM", steps=steps)
+@pytest.mark.parametrize("batch, hidden", [(1, 7), (3, 33), (1, 70)])
+@pytest.mark.parametrize("kind", GATES)
+@pytest.mark.parametrize("samples", [0, 4])
+def test_compiled_like_its_numpy_twin(kind, batch, hidden, samples):
+    """The loop is exact (``test_recurrent_kernels``), but the twin of the matmul before it rounds its float32 sums.
+
+    A state at the edge of two codes may so become the other one: a step of 1 / 100 times weights of about 0.1.
+    """
+    made = layer(kind, batch=batch, hidden=hidden, direction="bidirectional", lengths=[3] * batch)
     batches = [feed(made, seed) for seed in range(samples)] or None
+    inputs = feed(made, 50)
+    canonical = prepare(load_model(made).mod)
+    expected = evaluate_quantized(canonical, calibrate(canonical, batches), inputs)
+    for ours, twin in zip(tvm_qfp8.compile(made, calibration=batches).run(inputs), expected, strict=True):
+        np.testing.assert_allclose(ours, twin, atol=2e-3 if samples else 1e-5)
+
+
+def test_a_recurrent_layer_is_reported_and_can_be_left_in_float32():
+    made = layer("LSTM")
+    batches = [feed(made, seed) for seed in range(4)]
     report = tvm_qfp8.compile(made, calibration=batches).report
+    (quantized,) = (found for found in report.layers if found.operator == "lstm")
+    assert quantized.weight_layout in WEIGHTS and quantized.became == "QFP8" and quantized.sqnr_db > 30
+    assert quantized.bytes_before == 4 * GATES["LSTM"] * HIDDEN**2 > 3 * quantized.bytes_after
+    skipping = tvm_qfp8.Config(skip=("relax.qfp8.recurrent", "relax.matmul"))
+    module = tvm_qfp8.compile(made, calibration=batches, config=skipping)
+    assert {found.became for found in module.report.layers if found.operator in ("matmul", "lstm")} == {
+        "float32"
+    }
+    inputs = feed(made, 50)
+    for ours, theirs in zip(module.run(inputs), onnxruntime_results(made, inputs), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-3)
+
+
+def test_a_state_may_be_multiplied_as_bytes():
+    """Where the outputs can lose so much; not where they may lose nothing, for what it costs them is more."""
+    made = layer("LSTM", direction="bidirectional")
+    batches = [feed(made, seed) for seed in range(4)]
+
+    def layouts(loss):
+        config = tvm_qfp8.Config(byte_loss_db=loss)
+        layers = tvm_qfp8.compile(made, calibration=batches, config=config).report.layers
+        return {found.activation_layout for found in layers if found.operator == "lstm"}
+
+    assert layouts(20.0) == {"E1M6"} and layouts(0.0) == {"E2M5"}
+
+
+def test_the_effect_of_a_recurrent_layer_is_known():
+    canonical = prepare(load_model(layer("GRU")).mod)
+    batches = [feed(layer("GRU"), seed) for seed in range(4)]
+    effects = layer_effects(canonical, calibrate(canonical, batches), batches)
+    assert {effect.operator for effect in effects} == {"matmul", "gru"}
+    assert all(20 < effect.output_sqnr_db < 80 for effect in effects)
+
+
+def constant_bytes(steps):
+    report = tvm_qfp8.compile(layer("LSTM", steps=steps)).report
     return report.totals["resident bytes of constants after load"], report.totals["weight bytes"]
 
 
-@pytest.mark.parametrize("samples", [0, 4])
-def test_time_steps_share_their_weights(samples):
-    """Codes are held and counted once; a calibrated step has a scale and a bias of its own for each channel."""
-    (few, counted), (many, again) = constant_bytes(5, samples), constant_bytes(10, samples)
-    own = 2 * 4 * GATES["LSTM"] * HIDDEN if samples else 0
-    assert many - few <= 5 * own and counted == again
+def test_a_loop_does_not_grow_with_its_steps():
+    assert constant_bytes(5) == constant_bytes(3000)
 
 
 def test_run_time_sequence_lengths_compile():
@@ -156,8 +218,8 @@ def test_run_time_sequence_lengths_compile():
 def test_refusals():
     with pytest.raises(UnsupportedOperatorError, match="activation 'Sine'"):
         load_model(layer("RNN", activations=["Sine"]))
-    with pytest.raises(UnsupportedOperatorError, match="513 time steps"):
-        load_model(layer("GRU", steps=513))
+    with pytest.raises(UnsupportedOperatorError, match="alpha of elu"):
+        load_model(layer("RNN", activations=["Elu"], activation_alpha=[1e9]))
     made = layer("GRU")
     weight = made.graph.initializer[0]
     made.graph.input.append(helper.make_tensor_value_info(weight.name, TensorProto.FLOAT, weight.dims))

@@ -13,6 +13,7 @@ from tvm.ir import GenericConst
 from tvm_qfp8.calibration.contents import Contents, contents
 from tvm_qfp8.calibration.linear import LINEAR
 from tvm_qfp8.calibration.plan import QuantizationPlan
+from tvm_qfp8.calibration.recurrent_layer import RECURRENT
 from tvm_qfp8.config import Config
 from tvm_qfp8.distribution import distribution_of
 from tvm_qfp8.relay_passes.fuse import ROW, is_row_operator, op_name
@@ -40,7 +41,7 @@ def describe(
     for block in canonical["main"].body.blocks:
         for binding in block.bindings:
             layer = _layer(binding.var, binding.value, plan, config)
-            if layer is not None and op_name(binding.value) in LINEAR:
+            if layer is not None and op_name(binding.value) in (*LINEAR, RECURRENT):
                 layer = _with_weight_once(layer, binding.value, plan, first)
             if layer is not None and is_tabulated(chains.get(binding.var)):
                 layer = LayerReport(layer.name, layer.operator, "in a table of 256 codes, exact")
@@ -59,8 +60,8 @@ def _with_weight_once(
     plan: QuantizationPlan,
     first: dict[tuple[Contents, int | None], str],
 ) -> LayerReport:
-    """Layers that share a weight, as the steps of a recurrent layer do, have its bytes once: the ``first`` has them."""
-    weights = [argument for argument in value.args if isinstance(argument, GenericConst)]
+    """Layers that share a weight have its bytes once: the ``first`` has them."""
+    weights = _weights(value)
     if not weights:
         return layer
     codes = plan.linear.get(layer.name)
@@ -72,11 +73,19 @@ def _with_weight_once(
     return replace(layer, bytes_before=0, bytes_after=0, reason=note)
 
 
+def _weights(value: relax.Call) -> list[GenericConst]:
+    """The constants that a linear operator multiplies with; of a recurrent layer its other arguments are small."""
+    arguments = value.args[1:2] if op_name(value) == RECURRENT else value.args
+    return [argument for argument in arguments if isinstance(argument, GenericConst)]
+
+
 def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Config) -> LayerReport | None:
     name = op_name(value)
     short = name.removeprefix("relax.").removeprefix("nn.")
     if name in LINEAR:
         return _linear(var, value, short, plan)
+    if name == RECURRENT:
+        return _linear(var, value, str(value.attrs["kind"]).lower(), plan)
     if var.name in plan.embeddings:
         codes, scale = plan.embeddings[var.name].codes, plan.embeddings[var.name].scale
         after = codes.nbytes + scale.nbytes
@@ -102,7 +111,7 @@ def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPla
         (x_layout, _), (y_layout, _) = plan.products[var.name]
         return LayerReport(var.name, short, f"QFP8 {x_layout} x {y_layout}", y_layout, x_layout)
     quantization = plan.linear.get(var.name)
-    constants = [argument.value.numpy() for argument in value.args if isinstance(argument, GenericConst)]
+    constants = [weight.value.numpy() for weight in _weights(value)]
     before = sum(array.nbytes for array in constants)
     if quantization is None:
         reason = plan.skipped.get(var.name, "no constant weight")

@@ -29,6 +29,7 @@ from tvm_qfp8.calibration.linear import (
 )
 from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.propagate import Compared, relative_energy, values_with
+from tvm_qfp8.calibration.recurrent_layer import Recurrent
 from tvm_qfp8.quantize import QTensor
 
 BYTE_LOSS_DB = 2.0
@@ -47,6 +48,10 @@ COMPARED_SAMPLES = 4
 
 MOST_COMPARED = 160
 """Tensors times samples: each takes three passes over what follows the tensor."""
+
+
+Readers = list[Linear] | Recurrent
+"""The dense layers that read a tensor, or the layer that reads its own hidden state."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ def tensors_in_bytes(
 ) -> set[str]:
     """Names of the variables that get linear layouts, with the weights of the dense layers that read them.
 
+    A recurrent layer's own name stands for its hidden state.
+
     Parameters
     ----------
     program : Program
@@ -83,7 +90,10 @@ def tensors_in_bytes(
         As in ``Config``.
     """
     report = progress or (lambda stage, done, total: None)
-    readers = {name: linears for name, linears in read_only_by_linears(found).items() if _saved(linears)}
+    readers: dict[str, Readers] = {
+        name: linears for name, linears in read_only_by_linears(found).items() if _saved(linears)
+    }
+    readers |= found.recurrent
     compared = _Comparison(program, readers, chooser or ActivationChooser(), token_mask)
     few = samples[: min(COMPARED_SAMPLES, max(1, MOST_COMPARED // max(len(readers), 1)))]
     with np.errstate(all="ignore"):
@@ -101,7 +111,7 @@ class _Comparison:
     def __init__(
         self,
         program: Program,
-        readers: Mapping[str, list[Linear]],
+        readers: Mapping[str, Readers],
         chooser: ActivationChooser,
         token_mask: str,
     ) -> None:
@@ -123,7 +133,7 @@ class _Comparison:
         """Statistics of one sample's tensors."""
         values, mask = self._values(sample), sample.get(self.token_mask)
         for name, observer in self.observers.items():
-            observer.record(_valid_rows(values[name], mask))
+            observer.record(_valid_rows(_read(self.readers[name], name, values), mask))
 
     def add(self, sample: Mapping[str, np.ndarray]) -> Iterator[int]:
         """Compare outputs on one sample, after all were observed; yields how many tensors are done."""
@@ -140,19 +150,26 @@ class _Comparison:
             return relative_energy([a - b for a, b in zip(found, exact, strict=True)], exact, mask)
 
         for count, name in enumerate(self.readers, 1):
-            best, linear = (self._rounding(name, in_bytes, values[name], mask) for in_bytes in (False, True))
+            best, linear = (self._rounding(name, in_bytes, values, mask) for in_bytes in (False, True))
             self.activation_alone[name] += lost(name, replace(best, weights={}))
             self.best[name] += lost(name, best)
             self.linear[name] += lost(name, linear)
             yield count
 
-    def _rounding(self, name: str, in_bytes: bool, value: np.ndarray, mask: np.ndarray | None) -> _Rounding:
+    def _rounding(
+        self, name: str, in_bytes: bool, values: Mapping[str, Any], mask: np.ndarray | None
+    ) -> _Rounding:
         """With the factors of the first sample that is compared, where rows have scales."""
         if (name, in_bytes) not in self.roundings:
-            rows, linears = _valid_rows(value, mask), self.readers[name]
-            choice = self.chooser.choose(self.observers[name], linears, lambda: [rows], in_bytes)
+            readers, observer = self.readers[name], self.observers[name]
             layouts = LINEAR_WEIGHTS if in_bytes else WEIGHTS
-            weights = _weights(linears, choice.activation, layouts)
+            if isinstance(readers, Recurrent):
+                choice = self.chooser.choose(observer, [], lambda: [], in_bytes)
+                weights = {name: quantized_weight(readers, layouts)}
+            else:
+                rows = _valid_rows(values[name], mask)
+                choice = self.chooser.choose(observer, readers, lambda: [rows], in_bytes)
+                weights = _weights(readers, choice.activation, layouts)
             self.roundings[name, in_bytes] = _Rounding(choice.activation, weights)
         return self.roundings[name, in_bytes]
 
@@ -175,9 +192,19 @@ class _Comparison:
         return chosen if enough else free
 
 
-def _saved(linears: Sequence[Linear]) -> int:
+def _saved(readers: Readers) -> int:
     """Multiply-adds of bytes instead of int16 values."""
-    return sum(linear.macs for linear in linears if not linear.is_depthwise)
+    if isinstance(readers, Recurrent):
+        return readers.macs
+    return sum(linear.macs for linear in readers if not linear.is_depthwise)
+
+
+def _read(readers: Readers, name: str, values: Mapping[str, Any]) -> np.ndarray:
+    """What is rounded."""
+    if isinstance(readers, Recurrent):
+        _, operands = readers.observed([values])
+        return np.concatenate([x for _, x in operands])
+    return values[name]
 
 
 def _valid_rows(value: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -198,12 +225,15 @@ def _weights(
 
 
 def _values_with(
-    program: Program, linears: Sequence[Linear], values: Mapping[str, Any], rounding: _Rounding
+    program: Program, readers: Readers, values: Mapping[str, Any], rounding: _Rounding
 ) -> Mapping[str, Any] | None:
     """All values with a tensor and the weights that meet it rounded; None where there is no layout for it."""
     activation = rounding.activation
     if activation is None:
         return None
+    if isinstance(readers, Recurrent):
+        return _with_rounded_state(program, readers, values, activation, rounding.weights)
+    linears = readers
     rounded = activation.rounded(values[linears[0].source])
     by_name = {linear.step.name: linear for linear in linears}
 
@@ -213,3 +243,20 @@ def _values_with(
         return linear.output(rounded, exact if weight is None else weight.dequantize())
 
     return values_with(program, dict.fromkeys(by_name, change), values)
+
+
+def _with_rounded_state(
+    program: Program,
+    layer: Recurrent,
+    values: Mapping[str, Any],
+    activation: ActivationQuantization,
+    weights: Mapping[str, QTensor],
+) -> Mapping[str, Any]:
+    """All values with the hidden state and the weight of a recurrent layer rounded."""
+    name = layer.step.name
+    weight = weights[name].dequantize() if name in weights else layer.weight
+
+    def change(_step, seen):
+        return layer.rounded_outputs([seen], activation, weight)[0]
+
+    return values_with(program, {name: change}, values)

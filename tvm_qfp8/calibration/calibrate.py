@@ -94,12 +94,16 @@ def calibrate(
     report = progress or (lambda stage, done, total: None)
     plan = QuantizationPlan(skipped=steps.skipped)
     plan.embeddings = quantized_embeddings(program, config.skip)
+    count = len(steps.linear) + len(steps.recurrent)
     if batches is None:
         plan.skipped.update(dict.fromkeys(steps.products, "no calibration data"))
         for done, (name, linear) in enumerate(steps.linear.items(), 1):
             same = plan.linear.get(linear.shares)
             plan.linear[name] = LinearQuantization(quantized_weight(linear) if same is None else same.weight)
-            report("quantize weights", done, len(steps.linear))
+            report("quantize weights", done, count)
+        for name, recurrent in steps.recurrent.items():
+            plan.linear[name] = LinearQuantization(quantized_weight(recurrent))
+            report("quantize weights", len(plan.linear), count)
         return plan
     samples, first = first_samples(batches, program.inputs, FIRST_SAMPLES)
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
@@ -110,5 +114,5 @@ def calibrate(
             )
         walk = Walk(program, steps, spill, plan, token_mask=token_mask, in_bytes=in_bytes, **options)
         plan.samples = walk.spill_inputs(samples or ())
-        walk.run(lambda: report("calibrate", len(plan.linear), len(steps.linear)))
+        walk.run(lambda: report("calibrate", len(plan.linear), count))
     return plan

@@ -62,6 +62,8 @@ def _python(value: Any) -> Any:
 
 
 def _attributes(call: tvm.ir.Call, result: Spec) -> SimpleNamespace:
+    if isinstance(call.attrs, tvm.ir.DictAttrs):
+        return SimpleNamespace(result=result, **{name: _python(value) for name, value in call.attrs.items()})
     fields = () if call.attrs is None else type(call.attrs).__tvm_ffi_type_info__.fields
     return SimpleNamespace(result=result, **{f.name: _python(getattr(call.attrs, f.name)) for f in fields})
 
@@ -89,11 +91,12 @@ def _argument(expr: Any) -> Any:
     return _python(expr)
 
 
-def _resolve(argument: Any, values: Mapping[str, Any]) -> Any:
+def resolve(argument: Any, values: Mapping[str, Any]) -> Any:
+    """The value of an argument, tuples of these included."""
     if isinstance(argument, Name):
         return values[argument.name]
     if isinstance(argument, tuple):
-        return tuple(_resolve(part, values) for part in argument)
+        return tuple(resolve(part, values) for part in argument)
     return argument
 
 
@@ -106,18 +109,18 @@ def _step(mod: tvm.IRModule, binding: Any) -> Step:
     run: Callable[[Mapping[str, Any]], Any]
     if isinstance(value, relax.TupleGetItem):
         operator, arguments = "tuple_get_item", (_argument(value.tuple_value), int(value.index))
-        run = lambda values: _resolve(arguments[0], values)[arguments[1]]  # noqa: E731
+        run = lambda values: resolve(arguments[0], values)[arguments[1]]  # noqa: E731
     elif isinstance(value, tvm.ir.Call) and isinstance(value.op, tvm.ir.Op):
         operator, attrs = value.op.name, _attributes(value, spec)
         arguments = tuple(_argument(part) for part in value.args)
         if operator in TABLE:
             function = TABLE[operator]
-            run = lambda values: function(attrs, *(_resolve(part, values) for part in arguments))  # noqa: E731
+            run = lambda values: function(attrs, *(resolve(part, values) for part in arguments))  # noqa: E731
         else:
             run = compile_call(mod, value)
     elif isinstance(value, relax.Var | relax.Tuple | tvm.ir.GenericConst):
         operator, arguments = "alias", (_argument(value),)
-        run = lambda values: _resolve(arguments[0], values)  # noqa: E731
+        run = lambda values: resolve(arguments[0], values)  # noqa: E731
     else:
         raise ModelError(
             f"binding {name} holds a {type(value).__name__}: calibration needs one dataflow block of Relax "
@@ -146,7 +149,7 @@ class Program:
 
     def outputs(self, values: Mapping[str, Any]) -> list[np.ndarray]:
         """The module's results as a list, from the values of all variables."""
-        result = _resolve(self.result, values)
+        result = resolve(self.result, values)
         return list(result) if isinstance(result, tuple) else [result]
 
     def result_names(self) -> set[str]:

@@ -13,6 +13,7 @@ from tvm_qfp8.calibration.evaluate import Name, Program, Step, TensorSpec
 from tvm_qfp8.calibration.fake_quantize import fake_quantize
 from tvm_qfp8.calibration.operators import TABLE
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization
+from tvm_qfp8.calibration.recurrent_layer import RECURRENT, Recurrent
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.quantize import QTensor, quantize
 
@@ -40,7 +41,7 @@ class Linear:
     weight_axis, channel_axis : int
         Output channels in the weight and in the operator's result.
     shares : str
-        Where others have the same weight, too, as each step of a recurrent layer has: the first of them; else empty.
+        Where others have the same weight, too, as written-out steps of a recurrent layer have: the first; else empty.
         They keep one and the same weight, so it is rounded to nearest, and no factor of an activation moves into it.
     """
 
@@ -113,15 +114,23 @@ def _axes(step: Step, weight: np.ndarray) -> tuple[int, int]:
     return step.attrs.kernel_layout.index("O"), step.attrs.out_layout.index("C")
 
 
+def _skipped_by_name(step: Step, skip: tuple[str, ...]) -> str | None:
+    """The reason, if a pattern of the configuration names a step or its operator."""
+    for pattern in skip:
+        if fnmatchcase(step.name, pattern) or fnmatchcase(step.operator, pattern):
+            return f"skipped by configuration ({pattern})"
+    return None
+
+
 def _reason_to_skip(step: Step, skip: tuple[str, ...]) -> str | None:
     """Why a linear call stays float32, or None."""
     activation, weight = step.arguments[:2]
     spec = step.spec
     if not isinstance(spec, TensorSpec) or spec.dtype != "float32":
         return "the result is not float32"
-    for pattern in skip:
-        if fnmatchcase(step.name, pattern) or fnmatchcase(step.operator, pattern):
-            return f"skipped by configuration ({pattern})"
+    configured = _skipped_by_name(step, skip)
+    if configured is not None:
+        return configured
     if not isinstance(weight, np.ndarray):
         if step.operator == "relax.matmul" and isinstance(activation, Name):
             return None
@@ -141,12 +150,14 @@ class LinearSteps:
     ----------
     linear : dict of str to Linear
     products : dict of str to Product
+    recurrent : dict of str to Recurrent
     skipped : dict of str to str
         What stays float32, with the reason.
     """
 
     linear: dict[str, Linear] = field(default_factory=dict)
     products: dict[str, Product] = field(default_factory=dict)
+    recurrent: dict[str, Recurrent] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -168,12 +179,15 @@ def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
     patterns = tuple(skip)
     found = LinearSteps()
     for step in program.steps:
-        if step.operator not in LINEAR:
+        if step.operator not in (*LINEAR, RECURRENT):
             continue
         name, (activation, weight) = step.name, step.arguments[:2]
-        reason = _reason_to_skip(step, patterns)
+        recurrent = step.operator == RECURRENT
+        reason = _skipped_by_name(step, patterns) if recurrent else _reason_to_skip(step, patterns)
         if reason is not None:
             found.skipped[name] = reason
+        elif recurrent:
+            found.recurrent[name] = Recurrent.of(step)
         elif isinstance(weight, Name):
             found.products[name] = Product(step, (activation.name, weight.name))
         else:
@@ -212,7 +226,7 @@ def read_only_by_linears(found: LinearSteps) -> dict[str, list[Linear]]:
     return {name: linears for name, linears in readers.items() if name not in products}
 
 
-def quantized_weight(linear: Linear, layouts: Sequence[str] = WEIGHTS) -> QTensor:
+def quantized_weight(linear: Linear | Recurrent, layouts: Sequence[str] = WEIGHTS) -> QTensor:
     """A linear operator's weight in the layout of least squared error, one scale for each output channel.
 
     Layouts are compared on some channels.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tvm_qfp8.calibration import convolution, nonlinear
+from tvm_qfp8.calibration import convolution, nonlinear, recurrent
 from tvm_qfp8.tables.families import find_function
 
 Attrs = SimpleNamespace
@@ -142,6 +142,7 @@ TABLE: dict[str, Operator] = {
     "relax.nn.conv2d": convolution.conv2d,
     "relax.nn.conv2d_transpose": convolution.conv2d_transpose,
     "relax.matmul": _matmul,
+    "relax.qfp8.recurrent": recurrent.run_float,
     "relax.nn.max_pool2d": convolution.max_pool2d,
     "relax.nn.avg_pool2d": convolution.avg_pool2d,
     "relax.nn.adaptive_avg_pool2d": convolution.adaptive_avg_pool2d,

@@ -23,7 +23,7 @@ class QuantizedProgram:
     """
 
     def __init__(self, mod: tvm.IRModule, plan: QuantizationPlan, max_error: float = 1e-3) -> None:
-        self.program, self.plan = Program(mod), plan
+        self.program, self.plan, self.max_error = Program(mod), plan, max_error
         self.tables = {
             **tabulated_steps(self.program, max_error),
             **embedding_steps(self.program, plan.embeddings),
@@ -31,11 +31,17 @@ class QuantizedProgram:
         found = find_linear(self.program)
         self.linear = {name: linear for name, linear in found.linear.items() if name in plan.linear}
         self.products = {name: product for name, product in found.products.items() if name in plan.products}
+        self.recurrent = {name: layer for name, layer in found.recurrent.items() if name in plan.linear}
         self.weights = {name: plan.linear[name].weight.dequantize() for name in self.linear}
 
     def is_quantized(self, name: str) -> bool:
         """Whether a variable is a layer that the plan quantizes."""
-        return name in self.products or name in self.linear or name in self.plan.embeddings
+        return (
+            name in self.products
+            or name in self.linear
+            or name in self.recurrent
+            or name in self.plan.embeddings
+        )
 
     def value(self, step: Step, values: Mapping[str, Any]) -> Any:
         """What a step gives under the plan."""
@@ -43,6 +49,9 @@ class QuantizedProgram:
         if name in self.products:
             x, y = (values[source] for source in self.products[name].sources)
             return self.products[name].quantized_output(x, y, self.plan.products[name])
+        if name in self.recurrent:
+            layer, chosen = self.recurrent[name], self.plan.linear[name]
+            return layer.quantized_outputs([values], chosen, self.max_error)[0]
         if name not in self.linear:
             return self.tables.get(name, step.run)(values)
         linear, chosen = self.linear[name], self.plan.linear[name]

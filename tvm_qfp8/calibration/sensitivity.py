@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import tvm
 
+from tvm_qfp8.calibration.evaluate import Step
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.propagate import energy, values_with
 from tvm_qfp8.calibration.quantized import QuantizedProgram
+from tvm_qfp8.calibration.recurrent_layer import RECURRENT
 from tvm_qfp8.layer_effect import LayerEffect
 
 INFINITE_DB = 200.0
@@ -56,10 +58,15 @@ def layer_effects(
                 found = program.program.outputs(values_with(program.program, {name: program.value}, values))
                 errors[name] += energy([a - b for a, b in zip(found, outputs, strict=True)], mask)
                 report("sensitivity", index * len(names) + done, len(samples) * len(names))
-    operators = {step.name: step.operator.removeprefix("relax.") for step in steps}
+    operators = {step.name: _operator(step) for step in steps}
     own = {name: chosen.sqnr_db for name, chosen in plan.linear.items()}
     effects = [LayerEffect(n, operators[n], own.get(n), _decibel(signal, errors[n])) for n in names]
     return sorted(effects, key=lambda effect: effect.output_sqnr_db)
+
+
+def _operator(step: Step) -> str:
+    """As reports call it."""
+    return step.attrs.kind.lower() if step.operator == RECURRENT else step.operator.removeprefix("relax.")
 
 
 def _decibel(signal: float, error: float) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tvm_qfp8.calibration.activations import Choice, Observer
+from tvm_qfp8.calibration.calibrate_recurrent import calibrate_recurrent
 from tvm_qfp8.calibration.choose_activation import ActivationChooser
 from tvm_qfp8.calibration.embeddings import embedding_steps
 from tvm_qfp8.calibration.evaluate import Program, Step
@@ -33,6 +34,7 @@ from tvm_qfp8.calibration.linear import (
 )
 from tvm_qfp8.calibration.output_error import OutputError
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
+from tvm_qfp8.calibration.recurrent_layer import Recurrent
 from tvm_qfp8.calibration.rounding import can_round, rounded_on_data
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
@@ -40,7 +42,7 @@ from tvm_qfp8.calibration.tabulated import tabulated_steps
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.quantize import QTensor
 
-Group = Linear | Product | list[Step]
+Group = Linear | Product | Recurrent | list[Step]
 _FLOAT, _QUANTIZED = "float32", "quantized"
 
 ROW_SAMPLES = 32
@@ -65,7 +67,12 @@ class Walk:
         self.chooser, self.in_bytes = chooser, in_bytes
         self.program, self.spill, self.plan = program, spill, plan
         self.token_mask = token_mask
-        self.alone: dict[str, Linear | Product] = {**found.linear, **found.products}
+        self.max_error = max_error
+        self.alone: dict[str, Linear | Product | Recurrent] = {
+            **found.linear,
+            **found.products,
+            **found.recurrent,
+        }
         self.sources = {linear.source for linear in found.linear.values()}
         self.sources.update(source for product in found.products.values() for source in product.sources)
         self.nearest: dict[tuple[str, tuple[str, ...]], QTensor] = {}  # of weights that several layers have
@@ -113,6 +120,9 @@ class Walk:
                 done()
             elif isinstance(group, Product):
                 self.run_product(group)
+            elif isinstance(group, Recurrent):
+                self.run_recurrent(group)
+                done()
             else:
                 self.run_block(group)
             self.free_dead(group)
@@ -284,6 +294,32 @@ class Walk:
             self.spill.write(name, _FLOAT, sample, product.output(x, y))
             x, y = (self._read(source, self._flow(source), sample) for source in sources)
             self.spill.write(name, _QUANTIZED, sample, product.quantized_output(x, y, chosen))
+
+    def run_recurrent(self, layer: Recurrent) -> None:
+        """Quantize the product with a recurrent layer's hidden state."""
+        step = layer.step
+        kept = self._result(step)
+
+        def exact(sample: int) -> dict[str, Any]:
+            return {name: self._read(name, _FLOAT, sample) for name in step.reads}
+
+        def rounded(sample: int) -> dict[str, Any]:
+            return {name: self._read(name, self._flow(name), sample) for name in step.reads}
+
+        def write(flow: str, sample: int, result: tuple) -> None:
+            if kept:
+                self.spill.write(step.name, flow, sample, result)
+
+        self.plan.linear[step.name] = calibrate_recurrent(
+            layer,
+            exact,
+            rounded,
+            self.samples,
+            self.chooser,
+            self.max_error,
+            write,
+            step.name in self.in_bytes,
+        )
 
     def free_dead(self, group: Group) -> None:
         """Delete spilled values that nothing after this group reads."""

@@ -6,8 +6,9 @@ import contextlib
 import gc
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import tvm
@@ -30,7 +31,7 @@ from tvm_qfp8.importers.onnx_operators import (
 )
 from tvm_qfp8.importers.onnx_padding import explicit_padding
 from tvm_qfp8.importers.onnx_qdq import constant_tensors, strip_quantization
-from tvm_qfp8.importers.onnx_recurrent import unroll_recurrent
+from tvm_qfp8.importers.onnx_recurrent import CONVERTERS
 
 WEIGHTED = (
     "Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear", "RNN", "GRU", "LSTM",
@@ -72,7 +73,6 @@ def _import(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
     gc.collect()  # the simplifier leaves cycles that hold all weights
     while fold_if(simple):  # a branch may hold the condition of the next one
         simple = _simplified(expand_operators(simple))
-    unroll_recurrent(simple)
     adapt_operators(simple)
     explicit_padding(simple)
     check_operators(simple)
@@ -114,11 +114,15 @@ def _slimmed(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]]) -> tvm.IRModule:
-    from tvm.relax.frontend.onnx import from_onnx
+    from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
 
     try:
         # The front end prints what it then raises, and warns of outputs without a recorded shape.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+            _more_converters(onnx_frontend),
+        ):
             warnings.simplefilter("ignore")
             return from_onnx(model, shape_dict=shapes, keep_params_in_input=False, sanitize_input_names=False)
     except Exception as error:  # the front end raises whatever its converters do
@@ -127,6 +131,17 @@ def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]]) -> tvm.IRMo
         raise UnsupportedOperatorError(
             f"TVM cannot import {where}: {_last_line(error)}; change it in the model or export with another opset"
         ) from error
+
+
+@contextlib.contextmanager
+def _more_converters(front_end: Any) -> Iterator[None]:
+    """Our converters beside those of TVM's front end, which looks them up by a function of its own."""
+    look_up = front_end._get_convert_map
+    front_end._get_convert_map = lambda: look_up() | CONVERTERS
+    try:
+        yield
+    finally:
+        front_end._get_convert_map = look_up
 
 
 def _check_output_shapes(model: onnx.ModelProto, mod: tvm.IRModule) -> None:

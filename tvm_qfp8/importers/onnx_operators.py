@@ -16,6 +16,8 @@ from onnx import helper, numpy_helper
 from onnx.inliner import inline_local_functions, inline_selected_functions
 
 from tvm_qfp8.errors import UnsupportedOperatorError
+from tvm_qfp8.importers.onnx_qdq import constant_tensors
+from tvm_qfp8.importers.onnx_recurrent import CONVERTERS, check_recurrent
 
 ADVICE = "replace it in the model by supported operators, or cut the model before it"
 COORDINATES = {
@@ -53,10 +55,10 @@ def _with_types(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def known_operators() -> set[str]:
-    """What TVM's importer has a converter for."""
+    """What TVM's importer has a converter for, or gets one."""
     from tvm.relax.frontend.onnx.onnx_frontend import _get_convert_map
 
-    return set(_get_convert_map())
+    return {*_get_convert_map(), *CONVERTERS}
 
 
 def check_operators(model: onnx.ModelProto) -> None:
@@ -69,7 +71,7 @@ def check_operators(model: onnx.ModelProto) -> None:
     """
     known = known_operators()
     shapes = inferred_shapes(model)
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = constant_tensors(model)
     for node in model.graph.node:
         if node.op_type not in known or (node.op_type == "Attention" and node.domain in ("", "ai.onnx")):
             raise UnsupportedOperatorError(f"{describe(node)} is not supported; {ADVICE}")
@@ -166,4 +168,5 @@ _VARIANTS: dict[str, Callable] = {
     "RoiAlign": _mode("mode", (b"avg",)),
     "SpaceToDepth": _mode("mode", (b"DCR",)),
     "Resize": _resize,
+    **dict.fromkeys(CONVERTERS, check_recurrent),
 }

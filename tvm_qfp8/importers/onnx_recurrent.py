@@ -1,194 +1,148 @@
-"""ONNX RNN, GRU and LSTM nodes, which TVM does not import, unrolled over time.
-
-``x @ W`` of all time steps and both directions is one MatMul; the recurrent product, the gates and the state updates
-are written once per step. Equations: ONNX operator specification, RNN, GRU and LSTM.
-"""
+"""ONNX RNN, GRU and LSTM nodes, which TVM's front end does not know (ONNX operator specification)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper
+from tvm import relax
+from tvm.ir import GenericConst
 
-from tvm_qfp8.errors import UnsupportedOperatorError
-from tvm_qfp8.importers.onnx_emitter import Emitter
-from tvm_qfp8.importers.onnx_operators import attributes, describe, inferred_shapes
-from tvm_qfp8.importers.onnx_qdq import constant_tensors
-from tvm_qfp8.importers.onnx_recurrent_cells import CELLS, Activation, Direction, activations
+from tvm_qfp8.importers.recurrent_layer import DirectionWeights, emit_direction
+from tvm_qfp8.recurrent_cell import ACTIVATIONS, GATES, Activation, Cell, table_of
+from tvm_qfp8.relay_passes.fuse import shape_of
+from tvm_qfp8.tables.families import find_function
 
-LONGEST = 512  # steps of an unrolled loop: beyond it compilation takes minutes
-Optional = str | None
+DEFAULTS = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
+PARAMETERS: dict[str, tuple[float | None, float | None]] = {
+    "Affine": (1.0, 0.0), "LeakyRelu": (0.01, None), "ThresholdedRelu": (1.0, None), "ScaledTanh": (1.0, 1.0),
+    "HardSigmoid": (0.2, 0.5), "Elu": (1.0, None),
+}  # fmt: skip
+"""Whether an activation function reads alpha and beta, with the specification's defaults."""
+
+WEIGHTS = {1: "W", 2: "R", 3: "B", 7: "P"}
+"""Inputs that must be constant."""
 
 
-def unroll_recurrent(model: onnx.ModelProto) -> None:
-    """Write out recurrent nodes, in place.
+def check_recurrent(node: onnx.NodeProto, shapes: dict, constants: dict) -> str | None:
+    """What a node has that is not supported, or None."""
+    shape = shapes.get(node.input[0], [])
+    if len(shape) != 3 or not all(shape):
+        return f"an input of open shape {tuple(shape)}"
+    for position, name in WEIGHTS.items():
+        given = node.input[position] if len(node.input) > position else ""
+        if given and given not in constants:
+            return f"weights {name} = {given!r} that are not constant"
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    names = {name.lower(): name for name in ACTIVATIONS}
+    for name in attributes.get("activations", []):
+        if name.decode().lower() not in names:
+            return f"activation {name.decode()!r}"
+    return None
 
-    Raises
-    ------
-    UnsupportedOperatorError
-        Weights computed at run time, an open shape, more than ``LONGEST`` steps, or an unknown activation.
-    """
-    if not any(node.op_type in CELLS and node.domain in ("", "ai.onnx") for node in model.graph.node):
-        return
-    shapes = inferred_shapes(model)
-    constants = {name: numpy_helper.to_array(tensor) for name, tensor in constant_tensors(model).items()}
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        if node.op_type in CELLS and node.domain in ("", "ai.onnx"):
-            emit = Emitter(model, next(filter(None, node.output)))
-            _Layer(node, shapes, constants, emit).write()
-            nodes += emit.nodes
-        else:
-            nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+
+def activations(kind: str, given: dict[str, Any], directions: int) -> list[Activation]:
+    """(name, alpha, beta) of all activation functions of a node."""
+    names = [name.decode() for name in given.get("activations", ())] or DEFAULTS[kind] * directions
+    spelled = {name.lower(): name for name in ACTIVATIONS}
+    alphas, betas = iter(given.get("activation_alpha", ())), iter(given.get("activation_beta", ()))
+    found = []
+    for name in names:
+        canonical = spelled[name.lower()]
+        alpha, beta = PARAMETERS.get(canonical, (None, None))
+        alpha = 0.0 if alpha is None else float(next(alphas, alpha))
+        beta = 0.0 if beta is None else float(next(betas, beta))
+        found.append((canonical, alpha, beta))
+        table = table_of(found[-1])
+        if table is not None:
+            find_function(table)  # raises for an alpha out of range
+    return found
+
+
+class _Converter:
+    """A converter of TVM's front end for one kind of node."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def get_converter(self, _opset: int):
+        """All versions of the operator have one form but for ``layout``."""
+        return lambda builder, inputs, given, params: _Layer(self.kind, builder, inputs, given).emit()
+
+
+CONVERTERS = {kind: _Converter(kind) for kind in GATES}
+"""For TVM's front end, by operator."""
 
 
 class _Layer:
-    """One recurrent node."""
+    """One node."""
 
-    def __init__(self, node: onnx.NodeProto, shapes: dict, constants: dict, emit: Emitter) -> None:
-        self.node, self.constants, self.emit = node, constants, emit
-        self.given: dict[str, Any] = attributes(node)
-        shape = shapes.get(node.input[0], [])
-        if len(shape) != 3 or not all(shape):
-            raise self._refused(f"an input of open shape {tuple(shape)}")
-        self.batch_first = bool(self.given.get("layout", 0))
-        self.steps, self.batch = (shape[1], shape[0]) if self.batch_first else (shape[0], shape[1])
-        if self.steps > LONGEST:
-            raise self._refused(f"{self.steps} time steps (at most {LONGEST})")
+    def __init__(self, kind: str, builder: relax.BlockBuilder, inputs: list, given: dict[str, Any]) -> None:
+        self.kind, self.builder, self.given = kind, builder, given
+        self.inputs = [*inputs, *[None] * (8 - len(inputs))]
+        self.batch_first = bool(given.get("layout", 0))
         self.weight, self.recurrent = self._weights(1), self._weights(2)
         self.directions, width, self.hidden = self.recurrent.shape
-        bias = self._weights(3) if self._input(3) else np.zeros((self.directions, 2 * width), np.float32)
+        bias = (
+            self._weights(3)
+            if self.inputs[3] is not None
+            else np.zeros((self.directions, 2 * width), np.float32)
+        )
         self.bias = bias.reshape(self.directions, 2, width)
 
-    def _refused(self, what: str) -> UnsupportedOperatorError:
-        return UnsupportedOperatorError(
-            f"{describe(self.node)} with {what} is not supported; export it with constant weights, fixed shapes and "
-            "standard activations"
-        )
+    def _weights(self, position: int) -> np.ndarray:
+        return self.inputs[position].value.numpy().astype(np.float32)
 
-    def _input(self, index: int) -> str:
-        return self.node.input[index] if len(self.node.input) > index else ""
+    def _moved(self, x: relax.Expr, axes: list[int]) -> relax.Expr:
+        """``x`` with axes exchanged where the node has the batch first."""
+        return self.builder.emit(relax.op.permute_dims(x, axes)) if self.batch_first else x
 
-    def _weights(self, index: int) -> np.ndarray:
-        if self._input(index) not in self.constants:
-            raise self._refused(f"weights {self._input(index)!r} that are not constant")
-        return self.constants[self._input(index)].astype(np.float32)
-
-    def write(self) -> None:
-        """Emit the whole layer."""
-        emit, kind = self.emit, self.node.op_type
-        x = self.node.input[0]
-        if self.batch_first:
-            x = emit("Transpose", x, perm=[1, 0, 2])
-        # What multiplies the reset gate stays with the recurrent product (GRU, linear_before_reset).
-        separate = kind == "GRU" and bool(self.given.get("linear_before_reset", 0))
-        bias = self.bias.sum(1)
-        if separate:
-            bias[:, 2 * self.hidden :] = self.bias[:, 0, 2 * self.hidden :]
-        matrix = np.ascontiguousarray(np.concatenate(list(self.weight), axis=0).T)
-        inputs = emit("Add", emit("MatMul", x, emit.constant(matrix)), emit.constant(bias.reshape(-1)))
-        width = self.weight.shape[1]
-        per_direction = emit.split(inputs, [width] * self.directions, 2)
-        masks = self._masks()
-        results = []
-        for index in range(self.directions):
-            direction = Direction(
-                emit,
-                self.recurrent[index],
-                self.bias[index, 1],
-                _peepholes(self),
-                index,
-                self._functions(index),
-                float(self.given.get("clip", 0.0)),
-                bool(self.given.get("input_forget", 0)),
-                separate,
-            )
-            results.append(self._loop(per_direction[index], direction, masks))
-        self._outputs(results)
-
-    def _functions(self, index: int) -> list[Activation]:
-        try:
-            found = activations(self.node.op_type, self.given, self.directions)
-        except KeyError as error:
-            raise self._refused(f"activation {error.args[0]!r}") from None
-        count = len(found) // self.directions
-        return found[index * count : (index + 1) * count]
-
-    def _initial(self, position: int, index: int) -> str:
-        """Initial state ``(batch, hidden)`` of one direction."""
-        name = self._input(position)
-        if not name:
-            return self.emit.constant(np.zeros((self.batch, self.hidden), np.float32))
-        part = self.emit.split(name, [1] * self.directions, 1 if self.batch_first else 0)[index]
-        return self.emit.reshape(part, (self.batch, self.hidden))
-
-    def _masks(self) -> list[str] | None:
-        """For each step whether each sequence still runs, bool ``(batch, 1)``; None if all run to the end."""
-        name = self._input(4)
-        if not name:
-            return None
-        lengths = self.constants.get(name)
-        if lengths is None:
-            column = self.emit.reshape(name, (self.batch, 1))
-            return [
-                self.emit("Less", self.emit.constant(np.array([[t]], np.int32)), column)
-                for t in range(self.steps)
-            ]
-        if (lengths >= self.steps).all():
-            return None
-        return [self.emit.constant((t < lengths).reshape(-1, 1)) for t in range(self.steps)]
-
-    def _loop(
-        self, inputs: str, direction: Direction, masks: list[str] | None
-    ) -> tuple[list[str], list[str]]:
-        """Outputs of all steps in order of time, and the last states."""
-        emit = self.emit
-        width = self.weight.shape[1]
-        parts = emit.split(inputs, [1] * self.steps, 0)
-        backwards = direction.index == 1 or self.given.get("direction") == b"reverse"
-        states = [self._initial(5, direction.index)]
-        if self.node.op_type == "LSTM":
-            states.append(self._initial(6, direction.index))
-        cell: Callable = CELLS[self.node.op_type]
-        outputs = [""] * self.steps
-        zero = emit.constant(np.zeros((1, 1), np.float32)) if masks else ""
-        for t in reversed(range(self.steps)) if backwards else range(self.steps):
-            new = cell(direction, emit.reshape(parts[t], (self.batch, width)), *states)
-            outputs[t] = new[0]
-            if masks:
-                outputs[t] = emit("Where", masks[t], new[0], zero)
-                new = [emit("Where", masks[t], n, old) for n, old in zip(new, states, strict=True)]
-            states = new
-        return outputs, states
-
-    def _outputs(self, results: list[tuple[list[str], list[str]]]) -> None:
+    def emit(self) -> relax.Tuple:
         """Y ``(steps, directions, batch, hidden)`` and the last states ``(directions, batch, hidden)``."""
-        emit, node = self.emit, self.node
-        if node.output[0]:
-            shape = (1, 1, self.batch, self.hidden)
-            order = [outputs[t] for t in range(self.steps) for outputs, _ in results]
-            parts = [emit.reshape(name, shape) for name in order]
-            y = emit.reshape(
-                emit("Concat", *parts, axis=0), (self.steps, self.directions, self.batch, self.hidden)
-            )
-            if self.batch_first:
-                y = emit("Transpose", y, perm=[2, 0, 1, 3])
-            emit.rename(y, node.output[0])
-        for position, name in enumerate(list(node.output)[1:]):
-            if not name:
-                continue
-            last = [emit.reshape(s[position], (1, self.batch, self.hidden)) for _, s in results]
-            state = emit("Concat", *last, axis=0)
-            if self.batch_first:
-                state = emit("Transpose", state, perm=[1, 0, 2])
-            emit.rename(state, name)
+        x = self._moved(self.inputs[0], [1, 0, 2])
+        steps, batch, _ = shape_of(x)
+        given = self.inputs[4]
+        lengths = relax.const(np.full(batch, steps, np.int32)) if given is None else given
+        results = [self._direction(x, index, lengths, batch) for index in range(self.directions)]
+        outputs, *states = (self._joined(parts, steps, batch) for parts in zip(*results, strict=True))
+        outputs = self._moved(outputs, [2, 0, 1, 3])
+        return relax.Tuple([outputs, *(self._moved(state, [1, 0, 2]) for state in states)])
 
+    def _direction(self, x: relax.Expr, index: int, lengths: relax.Expr, batch: int) -> list[relax.Var]:
+        functions = activations(self.kind, self.given, self.directions)
+        count = len(functions) // self.directions
+        peepholes = self._weights(7)[index] if self.inputs[7] is not None else None
+        cell = Cell(
+            self.kind,
+            tuple(functions[index * count : (index + 1) * count]),
+            float(self.given.get("clip", 0.0)),
+            bool(self.given.get("input_forget", 0)),
+            self.kind == "GRU" and bool(self.given.get("linear_before_reset", 0)),
+            peepholes is not None,
+        )
+        weights = DirectionWeights(
+            self.weight[index], self.recurrent[index], self.bias[index, 0], self.bias[index, 1], peepholes
+        )
+        states = [self._first(5 + position, index, batch) for position in range(cell.states)]
+        reverse = index == 1 or self.given.get("direction") == b"reverse"
+        return emit_direction(self.builder, x, weights, cell, lengths, states, reverse)
 
-def _peepholes(layer: _Layer) -> np.ndarray | None:
-    """``(directions, 3 * hidden)`` weights of LSTM from the cell state to the gates i, o, f."""
-    return layer._weights(7) if layer._input(7) else None
+    def _first(self, position: int, index: int, batch: int) -> relax.Expr:
+        """First state ``(batch, hidden)`` of one direction."""
+        given = self.inputs[position]
+        if given is None:
+            return relax.const(np.zeros((batch, self.hidden), np.float32))
+        axis = 1 if self.batch_first else 0
+        if isinstance(given, GenericConst):
+            return relax.const(np.ascontiguousarray(given.value.numpy().take(index, axis)))
+        part = self.builder.emit(relax.op.strided_slice(given, [axis], [index], [index + 1]))
+        return self.builder.emit(relax.op.reshape(part, (batch, self.hidden)))
+
+    def _joined(self, parts: tuple, steps: int, batch: int) -> relax.Expr:
+        """Outputs or last states of all directions."""
+        time = (steps,) if len(shape_of(parts[0])) == 3 else ()
+        shape = (*time, 1, batch, self.hidden)
+        wider = [self.builder.emit(relax.op.reshape(part, shape)) for part in parts]
+        return wider[0] if len(wider) == 1 else self.builder.emit(relax.op.concat(wider, axis=len(time)))

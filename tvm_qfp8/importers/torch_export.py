@@ -11,6 +11,7 @@ from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
 from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported
 from tvm_qfp8.importers.relax_module import from_relax
+from tvm_qfp8.importers.torch_recurrent import converters, decomposed, has_recurrent
 
 
 def from_exported_program(program: Any, input_shapes: Mapping[str, tuple[int, ...]]) -> Imported:
@@ -25,8 +26,12 @@ def from_exported_program(program: Any, input_shapes: Mapping[str, tuple[int, ..
     check_finite((name, _array(tensor)) for name, tensor in program.named_parameters())
     check_finite(((name, _array(tensor)) for name, tensor in program.named_buffers()), infinity_allowed=True)
     try:
+        recurrent = has_recurrent(program)
+        if recurrent:
+            program = decomposed(program)
         mod = convert(
             program,
+            run_ep_decomposition=not recurrent,
             keep_params_as_input=False,
             unwrap_unit_return_tuple=True,
             custom_convert_map={
@@ -34,8 +39,11 @@ def from_exported_program(program: Any, input_shapes: Mapping[str, tuple[int, ..
                 "amax.default": _amax,
                 "native_group_norm.default": _group_norm,
                 "fake_quantize.default": _fake_quantize,
+                **converters(program),
             },
         )
+    except UnsupportedOperatorError:
+        raise
     except Exception as error:  # the front end raises whatever its converters do
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise UnsupportedOperatorError(
