@@ -31,8 +31,8 @@ def _tvm_qfp8(*arguments, folder, expected=0):
     return done
 
 
-def _network(path, weight, bias):
-    shape = ["batch", weight.shape[0]]
+def _network(path, weight, bias, rows="batch"):
+    shape = [rows, weight.shape[0]]
     graph = helper.make_graph(
         [
             helper.make_node("MatMul", ["x", "w"], ["m"]),
@@ -41,7 +41,7 @@ def _network(path, weight, bias):
         ],
         "network",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", weight.shape[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, weight.shape[1]])],
         [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
@@ -97,7 +97,7 @@ def test_bench(project, module):
         (("compile", "x.npy", "-o", "bad.so"), "x.npy"),
         (("compile", "cut.onnx", "-o", "bad.so"), "cut.onnx"),
         (("compile", "nan.onnx", "-s", "x=4,48", "-o", "bad.so"), "'w'"),
-        (("compile", "net.onnx", "-o", "bad.so"), "x"),
+        (("compile", "open.onnx", "-o", "bad.so"), "'x' has open dimensions"),
         (("compile", "net.onnx", "-s", "z=4,48", "-o", "bad.so"), "z"),
         (("compile", "net.onnx", "-s", "x=4,48", "-c", "wrong.npz", "-o", "bad.so"), "'x'"),
         (("run", "net.so", "-i", "y=x.npy"), "'y'"),
@@ -107,6 +107,7 @@ def test_bench(project, module):
 def test_each_mistake_is_one_clear_line(project, module, arguments, word, monkeypatch):
     (project / "cut.onnx").write_bytes((project / "net.onnx").read_bytes()[:700])
     _network(project / "nan.onnx", np.full((48, 24), np.nan, np.float32), np.zeros(24, np.float32))
+    _network(project / "open.onnx", np.ones((48, 24), np.float32), np.zeros(24, np.float32), rows="time")
     np.savez(project / "wrong.npz", other=np.zeros((4, 48), np.float32))
     np.save(project / "double.npy", np.zeros((4, 48)))
     monkeypatch.chdir(project)

@@ -41,7 +41,8 @@ def test_a_path_with_open_dimensions(tmp_path):
     onnx.save(cnn(batch="N"), path)
     imported = load_model(str(path), input_shapes={"image": (1, 3, 16, 16)})
     assert [int(d) for d in imported.mod["main"].params[0].ty.shape] == [1, 3, 16, 16]
-    with pytest.raises(ModelError, match=r"input 'image' has open dimensions \(N, 3, 16, 16\)"):
+    onnx.save(cnn(batch="time"), path)
+    with pytest.raises(ModelError, match=r"input 'image' has open dimensions \(time, 3, 16, 16\)"):
         load_model(str(path))
     with pytest.raises(ModelError, match="no input 'picture'"):
         load_model(str(path), input_shapes={"picture": (1, 3, 16, 16)})
@@ -193,8 +194,9 @@ def test_open_dimensions_in_every_spelling(tmp_path):
         elif value is not None:
             dim.dim_value = value
         assert load_model(made, input_shapes={"image": (1, 3, 16, 16)}).input_names == ["image"]
-        with pytest.raises(ModelError, match="open dimensions"):
-            load_model(made)
+        if value != "N":
+            with pytest.raises(ModelError, match="open dimensions"):
+                load_model(made)
     with pytest.raises(ModelError, match="positive"):
         load_model(cnn(batch="N"), input_shapes={"image": (0, 3, 16, 16)})
 

@@ -183,3 +183,24 @@ def test_an_exported_program_with_an_open_dimension():
     for length in (3, 4, 6, 7):
         x = np.arange(length, dtype=np.float32)[None]
         np.testing.assert_array_equal(compiled.run({"x": x})[0], 2 * x)
+
+
+def test_a_recurrent_layer_runs_as_many_steps_as_its_input_has():
+    rng = np.random.default_rng(0)
+    shapes_of_weights = {"w": (1, 24, 6), "r": (1, 24, 8), "b": (1, 48)}
+    constants = {
+        name: rng.standard_normal(shape).astype(np.float32) / 3 for name, shape in shapes_of_weights.items()
+    }
+    nodes = [helper.make_node("GRU", ["x", "w", "r", "b"], ["y", "last"], hidden_size=8)]
+    outputs = {"y": ("steps", 1, 1, 8)}
+    made = model(nodes, {"x": ("steps", 1, 6)}, outputs, constants)
+    compiled = q.compile(made, input_shapes={"x": ([3, 7], 1, 6)})
+    alone = q.compile(made, input_shapes={"x": (7, 1, 6)})
+    x = rng.standard_normal((7, 1, 6)).astype(np.float32)
+    for steps in (2, 3, 5, 7):  # an output does not see what comes after its step
+        (found,) = compiled.run({"x": x[:steps]})
+        np.testing.assert_array_equal(found, alone.run({"x": x})[0][:steps])
+    # The last state does.
+    last = model(nodes, {"x": ("steps", 1, 6)}, {"last": (1, 1, 8)}, constants)
+    with pytest.raises(InputError, match="padding them would change"):
+        q.compile(last, input_shapes={"x": ([3, 7], 1, 6)}).run({"x": x[:5]})

@@ -53,6 +53,27 @@ def test_wrong_arrays_are_named(module, array, message):
         module.run({"image": array})
 
 
+@pytest.mark.parametrize("name", ["batch_size", "N"])
+def test_a_file_that_opens_the_batch_only_needs_no_shapes(name):
+    compiled = q.compile(cnn(batch=name), calibration={"image": images(8)})
+    assert compiled.batch == name and any(repr(name) in note for note in compiled.report.notes)
+    x = images(3, seed=1)
+    np.testing.assert_array_equal(
+        compiled.run({"image": x})[0], np.concatenate([compiled.run({"image": one[None]})[0] for one in x])
+    )
+
+
+def test_what_else_is_open_has_to_be_given():
+    from models import encoder
+
+    with pytest.raises(ModelError, match=r"\(n, m\); .* input_shapes=\{'ids': \(1, \[32, 64, 128\]\)\}"):
+        q.compile(encoder())
+    with pytest.raises(ModelError, match="output 'y' has shape .*no batch in front"):
+        q.compile(two_inputs(fixed=False))
+    with pytest.raises(ModelError, match="'a' has open dimensions"):
+        q.compile(two_inputs())
+
+
 def test_what_cannot_stay_open_is_named():
     with pytest.raises(ModelError, match="only the first dimension"):
         q.compile(cnn(batch="batch"), input_shapes={"image": (1, 3, "height", 16)})
@@ -65,7 +86,7 @@ def test_what_cannot_stay_open_is_named():
         q.compile(two_inputs(), input_shapes={"a": ("n", 2), "b": ("n", 2)})
 
 
-def two_inputs():
+def two_inputs(fixed=True):
     from models import model
     from onnx import helper
 
@@ -73,7 +94,7 @@ def two_inputs():
         helper.make_node("Add", ["a", "b"], ["c"]),
         helper.make_node("Transpose", ["c"], ["y"], perm=[1, 0]),
     ]
-    return model(nodes, {"a": ("n", 2), "b": (1, 2)}, {"y": (2, "n")}, {})
+    return model(nodes, {"a": ("n", 2), "b": (1 if fixed else "n", 2)}, {"y": (2, "n")}, {})
 
 
 def test_different_numbers_of_samples_are_named():

@@ -107,7 +107,8 @@ def _same_layer(step: Any, other: Any) -> bool:
     if other.operator != step.operator or len(other.arguments) != len(step.arguments):
         return False
     pairs = zip(step.arguments, other.arguments, strict=True)
-    return all(np.array_equal(a, b) for a, b in pairs if isinstance(a, np.ndarray))
+    # Constant indices and numbers of steps may follow the length.
+    return all(np.array_equal(a, b) for a, b in pairs if isinstance(a, np.ndarray) and a.dtype.kind == "f")
 
 
 def joined(longest: tvm.IRModule, shorter: Mapping[int, tvm.IRModule]) -> tvm.IRModule:

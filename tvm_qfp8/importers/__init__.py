@@ -33,8 +33,8 @@ def load_model(
     params : dict of name to array
         Values of a Relax module's parameters.
     input_shapes : dict of name to shape
-        For inputs whose dimensions the model leaves open. A name instead of the first extent leaves the batch open; of
-        a list of lengths the longest is taken.
+        For inputs whose dimensions the model leaves open. A name instead of the first extent leaves the batch open, as
+        an ONNX file does without this argument if it opens the batch only; of a list of lengths the longest is taken.
 
     Raises
     ------
@@ -51,10 +51,16 @@ def load_model(
     shapes, batch = close_batch(given)
     imported = _load(mod, params or {}, shapes)
     imported.length = length
+    parameters = [parameter.ty for parameter in imported.mod["main"].params]
+    if imported.batch is not None:
+        batch = imported.batch
+        given = {
+            name: (batch, *shape[1:]) for name, shape in _extents(imported.input_names, parameters).items()
+        }
+        imported.notes.append(f"the batch {batch!r} is open: any number of samples run one after the other")
     if batch is not None:
         result = imported.mod["main"].ret_ty
         results = list(result.fields) if isinstance(result, relax.TupleType) else [result]
-        parameters = [parameter.ty for parameter in imported.mod["main"].params]
         check_batch(
             batch,
             given,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import onnx
 
 from tvm_qfp8.errors import ModelError
 
+BATCH = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
+"""What exporters call a batch. An open first dimension of another name may be time, which is no batch."""
 
-def fix_input_shapes(model: onnx.ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> None:
+
+def fix_input_shapes(model: onnx.ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Write the given shapes into the model's inputs, in place.
+
+    Returns
+    -------
+    str or None
+        Without given shapes the name of the batch, if the model leaves nothing else open: inputs are for one sample.
 
     Raises
     ------
@@ -26,14 +35,30 @@ def fix_input_shapes(model: onnx.ModelProto, input_shapes: Mapping[str, tuple[in
     for name in input_shapes:
         if name not in names:
             raise ModelError(f"the model has no input {name!r}; its inputs are {', '.join(names)}")
+    batch = None if input_shapes else _open_batch(inputs)
     for value in model.graph.input:
         if not value.type.HasField("tensor_type"):
             kind = value.type.WhichOneof("value")
             raise ModelError(f"input {value.name!r} is a {kind}; only tensors are supported as inputs")
         if value.name in input_shapes:
             _write(value, input_shapes[value.name])
+        elif batch is not None:
+            value.type.tensor_type.shape.dim[0].dim_value = 1
         _refuse_open(value)
     forget_shapes(model)
+    return batch
+
+
+def _open_batch(inputs: Iterable[onnx.ValueInfoProto]) -> str | None:
+    """The name of the first dimension of all inputs, where it is a batch and the only one that is open."""
+    names = set()
+    for value in inputs:
+        dims = value.type.tensor_type.shape.dim
+        if not dims or not _is_open(dims[0]) or any(_is_open(dim) for dim in dims[1:]):
+            return None
+        names.add(dims[0].dim_param)
+    name = names.pop() if len(names) == 1 else ""
+    return name if BATCH.search(name) else None
 
 
 def forget_shapes(model: onnx.ModelProto) -> None:
@@ -76,8 +101,14 @@ def _refuse_open(value: onnx.ValueInfoProto) -> None:
     if not any(_is_open(dim) for dim in dims):
         return
     shown = ", ".join(dim.dim_param or ("?" if _is_open(dim) else str(dim.dim_value)) for dim in dims)
-    example = "".join(f"{1 if _is_open(dim) else dim.dim_value}, " for dim in dims)
+    opened = [axis for axis, dim in enumerate(dims) if _is_open(dim)]
+    # A text's inputs are integers: their length is what a user would like to keep open.
+    is_text = tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+    example = tuple(
+        dim.dim_value if axis not in opened else [32, 64, 128] if axis and is_text and len(opened) == 2 else 1
+        for axis, dim in enumerate(dims)
+    )
     raise ModelError(
         f"input {value.name!r} has open dimensions ({shown}); give them, for example "
-        f"input_shapes={{{value.name!r}: ({example[:-1] if len(dims) == 1 else example[:-2]})}}"
+        f"input_shapes={{{value.name!r}: {example}}}"
     )

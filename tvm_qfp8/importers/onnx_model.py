@@ -65,7 +65,7 @@ def from_onnx_model(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
 def _import(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
     """Import a model that is not needed afterwards: it is changed, then emptied."""
     _check_weights(model)
-    fix_input_shapes(model, input_shapes)
+    batch = fix_input_shapes(model, input_shapes)
     notes = [*strip_quantization(model), *to_float32(model)]
     simple = _simplified(expand_operators(model))
     if simple is not model:
@@ -79,7 +79,7 @@ def _import(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in simple.graph.input}
     mod = _converted(simple, shapes)
     _check_output_shapes(simple, mod)
-    return Imported(mod, list(shapes), [o.name for o in simple.graph.output], notes)
+    return Imported(mod, list(shapes), [o.name for o in simple.graph.output], notes, batch)
 
 
 def _check_weights(model: onnx.ModelProto) -> None:
