@@ -66,6 +66,11 @@ class _Rewriter(MainRewriter):
             self._emit_bounds(var, *bounds)
         elif op_name(value) == "relax.matmul":
             self._matmul(var, value)
+        elif op_name(value) == "relax.take" and str(value.attrs.mode) == "fast":
+            # Indices outside would read foreign memory; wrapped, those below 0 count from the end, as NumPy's do.
+            x, indices = map(self.expression, value.args)
+            wrapped = relax.op.take(x, indices, value.attrs.axis, mode="wrap")
+            self.variables[var] = self.builder.emit(wrapped, var.name)
         else:
             self.keep(var, value)
 

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 from models import cnn, images, run_reference
+from onnx import helper
 
 import tvm_qfp8 as q
 from tvm_qfp8.calibration import calibrate, evaluate_quantized
@@ -201,3 +203,20 @@ def test_a_whole_model_gives_the_same_bits_on_aarch64(compiled, run_aarch64):
     with pytest.raises(ModelError, match="export it and run it there"):
         arm.run(inputs)
     np.testing.assert_array_equal(run_aarch64(arm, [inputs["image"]])[0], compiled.run(inputs)[0])
+
+
+def test_indices_outside_never_read_foreign_memory():
+    nodes = [helper.make_node("Gather", ["x", "i"], ["y"], axis=1)]
+    inputs = [
+        helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (2, 6)),
+        helper.make_tensor_value_info("i", onnx.TensorProto.INT64, (3,)),
+    ]
+    outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (2, 3))]
+    graph = helper.make_graph(nodes, "gather", inputs, outputs)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    module = q.compile(made)
+    x = np.arange(12, dtype=np.float32).reshape(2, 6)
+    for indices in ([0, 5, -1], [-6, 2, 3]):
+        np.testing.assert_array_equal(module.run({"x": x, "i": np.array(indices)})[0], x[:, indices])
+    (found,) = module.run({"x": x, "i": np.array([6, -7, 2**62])})
+    assert np.isin(found, x).all()

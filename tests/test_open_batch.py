@@ -66,7 +66,9 @@ def test_a_file_that_opens_the_batch_only_needs_no_shapes(name):
 def test_what_else_is_open_has_to_be_given():
     from models import encoder
 
-    with pytest.raises(ModelError, match=r"\(n, m\); .* input_shapes=\{'ids': \(1, \[32, 64, 128\]\)\}"):
+    with pytest.raises(
+        ModelError, match=r"\(n, m\); .* input_shapes=\{'ids': \(1, \[32, 64, 128\]\)\}.* ids=1,32/64/128"
+    ):
         q.compile(encoder())
     with pytest.raises(ModelError, match="output 'y' has shape .*no batch in front"):
         q.compile(two_inputs(fixed=False))

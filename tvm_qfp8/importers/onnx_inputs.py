@@ -108,7 +108,8 @@ def _refuse_open(value: onnx.ValueInfoProto) -> None:
         dim.dim_value if axis not in opened else [32, 64, 128] if axis and is_text and len(opened) == 2 else 1
         for axis, dim in enumerate(dims)
     )
+    option = ",".join("/".join(map(str, part)) if isinstance(part, list) else str(part) for part in example)
     raise ModelError(
         f"input {value.name!r} has open dimensions ({shown}); give them, for example "
-        f"input_shapes={{{value.name!r}: {example}}}"
+        f"input_shapes={{{value.name!r}: {example}}}, on the command line --input-shape {value.name}={option}"
     )
