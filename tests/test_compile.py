@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 from models import cnn, images, run_reference
+from relax_programs import build
+from tvm import relax
 
 import tvm_qfp8 as q
 from tvm_qfp8.calibration import calibrate, evaluate_quantized
@@ -201,3 +203,12 @@ def test_a_whole_model_gives_the_same_bits_on_aarch64(compiled, run_aarch64):
     with pytest.raises(ModelError, match="export it and run it there"):
         arm.run(inputs)
     np.testing.assert_array_equal(run_aarch64(arm, [inputs["image"]])[0], compiled.run(inputs)[0])
+
+
+def test_powers_of_fewer_values_than_a_register_holds():
+    def body(emit, x):
+        return emit(relax.op.power(x, relax.const(np.float32(1 / 3))))
+
+    x = np.linspace(0.1, 9, 12, dtype=np.float32)
+    (found,) = q.compile(build({"x": ((12,), "float32")}, body))(x)
+    np.testing.assert_allclose(found, x ** np.float32(1 / 3), rtol=1e-3)
