@@ -109,6 +109,7 @@ def test_arithmetic():
             lambda x, n: torch.div(n, 3, rounding_mode="trunc"),
             lambda x, n: n.clamp(min=-1),
             lambda x, n: n.exp(),
+            lambda x, n: n + torch.arange(21, -3, -3),
             lambda x, n: torch.cat([torch.zeros(0), x], 0),
         ],
         random(3, 8),

@@ -6,6 +6,7 @@ Torch traces each function here into the program, as it does with its own decomp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,7 @@ def _table() -> dict[Any, Callable]:
         aten.add.Tensor: _scaled(torch.add),
         aten.affine_grid_generator.default: torch_images.affine_grid,
         aten.any.default: lambda x: x.reshape(-1).any(0),
+        aten.arange.start_step: _arange,
         aten.avg_pool2d.default: torch_images.avg_pool2d,
         aten.cat.default: _cat,
         aten.clamp.default: _clamp,
@@ -128,6 +130,18 @@ def _clamp(x: Any, low: Any = None, high: Any = None) -> Any:
         return NotImplemented
     bound = torch.full((), high if low is None else low, dtype=x.dtype)
     return torch.minimum(x, bound) if low is None else torch.maximum(x, bound)
+
+
+def _arange(start: Any, end: Any, step: Any = 1, *, dtype: Any = None, **options: Any) -> Any:
+    """TVM counts one or two elements too many downwards."""
+    import torch
+
+    if step > 0:
+        return NotImplemented
+    count = math.ceil((end - start) / step)
+    if dtype is None and all(isinstance(value, int) for value in (start, end, step)):
+        dtype = torch.int64
+    return torch.arange(count, dtype=dtype or torch.get_default_dtype(), **options) * step + start
 
 
 def _cat(tensors: list[Any], dim: int = 0) -> Any:
