@@ -172,3 +172,10 @@ def test_fake_quantize_is_encode_then_decode(layout):
         x = values * np.float32(scale)
         expected = decode(encode(x, scale, layout), scale, layout)
         np.testing.assert_array_equal(fake_quantize(x, layout, scale).view(np.int32), expected.view(np.int32))
+
+
+def test_tvm_runs_operators_on_scalars():
+    mod = build({"x": ((), "float32")}, lambda emit, x: emit(R.acos(x)))
+    call = mod["main"].body.blocks[0].bindings[0].value
+    found = compile_call(mod, call)({"x": np.float32(0.5)})
+    np.testing.assert_allclose(found, np.arccos(0.5), rtol=1e-6)
