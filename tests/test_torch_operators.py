@@ -107,6 +107,8 @@ def test_arithmetic():
             lambda x, n: n / 2,
             lambda x, n: n // 2,
             lambda x, n: torch.div(n, 3, rounding_mode="trunc"),
+            lambda x, n: x // 2,
+            lambda x, n: torch.div(x, 2, rounding_mode="trunc"),
             lambda x, n: n.clamp(min=-1),
             lambda x, n: n.exp(),
             lambda x, n: n + torch.arange(21, -3, -3),

@@ -97,21 +97,23 @@ def _div(x: Any, y: Any) -> Any:
 
 
 def _rounded_division(divide: Callable) -> Callable:
-    """Integers by a number, which TVM makes an int32; its division towards zero goes by floats."""
+    """By an integer, which TVM makes an int32; its division of integers towards zero goes by floats."""
 
     def division(x: Any, y: Any, rounding_mode: str | None = "floor") -> Any:
         import torch
 
-        if x.is_floating_point() or isinstance(y, float):
+        if isinstance(y, float):
             return NotImplemented
         if not isinstance(y, torch.Tensor):
             y = torch.full((), y, dtype=x.dtype)
-        elif rounding_mode == "floor":
+        elif x.is_floating_point() or rounding_mode == "floor":
             return NotImplemented
         if rounding_mode is None:
-            return x.float() / y
+            return x / y
         if rounding_mode == "floor":
             return torch.floor_divide(x, y)
+        if x.is_floating_point():
+            return torch.trunc(x / y)
         return x.sign() * y.sign() * torch.floor_divide(x.abs(), y.abs())
 
     return division
