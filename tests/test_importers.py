@@ -348,6 +348,17 @@ def test_old_clips(opset):
     assert "R.clip" in text and "call_tir" not in text
 
 
+@pytest.mark.parametrize("given", [{}, {"axes": [1, 0]}])
+def test_old_slices(given):
+    made = model(
+        [node("Slice", ["x"], ["y"], starts=[1, -2], ends=[9, -1], **given)], {"x": (3, 4)}, {}, {}, 9
+    )
+    made.graph.output.append(helper.make_tensor_value_info("y", 1, (1, 3) if given else (2, 1)))
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    expected = x[-2:-1, 1:9] if given else x[1:9, -2:-1]
+    np.testing.assert_array_equal(evaluate(prepare(load_model(made).mod), {"x": x})[0], expected)
+
+
 def test_a_constant_condition_is_decided():
     def branch(name, operator):
         return helper.make_graph(
