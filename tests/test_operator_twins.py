@@ -98,6 +98,7 @@ def movements(emit, x):
     results.append(emit(R.strided_slice(x, [0, 1], [8, -3], [1, 80], [-2, 1])))
     results.append(emit(R.strided_slice(x, [1], [79], [-81], [-1])))
     results.append(emit(R.nn.pad(x, [0, 1, 2, 3], pad_value=1.5)))
+    results.append(emit(R.nn.pad(x, [-1, 1, 2, -3], pad_value=1.5)))
     results.append(emit(R.nn.pad(x, [1, 1, 2, 2], "reflect")))
     results.append(emit(R.take(x, relax.const(np.array([[1, 3], [0, 2]])), 0)))
     results.append(emit(R.gather_elements(x, relax.const(np.arange(80).reshape(1, 80) % 10), 0)))
