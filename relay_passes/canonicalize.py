@@ -11,6 +11,7 @@ After::
     lv2 = R.clip(x, 0, 6)
 
 A lower bound of 0 alone is ``R.nn.relu``; another single bound, or one that is an array, is a maximum or minimum.
+PReLU of one slope is ``R.nn.leakyrelu``.
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ class _Rewriter(MainRewriter):
             x, indices = map(self.expression, value.args)
             wrapped = relax.op.take(x, indices, value.attrs.axis, mode="wrap")
             self.variables[var] = self.builder.emit(wrapped, var.name)
+        elif op_name(value) == "relax.nn.prelu" and (slope := self._number(value.args[1])) is not None:
+            call = relax.op.nn.leakyrelu(self.expression(value.args[0]), slope)
+            self.variables[var] = self.builder.emit(call, var.name)
         else:
             self.keep(var, value)
 

@@ -1,6 +1,6 @@
-"""Comparisons of booleans become logic.
+"""Comparisons, products and sums of booleans become logic.
 
-TVM 0.27 generates no code for them: LLVM refuses the float comparison that it emits. Before::
+TVM 0.27 generates no code for them: LLVM refuses the float instructions that it emits. Before::
 
     lv = R.equal(a, b)                            # a, b: bool
 
@@ -30,6 +30,8 @@ LOGIC: dict[str, _Logic] = {
     "relax.greater_equal": lambda a, b: _or(a, _not(b)),
     "relax.maximum": _or,
     "relax.minimum": _and,
+    "relax.multiply": _and,
+    "relax.add": _or,
 }
 
 

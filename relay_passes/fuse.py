@@ -86,6 +86,8 @@ def _is_float_or_code(expr: relax.Expr) -> bool:
 
 
 def _pointwise(value: relax.Expr) -> bool:
+    if op_name(value) == "relax.nn.prelu" and int(value.attrs.axis) not in (-1, len(value.ty.shape) - 1):
+        return False  # slopes of another axis than the last do not broadcast as operands do
     return op_name(value) in POINTWISE and all(
         _is_float_or_code(argument) and static_shape(argument) is not None
         for argument in tensor_arguments(value)

@@ -209,7 +209,7 @@ class _Rewriter(MainRewriter):
         rng = np.random.default_rng(0)
         rms: tuple[relax.Var, float, int, bool] | None = None
         for source in self._sources(var, allowed):
-            if static_shape(source) != static_shape(var):
+            if static_shape(source) != static_shape(var) or not static_shape(source):
                 continue
             row = rng.standard_normal((3, shape_of(source)[-1])) * 2 + 0.5
             cone, constants = self._cone(var, source)

@@ -83,6 +83,8 @@ class _Rewriter(MainRewriter):
             return [self.sources[x], weight] if dense and x in self.sources else None
         if op_name(value) not in (*ELEMENTWISE, *FUNCTIONS, "relax.qfp8.trained"):
             return None
+        if op_name(value) == "relax.nn.prelu":  # it names its axis
+            return None
         shapes = {shape_of(self.sources[a]) for a in arguments if a in self.sources}
         if len(shapes) != 1:
             return None

@@ -202,3 +202,15 @@ def test_layers_of_one_weight_keep_one_weight():
     first, second = plan.linear.values()
     assert first.weight is second.weight
     assert first.activation.by_rows and (first.activation.factors == 1).all()
+
+
+def test_outputs_of_integers_and_booleans():
+    def body(emit, x):
+        y = emit(relax.op.matmul(x, constant(8, 8)))
+        y = emit(relax.op.matmul(emit(relax.op.nn.relu(y)), constant(8, 4, seed=1)))
+        mask = emit(relax.op.greater(y, relax.const(np.float32(0))))
+        return relax.Tuple([emit(relax.op.argmax(y, 1)), mask, y])
+
+    mod = build({"x": ((6, 8), "float32")}, body)
+    plan = calibrate(mod, [{"x": random(6, 8, seed=i)} for i in range(4)])
+    assert len(plan.linear) == 2

@@ -252,3 +252,8 @@ def test_names_stay_unique():
 
     names = [b.var.name for b in prepare(build(emit))["main"].body.blocks[0].bindings]
     assert len(names) == len(set(names))
+
+
+def test_prelu_of_one_slope_is_leaky_relu():
+    slopes = const(np.full(3, 0.25))
+    check(lambda e, x: op.nn.prelu(x, slopes, axis=1), ["relax.nn.leakyrelu"], Canonicalize())

@@ -9,6 +9,8 @@ import onnx
 import pytest
 from models import cnn, images, run_reference
 from onnx import helper
+from relax_programs import build
+from tvm import relax
 
 import tvm_qfp8 as q
 from tvm_qfp8.calibration import calibrate, evaluate_quantized
@@ -220,3 +222,12 @@ def test_indices_outside_never_read_foreign_memory():
         np.testing.assert_array_equal(module.run({"x": x, "i": np.array(indices)})[0], x[:, indices])
     (found,) = module.run({"x": x, "i": np.array([6, -7, 2**62])})
     assert np.isin(found, x).all()
+
+
+def test_powers_of_fewer_values_than_a_register_holds():
+    def body(emit, x):
+        return emit(relax.op.power(x, relax.const(np.float32(1 / 3))))
+
+    x = np.linspace(0.1, 9, 12, dtype=np.float32)
+    (found,) = q.compile(build({"x": ((12,), "float32")}, body))(x)
+    np.testing.assert_allclose(found, x ** np.float32(1 / 3), rtol=1e-3)

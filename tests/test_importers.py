@@ -104,6 +104,39 @@ def test_quantized_models_come_in_as_float():
     )
 
 
+def test_embeddings_of_codes_are_scaled_after_the_look_up():
+    table = np.arange(24, dtype=np.uint8).reshape(6, 4)
+    constants = {"t": table, "s": np.float32(0.1), "z": np.uint8(3), "i": np.array([5, 0], np.int64)}
+    nodes = [
+        node("Gather", ["t", "i"], ["g"]),
+        node("Transpose", ["g"], ["p"], perm=[1, 0]),
+        node("DequantizeLinear", ["p", "s", "z"], ["d"]),
+        node("Add", ["d", "x"], ["y"]),
+    ]
+    made = model(nodes, {"x": (4, 2)}, {"y": (4, 2)}, constants, opset=21)
+    check(made, {"x": np.ones((4, 2), np.float32)})
+
+
+@pytest.mark.parametrize("zero", [np.uint8(7), np.arange(5, dtype=np.uint8)])
+def test_dynamic_quantization_becomes_float(zero):
+    rng = np.random.default_rng(0)
+    weight = rng.integers(0, 256, (8, 5)).astype(np.uint8)
+    scales = np.full(zero.shape, 0.01, np.float32)
+    nodes = [
+        node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        node("MatMulInteger", ["q", "w", "z", "wz"], ["p"]),
+        node("Cast", ["p"], ["f"], to=1),
+        node("Mul", ["s", "ws"], ["both"]),
+        node("Mul", ["f", "both"], ["y"]),
+    ]
+    made = model(nodes, {"x": (3, 8)}, {"y": (3, 5)}, {"w": weight, "wz": zero, "ws": scales})
+    imported = load_model(made)
+    assert "1 DynamicQuantizeLinear nodes were removed" in imported.notes[0]
+    x = rng.standard_normal((3, 8)).astype(np.float32)
+    expected = x @ ((weight.astype(np.float32) - zero) * np.float32(0.01))
+    np.testing.assert_allclose(evaluate(prepare(imported.mod), {"x": x})[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_padding_goes_into_the_convolution():
     rng = np.random.default_rng(0)
     constants = {
@@ -315,6 +348,17 @@ def test_old_clips(opset):
     imported = load_model(model(nodes, {"x": (2, 3)}, {"y": (2, 3)}, constants, opset))
     text = prepare(imported.mod).script()
     assert "R.clip" in text and "call_tir" not in text
+
+
+@pytest.mark.parametrize("given", [{}, {"axes": [1, 0]}])
+def test_old_slices(given):
+    made = model(
+        [node("Slice", ["x"], ["y"], starts=[1, -2], ends=[9, -1], **given)], {"x": (3, 4)}, {}, {}, 9
+    )
+    made.graph.output.append(helper.make_tensor_value_info("y", 1, (1, 3) if given else (2, 1)))
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    expected = x[-2:-1, 1:9] if given else x[1:9, -2:-1]
+    np.testing.assert_array_equal(evaluate(prepare(load_model(made).mod), {"x": x})[0], expected)
 
 
 def test_a_constant_condition_is_decided():

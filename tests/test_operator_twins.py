@@ -98,6 +98,7 @@ def movements(emit, x):
     results.append(emit(R.strided_slice(x, [0, 1], [8, -3], [1, 80], [-2, 1])))
     results.append(emit(R.strided_slice(x, [1], [79], [-81], [-1])))
     results.append(emit(R.nn.pad(x, [0, 1, 2, 3], pad_value=1.5)))
+    results.append(emit(R.nn.pad(x, [-1, 1, 2, -3], pad_value=1.5)))
     results.append(emit(R.nn.pad(x, [1, 1, 2, 2], "reflect")))
     results.append(emit(R.take(x, relax.const(np.array([[1, 3], [0, 2]])), 0)))
     results.append(emit(R.gather_elements(x, relax.const(np.arange(80).reshape(1, 80) % 10), 0)))
@@ -172,3 +173,10 @@ def test_fake_quantize_is_encode_then_decode(layout):
         x = values * np.float32(scale)
         expected = decode(encode(x, scale, layout), scale, layout)
         np.testing.assert_array_equal(fake_quantize(x, layout, scale).view(np.int32), expected.view(np.int32))
+
+
+def test_tvm_runs_operators_on_scalars():
+    mod = build({"x": ((), "float32")}, lambda emit, x: emit(R.acos(x)))
+    call = mod["main"].body.blocks[0].bindings[0].value
+    found = compile_call(mod, call)({"x": np.float32(0.5)})
+    np.testing.assert_allclose(found, np.arccos(0.5), rtol=1e-6)

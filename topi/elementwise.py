@@ -27,6 +27,10 @@ def _leaky_relu(attrs, x):
     return tirx.Select(x > like(0.0, x), x, mul(x, like(float(attrs.alpha), x)))
 
 
+def _prelu(_attrs, x, slope):
+    return tirx.Select(x > like(0.0, x), x, mul(x, slope))
+
+
 def _square(_attrs, x):
     return mul(x, x)
 
@@ -58,6 +62,7 @@ ELEMENTWISE: dict[str, Callable] = {
     "relax.minimum": lambda _attrs, a, b: tirx.min(a, b),
     "relax.nn.relu": _relu,
     "relax.nn.leakyrelu": _leaky_relu,
+    "relax.nn.prelu": _prelu,
     "relax.clip": _clip,
     "relax.square": _square,
     "relax.sqrt": _sqrt,

@@ -28,7 +28,8 @@ def emit_table(table: Table, x, isa: InstructionSet):
     """
     native, _ = LOOK_UPS[isa.name]
     lanes = lanes_of(x)
-    if table.cells <= 1 or native == 1 or lanes == native:
+    looks_up = table.cells > 1 or (table.inner is not None and table.inner.cells > 1)
+    if not looks_up or native == 1 or lanes == native:
         return evaluate(table, bind(x), TirOps(lanes, isa))
     if lanes > native:
         parts = [

@@ -93,6 +93,7 @@ def lowering_passes(
         LowerGroups(isa, threads, config.max_error, choose, memory),
         # -- the rest: remaining QFP8 tensors become bytes, remaining operators get a generic schedule
         LowerDtype(),
+        relax.backend.DispatchSortScan(),
         relax.transform.LegalizeOps(),
         relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),

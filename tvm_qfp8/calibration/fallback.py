@@ -31,7 +31,8 @@ def _to_numpy(value: Any) -> Any:
 def _to_tensor(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_to_tensor(part) for part in value)
-    return tvm.runtime.tensor(np.ascontiguousarray(value))
+    # ascontiguousarray would give a scalar a dimension.
+    return tvm.runtime.tensor(np.array(value, order="C"))
 
 
 def compile_call(mod: tvm.IRModule, call: tvm.ir.Call) -> Callable[[Mapping[str, Any]], Any]:

@@ -80,7 +80,10 @@ _PAD_MODES: dict[str, Any] = {"reflect": "reflect", "replicate": "edge", "circul
 def _pad(attrs: Attrs, x: np.ndarray) -> np.ndarray:
     widths = np.asarray(attrs.pad_width).reshape(-1, 2)
     if attrs.pad_mode == "constant":
-        return np.pad(x, widths, constant_values=attrs.pad_value)
+        # A negative width takes elements away.
+        cuts = zip(widths, x.shape, strict=True)
+        kept = tuple(slice(max(-before, 0), extent - max(-after, 0)) for (before, after), extent in cuts)
+        return np.pad(x[kept], np.maximum(widths, 0), constant_values=attrs.pad_value)
     return np.pad(x, widths, mode=_PAD_MODES[attrs.pad_mode])
 
 

@@ -55,7 +55,7 @@ class Compared:
         return name, False
 
     def values(self, values: Mapping[str, Any]) -> list[np.ndarray]:
-        """From the values of all variables."""
+        """From the values of all variables; integers and booleans have no error to speak of."""
         found: list[np.ndarray] = []
         for name, is_logits in self._results:
             value = values[name]
@@ -63,7 +63,7 @@ class Compared:
                 found += value
             else:
                 found.append(value - value.mean(-1, keepdims=True) if is_logits else value)
-        return found
+        return [array for array in found if array.dtype.kind == "f"]
 
 
 class _Overlay(Mapping[str, Any]):

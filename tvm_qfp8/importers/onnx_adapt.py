@@ -10,7 +10,8 @@ from tvm_qfp8.importers.onnx_operators import attributes, inferred_shapes
 
 
 def adapt_operators(model: onnx.ModelProto) -> None:
-    """``Pow`` with exponents of the base's type, ``Resize`` over all axes, ``LpNormalization`` as its definition."""
+    """``Pow`` with exponents of the base's type, ``Resize`` over all axes, ``LpNormalization`` as its definition,
+    ``Slice`` with its bounds as inputs."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in list(model.graph.node):
         if node.op_type == "Pow" and node.input[1] in constants:
@@ -19,6 +20,18 @@ def adapt_operators(model: onnx.ModelProto) -> None:
             _all_axes(model, node, constants)
         elif node.op_type == "LpNormalization":
             _divided_by_norm(model, node)
+        elif node.op_type == "Slice" and "starts" in attributes(node):  # before opset 10
+            _bounds_as_inputs(model, node)
+
+
+def _bounds_as_inputs(model: onnx.ModelProto, node: onnx.NodeProto) -> None:
+    given = attributes(node)
+    given.setdefault("axes", range(len(given["starts"])))
+    for name in ("starts", "ends", "axes"):
+        values = numpy_helper.from_array(np.array(given[name], np.int64), f"{node.output[0]}_{name}")
+        model.graph.initializer.append(values)
+        node.input.append(values.name)
+    del node.attribute[:]
 
 
 def _float_exponent(model: onnx.ModelProto, node: onnx.NodeProto, exponent: np.ndarray) -> None:

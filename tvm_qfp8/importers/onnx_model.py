@@ -19,6 +19,7 @@ from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
 from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported
 from tvm_qfp8.importers.onnx_adapt import adapt_operators
+from tvm_qfp8.importers.onnx_dynamic import strip_dynamic_quantization
 from tvm_qfp8.importers.onnx_float32 import to_float32
 from tvm_qfp8.importers.onnx_if import fold_if
 from tvm_qfp8.importers.onnx_inputs import fix_input_shapes, forget_shapes
@@ -66,7 +67,7 @@ def _import(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
     """Import a model that is not needed afterwards: it is changed, then emptied."""
     _check_weights(model)
     batch = fix_input_shapes(model, input_shapes)
-    notes = [*strip_quantization(model), *to_float32(model)]
+    notes = [*strip_dynamic_quantization(model), *strip_quantization(model), *to_float32(model)]
     simple = _simplified(expand_operators(model))
     if simple is not model:
         model.Clear()

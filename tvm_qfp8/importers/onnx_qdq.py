@@ -11,9 +11,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 # After these a tensor is within its range anyway: activations themselves, and what only moves their values.
+MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "Identity")
 BOUNDED = (
-    "Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape",
-    "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Concat", "Slice", "Split", "Gather", "Pad", "Resize",
+    "Relu", "Clip", "Sigmoid", "HardSigmoid", "Softmax", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat",
+    "Split", "Pad", "Resize", *(name for name in MOVES if name != "Identity"),
 )  # fmt: skip
 
 
@@ -30,7 +31,10 @@ def strip_quantization(model: onnx.ModelProto) -> list[str]:
     """Make a QDQ model float32 again, in place; a note for the report, if there was anything to do."""
     graph = model.graph
     constants = constant_tensors(model)
-    integer_inputs = {v.name for v in graph.input if v.type.tensor_type.elem_type != TensorProto.FLOAT}
+    codes = {v.name for v in graph.input if v.type.tensor_type.elem_type != TensorProto.FLOAT}
+    for node in graph.node:
+        if _gathers_codes(node, constants) or (node.op_type in MOVES and node.input[0] in codes):
+            codes.update(node.output)
     producer = {name: node.op_type for node in graph.node for name in node.output}
     rename: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
@@ -46,8 +50,8 @@ def strip_quantization(model: onnx.ModelProto) -> list[str]:
         if node.op_type == "DequantizeLinear" and source in constants:
             array = _dequantize(node, constants, numpy_helper.to_array(constants[source]).astype(np.float32))
             graph.initializer.append(numpy_helper.from_array(array, result))
-        elif node.op_type == "DequantizeLinear" and source in integer_inputs:
-            nodes += _dequantize_input(graph, node, constants)
+        elif node.op_type == "DequantizeLinear" and source in codes:
+            nodes += _dequantize_codes(graph, node, constants)
         elif node.op_type == "QuantizeLinear" and producer.get(source, "Relu") not in BOUNDED:
             nodes += _saturation(model, node, constants, rename)
         else:
@@ -90,10 +94,16 @@ def _dequantize(node: onnx.NodeProto, constants: dict[str, TensorProto], x: np.n
     return ((x - zero) * scale).astype(np.float32)
 
 
-def _dequantize_input(
+def _gathers_codes(node: onnx.NodeProto, constants: dict[str, TensorProto]) -> bool:
+    """An embedding whose table is quantized; its rows are scaled after the look-up."""
+    table = constants.get(node.input[0]) if node.op_type == "Gather" else None
+    return table is not None and table.data_type in (TensorProto.INT8, TensorProto.UINT8)
+
+
+def _dequantize_codes(
     graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[str, TensorProto]
 ) -> list[onnx.NodeProto]:
-    """The model reads integers: they are scaled in float32."""
+    """Integers that no node of the model made are scaled in float32."""
     name = node.output[0]
     for suffix, array in zip(("scale", "zero"), _scale_and_zero(node, constants), strict=True):
         graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), f"{name}_{suffix}"))

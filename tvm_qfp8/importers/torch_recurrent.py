@@ -22,23 +22,15 @@ CELLS = {
 """The cell of an operator, and torch's gates in the order of ``recurrent_cell``."""
 
 
-def has_recurrent(program: Any) -> bool:
-    """Whether a program has such layers."""
-    return any(str(node.target).removeprefix("aten.") in CELLS for node in program.graph.nodes)
-
-
-def decomposed(program: Any) -> Any:
-    """The program in core operators, recurrent layers as they are."""
+def recurrent_operators() -> list[Any]:
+    """Torch's operators of such layers, which stay as they are."""
     import torch
 
-    table = torch.export.default_decompositions()
-    for name in CELLS:
-        operator, overload = name.split(".")
-        table.pop(getattr(getattr(torch.ops.aten, operator), overload), None)
-    return program.run_decompositions(table)
+    names = (name.split(".") for name in CELLS)
+    return [getattr(getattr(torch.ops.aten, operator), overload) for operator, overload in names]
 
 
-def converters(program: Any) -> dict[str, Callable]:
+def recurrent_converters(program: Any) -> dict[str, Callable]:
     """For TVM's front end, by operator; they need the values of the program's parameters."""
     return {name: partial(_convert, program, *cell) for name, cell in CELLS.items()}
 

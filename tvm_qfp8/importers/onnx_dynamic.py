@@ -1,0 +1,66 @@
+"""Models whose activations are quantized as they run: DynamicQuantizeLinear goes, integer products become float ones.
+
+Before::
+
+    codes, scale, zero = DynamicQuantizeLinear(x)
+    product = Cast(MatMulInteger(codes, weight_codes, zero, weight_zero)) * (scale * weight_scale)
+
+After, with a scale of 1 for ``x``::
+
+    product = Cast(MatMul(x, weight_codes - weight_zero)) * (1 * weight_scale)
+
+ConvInteger is a Conv likewise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from tvm_qfp8.importers.onnx_qdq import constant_tensors
+
+PRODUCTS = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
+
+
+def strip_dynamic_quantization(model: onnx.ModelProto) -> list[str]:
+    """Make such a model float32 again, in place; a note for the report, if there was anything to do."""
+    graph = model.graph
+    constants = constant_tensors(model)
+    source: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "DynamicQuantizeLinear":
+            codes, scale, zero = node.output
+            source[codes] = node.input[0]
+            graph.initializer.append(numpy_helper.from_array(np.float32(1), scale))
+            graph.initializer.append(numpy_helper.from_array(np.uint8(0), zero))
+        elif _is_product(node, source, constants):
+            nodes.append(_in_floats(graph, node, source[node.input[0]], constants))
+        else:
+            nodes.append(node)
+    if not source:
+        return []
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return [f"{len(source)} DynamicQuantizeLinear nodes were removed: their products are imported as float32"]
+
+
+def _is_product(node: onnx.NodeProto, source: dict[str, str], constants: dict[str, onnx.TensorProto]) -> bool:
+    return node.op_type in PRODUCTS and node.input[0] in source and node.input[1] in constants
+
+
+def _in_floats(
+    graph: onnx.GraphProto, node: onnx.NodeProto, x: str, constants: dict[str, onnx.TensorProto]
+) -> onnx.NodeProto:
+    weight = numpy_helper.to_array(constants[node.input[1]]).astype(np.float32)
+    if len(node.input) > 3 and node.input[3]:
+        zero = numpy_helper.to_array(constants[node.input[3]]).astype(np.float32)
+        if node.op_type == "ConvInteger":
+            zero = zero.reshape(-1, *[1] * (weight.ndim - 1))
+        weight = weight - zero  # a matrix has one for each column
+    name = f"{node.output[0]}_weight"
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), name))
+    made = helper.make_node(PRODUCTS[node.op_type], [x, name], node.output, name=node.name)
+    made.attribute.extend(node.attribute)
+    return made
