@@ -108,6 +108,23 @@ def recurrent() -> str:
     return _table(["layers", "QFP8", *peers, "SQNR, dB"], rows)
 
 
+def lengths() -> str:
+    """One module for several lengths, on inputs of many."""
+    record = _load("bench_lengths.json")
+    if record is None:
+        return ""
+    peers = list(record["rows"][0]["speedup"])
+    rows = [
+        [
+            str(row["tokens"]),
+            f"{row['milliseconds']['qfp8']:.1f}",
+            *(f"{row['milliseconds'][peer]:.1f} ({row['speedup'][peer]:.2f})" for peer in peers),
+        ]
+        for row in record["rows"]
+    ]
+    return _table(["tokens", "QFP8", *peers], rows)
+
+
 def kernels() -> str:
     """How single layers compare, and the bars."""
     record = _load("bench_kernels.json")
@@ -226,6 +243,7 @@ TABLES = {
     "machine": machine,
     "accuracy": accuracy,
     "latency": latency,
+    "lengths": lengths,
     "recurrent": recurrent,
     "kernels": kernels,
     "functions": functions,
