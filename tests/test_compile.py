@@ -231,3 +231,28 @@ def test_powers_of_fewer_values_than_a_register_holds():
     x = np.linspace(0.1, 9, 12, dtype=np.float32)
     (found,) = q.compile(build({"x": ((12,), "float32")}, body))(x)
     np.testing.assert_allclose(found, x ** np.float32(1 / 3), rtol=1e-3)
+
+
+def test_results_belong_to_the_caller():
+    """Large ones are not copied: a constant, an input and a result that is there twice must be."""
+    table = np.arange(40000, dtype=np.float32).reshape(200, 200)
+
+    def body(emit, x):
+        y = emit(relax.op.add(x, relax.const(table)))
+        flat = emit(relax.op.reshape(y, (40000,)))
+        return emit(relax.Tuple([y, flat, x, relax.const(table), y]))
+
+    module = q.compile(build({"x": ((200, 200), "float32")}, body))
+    x = np.ones((200, 200), np.float32)
+    expected = [x + table, (x + table).reshape(-1), x, table, x + table]
+    first = module(x)
+    for array, right in zip(first, expected, strict=True):
+        np.testing.assert_array_equal(array, right)
+    for array in first:
+        array[...] = np.nan  # changes no other result, nor those of the next call
+        assert sum(bool(np.isnan(other).any()) for other in first) == 1
+        array[...] = 0
+    assert (x == 1).all()
+    for array, right in zip(module(x), expected, strict=True):
+        np.testing.assert_array_equal(array, right)
+    assert not any(array.any() for array in first)

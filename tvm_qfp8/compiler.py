@@ -266,7 +266,16 @@ def compile(  # noqa: A001 - the public name
         check_finite = config.check_finite and quantized
         device = str(parsed.kind.name).replace("llvm", "cpu")
         metadata = encode_metadata(
-            inputs, outputs, report, versions, check_finite, cpu, device, imported.batch, several
+            inputs,
+            outputs,
+            report,
+            versions,
+            check_finite,
+            cpu,
+            device,
+            imported.batch,
+            several,
+            _held_outputs(lowered),
         )
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
@@ -301,6 +310,21 @@ def _tensor_infos(canonical: tvm.IRModule, imported: Imported) -> tuple[list[Ten
         for names, types in ((imported.input_names, parameters), (imported.output_names, results))
     )
     return inputs, outputs
+
+
+def _held_outputs(mod: tvm.IRModule) -> list[int]:
+    """Indices of the outputs of ``main`` that are no kernel's result: constants and inputs."""
+    main = mod["main"]
+    bound = {binding.var: binding.value for block in main.body.blocks for binding in block.bindings}
+
+    def source(expr: relax.Expr) -> relax.Expr:
+        if isinstance(expr, relax.TupleGetItem):
+            return source(expr.tuple_value)
+        return source(bound[expr]) if expr in bound else expr
+
+    result = source(main.body.body)
+    fields = list(result.fields) if isinstance(result, relax.Tuple) else [result]
+    return [index for index, field in enumerate(fields) if not isinstance(source(field), relax.Call)]
 
 
 def _constant_bytes(mod: tvm.IRModule) -> int:
