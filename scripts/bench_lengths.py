@@ -7,7 +7,6 @@ length. Contestants take turns, each in a process of its own (``zoo/contest.py``
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -37,11 +36,9 @@ class AtLength:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "bench_lengths.json")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)
+    from zoo.contest import contest_parser
+
+    parser = contest_parser(__doc__, 10, REPOSITORY / "results" / "bench_lengths.json")
     arguments = parser.parse_args()
     if arguments.serve:
         serve_runner(arguments.serve, arguments.module)

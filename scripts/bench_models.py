@@ -6,7 +6,6 @@ before and after: if that changes by more than a tenth the machine was noisy, an
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
@@ -22,13 +21,11 @@ NOISY = 1.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    from zoo.contest import contest_parser
+
+    parser = contest_parser(__doc__, 12, REPOSITORY / "results" / "bench_models.json")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "bench_models.json")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve_runner(arguments.serve, arguments.module)

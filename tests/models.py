@@ -62,11 +62,11 @@ def cnn(opset=17, batch: int | str = 1) -> onnx.ModelProto:
     return model(nodes, {"image": (batch, 3, 16, 16)}, outputs, constants, opset)
 
 
-def encoder(masked: bool = True) -> onnx.ModelProto:
+def encoder(masked: bool = True, words: int = WORDS) -> onnx.ModelProto:
     """Embeddings, a head of attention, a dense layer; inputs ``ids`` and ``mask``, int64 ``(n, m)``."""
     rng = np.random.default_rng(0)
     constants = {
-        "words": rng.standard_normal((WORDS, WIDTH)),
+        "words": rng.standard_normal((words, WIDTH)),
         "places": rng.standard_normal((1, PLACES, WIDTH)),
         **{name: rng.standard_normal((WIDTH, WIDTH)) / 4 for name in ("wq", "wk", "wv", "wo")},
     }

@@ -86,6 +86,9 @@ def test_other_rows_pack_weights_like_those_in_the_log(log, workload, factor):
     assert schedule.vectors == best.vectors and schedule.scratch_bytes == best.scratch_bytes and not caught
     assert schedule.tile_rows <= best.tile_rows
     assert schedule.parallel_rows == bool(more.default()["parallel_rows"])
+    for rows in (0, 1, 6):  # another kernel, and no rows
+        few = replace(workload, shape=replace(workload.shape, rows=rows))
+        assert choose(log.parent, few)[0].decisions() == few.default()
     wider = replace(workload, shape=replace(workload.shape, columns=workload.shape.columns + 1))
     assert choose(log.parent, wider)[0].decisions() == wider.default()
 

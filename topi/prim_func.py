@@ -55,7 +55,7 @@ _HELD: ContextVar[list[tuple] | None] = ContextVar("held", default=None)
 
 @contextmanager
 def stores_last() -> Iterator[None]:
-    """Stores that are emitted inside come after all else that is; those to registers and loops stay out of it.
+    """Stores emitted inside come after all else that is, but those to registers. No loop may be emitted inside.
 
     A processor takes a load for one of what was just stored if the low 12 bits of their addresses agree, and waits.
     Buffers often lie so that each vector's store stands before the next one's load in this way.

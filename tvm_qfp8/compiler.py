@@ -25,13 +25,15 @@ from tvm_qfp8.calibration import (
     calibrate,
     first_samples,
     keep_within,
+    padded_samples,
 )
 from tvm_qfp8.config import Config
 from tvm_qfp8.cpu_features import used_features
 from tvm_qfp8.cuda_code import register_compiler
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.importers import Imported, Shapes, load_model
-from tvm_qfp8.length_programs import check_same_layers, function_at, joined, padded_samples, padding_is_unseen
+from tvm_qfp8.importers.imported import result_types
+from tvm_qfp8.length_programs import check_same_layers, function_at, joined, padding_is_unseen
 from tvm_qfp8.lengths import Lengths, Variant
 from tvm_qfp8.linker import architecture
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
@@ -97,7 +99,6 @@ def lowering_passes(
         relax.transform.LegalizeOps(),
         relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),
-        ShareConstants(),
         ForCuda() if isa.name == "cuda" else ScheduleRest(threads),
     ]
 
@@ -149,7 +150,7 @@ def compile(  # noqa: A001 - the public name
         mask; else ``run`` takes these lengths only.
     calibration : iterable of ``{input name: array}``, path of an .npz, or None
         Samples with the inputs' full shapes, of several lengths the longest; shorter ones are padded where ``run``
-        pads, unless they are in an .npz. None quantizes weights only.
+        pads. None quantizes weights only.
     config : Config
     tuning_logs : path or ScheduleChooser
         A folder of tuning logs to take schedules from, or a function that chooses them; None: the logs of this
@@ -178,17 +179,17 @@ def compile(  # noqa: A001 - the public name
     stage("import", 0, 1)
     imported = load_model(mod, params=params, input_shapes=input_shapes)
     canonical, trained = _canonical(imported, config)
+    axes = {} if imported.length is None else imported.length.axes
     shorter: dict[int, Canonical] = {}
-    padding = False
     if imported.length is not None:
         *lengths, _ = imported.length.lengths
         for done, length in enumerate(lengths, 1):
             stage("import", done, len(lengths) + 1)
             shapes = imported.length.shapes_at(input_shapes or {}, length)
             shorter[length] = _canonical(load_model(mod, params=params, input_shapes=shapes), config)
-        padding = bool(lengths) and padding_is_unseen(shorter[lengths[0]][0], canonical, imported.length.axes)
-        if padding and calibration is not None and not isinstance(calibration, str | os.PathLike):
-            calibration = padded_samples(calibration, imported.length.axes, Program(canonical).inputs)
+    padding = bool(shorter) and padding_is_unseen(shorter[min(shorter)][0], canonical, axes)
+    if padding and calibration is not None:
+        calibration = padded_samples(calibration, Program(canonical).inputs, axes)
     stage("import", 1, 1)
     if shorter and config.recalibrate_batchnorm:
         raise CalibrationError(
@@ -237,7 +238,7 @@ def compile(  # noqa: A001 - the public name
             for length, (program, _) in shorter.items()
         ]
         variants.append(Variant(imported.length.lengths[-1], "main", inputs, outputs))
-        several = Lengths(imported.length.axes, padding, variants)
+        several = Lengths(axes, padding, variants)
         report.notes.append(several.describe())
     versions = {name: importlib.metadata.version(name) for name in ("apache-tvm", "apache-tvm-ffi", "numpy")}
     stage("build kernels", 0, 2)
@@ -253,7 +254,7 @@ def compile(  # noqa: A001 - the public name
             return tvm.transform.Sequential(passes)(program)
 
         others = {length: lower(program, own or plan) for length, (program, own) in shorter.items()}
-        lowered = joined(lower(canonical, plan), others)
+        lowered = tvm.transform.Sequential([ShareConstants()])(joined(lower(canonical, plan), others))
         if isinstance(choose, LoggedSchedules):
             report.totals["tuned kernels"] = f"{len(choose.used)} of {len(choose.asked)}"
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
@@ -266,16 +267,7 @@ def compile(  # noqa: A001 - the public name
         check_finite = config.check_finite and quantized
         device = str(parsed.kind.name).replace("llvm", "cpu")
         metadata = encode_metadata(
-            inputs,
-            outputs,
-            report,
-            versions,
-            check_finite,
-            cpu,
-            device,
-            imported.batch,
-            several,
-            _held_outputs(lowered),
+            inputs, outputs, report, versions, check_finite, cpu, device, imported.batch, several
         )
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)
@@ -299,8 +291,7 @@ def _canonical(imported: Imported, config: Config) -> Canonical:
 
 def _tensor_infos(canonical: tvm.IRModule, imported: Imported) -> tuple[list[TensorInfo], list[TensorInfo]]:
     """Inputs and outputs of a program."""
-    result = canonical["main"].ret_ty
-    results = list(result.fields) if isinstance(result, relax.TupleType) else [result]
+    results = result_types(canonical)
     parameters = [parameter.ty for parameter in canonical["main"].params]
     inputs, outputs = (
         [
@@ -310,21 +301,6 @@ def _tensor_infos(canonical: tvm.IRModule, imported: Imported) -> tuple[list[Ten
         for names, types in ((imported.input_names, parameters), (imported.output_names, results))
     )
     return inputs, outputs
-
-
-def _held_outputs(mod: tvm.IRModule) -> list[int]:
-    """Indices of the outputs of ``main`` that are no kernel's result: constants and inputs."""
-    main = mod["main"]
-    bound = {binding.var: binding.value for block in main.body.blocks for binding in block.bindings}
-
-    def source(expr: relax.Expr) -> relax.Expr:
-        if isinstance(expr, relax.TupleGetItem):
-            return source(expr.tuple_value)
-        return source(bound[expr]) if expr in bound else expr
-
-    result = source(main.body.body)
-    fields = list(result.fields) if isinstance(result, relax.Tuple) else [result]
-    return [index for index, field in enumerate(fields) if not isinstance(source(field), relax.Call)]
 
 
 def _constant_bytes(mod: tvm.IRModule) -> int:

@@ -60,7 +60,7 @@ class Lengths:
         """For the report."""
         listed = ", ".join(str(variant.length) for variant in self.variants)
         between = (
-            "shorter inputs are padded with zeros" if self.padding else "no others: results would see padding"
+            "shorter inputs are padded with zeros" if self.padding else "no others: results may see padding"
         )
         return f"one program for each of the lengths {listed}, with the same weights; {between}"
 
@@ -86,7 +86,7 @@ class Lengths:
         Raises
         ------
         InputError
-            They are too long, empty, or shorter where padding would change results.
+            They are too long, empty, or shorter where padding may change results.
         """
         known = [variant.length for variant in self.variants]
         listed = ", ".join(map(str, known))
@@ -96,7 +96,7 @@ class Lengths:
             raise InputError(f"inputs have length {length}, the module is compiled for {listed}")
         if not self.padding:
             raise InputError(
-                f"inputs have length {length}, the module is compiled for {listed}, and padding them would change its "
+                f"inputs have length {length}, the module is compiled for {listed}, and padding them may change its "
                 "results; give one of these lengths"
             )
         return next(variant for variant in self.variants if variant.length > length)
@@ -111,11 +111,9 @@ class Lengths:
     def cut(self, results: Sequence[np.ndarray], length: int) -> list[np.ndarray]:
         """Results of padded inputs without what belongs to the padding."""
         axes = varying_axes([[info.shape for info in variant.outputs] for variant in self.variants])
-        found = []
-        for result, own in zip(results, axes, strict=True):
-            kept = tuple(slice(length if axis in own else None) for axis in range(result.ndim))
-            found.append(np.ascontiguousarray(result[kept]))
-        return found
+        return [
+            np.ascontiguousarray(cut(result, own, length)) for result, own in zip(results, axes, strict=True)
+        ]
 
 
 def varying_axes(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[list[int]]:
@@ -124,6 +122,11 @@ def varying_axes(shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[list[int]]
         [axis for axis, extents in enumerate(zip(*tensor, strict=True)) if len(set(extents)) > 1]
         for tensor in zip(*shapes, strict=True)
     ]
+
+
+def cut(array: np.ndarray, axes: Sequence[int], length: int) -> np.ndarray:
+    """The first ``length`` elements along each of ``axes``."""
+    return array[tuple(slice(length if axis in axes else None) for axis in range(array.ndim))]
 
 
 def padded(array: np.ndarray, axis: int, length: int) -> np.ndarray:

@@ -26,8 +26,6 @@ from tvm_qfp8.tensor_info import TensorInfo, tensor_entries, tensor_infos
 
 METADATA_FUNCTION = "qfp8_metadata"
 METADATA_FORMAT = 5
-LARGE_OUTPUT = 1 << 14
-"""Values from which copying an output takes longer than asking whether it has to be copied."""
 LOAD_FUNCTION = "qfp8_load"
 """Fills what kernels keep in memory; without it the first call does."""
 LOADED = "bytes of transformed 3x3 filters, in memory only"
@@ -63,13 +61,12 @@ def encode_metadata(
     device: str = "cpu",
     batch: str | None = None,
     lengths: Lengths | None = None,
-    held_outputs: Sequence[int] = (),
 ) -> np.ndarray:
     """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant.
 
     ``cpu`` is ``{"architecture": str, "features": [LLVM's names]}`` of the CPU that the module may run on,
     ``device`` what runs its kernels, ``"cpu"`` or ``"cuda"``, ``batch`` the name of an open batch, ``lengths`` those of
-    a dimension that has several, ``held_outputs`` the indices of outputs that no kernel writes, such as constants.
+    a dimension that has several.
     """
     data = {
         "format": METADATA_FORMAT,
@@ -82,7 +79,6 @@ def encode_metadata(
         "device": device,
         "batch": batch,
         "lengths": None if lengths is None else lengths.to_json(),
-        "held_outputs": list(held_outputs),
     }
     return np.frombuffer(json.dumps(data).encode(), np.uint8).copy()
 
@@ -144,7 +140,6 @@ class CompiledModule:
         self.cpu: dict[str, Any] = data["cpu"]
         self.batch: str | None = data["batch"]
         self.lengths = None if data["lengths"] is None else Lengths.from_json(data["lengths"])
-        self._held_outputs: list[int] = data["held_outputs"]
         self.device = tvm.device(data["device"], 0)
         self._module, self._executable, self._target = module, executable, target
 
@@ -224,23 +219,8 @@ class CompiledModule:
         machine = self.virtual_machine
         function, tensors, length = self._prepared(arrays)
         result = machine[function](*tensors)
-        results = self._arrays([result] if hasattr(result, "numpy") else list(result))
+        results = [result.numpy()] if hasattr(result, "numpy") else [tensor.numpy() for tensor in result]
         return results if self.lengths is None or length is None else self.lengths.cut(results, length)
-
-    def _arrays(self, tensors: list[Any]) -> list[np.ndarray]:
-        """Results as arrays of their own; large ones of the CPU are handed on without a copy."""
-        arrays: list[np.ndarray] = []
-        seen: set[int] = set()
-        for index, (tensor, info) in enumerate(zip(tensors, self.outputs, strict=True)):
-            large = info.dtype == "float32" and tensor.numel() >= LARGE_OUTPUT
-            array = np.from_dlpack(tensor) if large and self.device.type == "cpu" else tensor.numpy()
-            address = array.__array_interface__["data"][0]
-            # The module's own memory, and a view of another result, are not for a caller to write to.
-            if large and (index in self._held_outputs or address in seen or not array.flags.writeable):
-                array = array.copy()
-            seen.add(address)
-            arrays.append(array)
-        return arrays
 
     def _prepared(self, arrays: Sequence[np.ndarray]) -> tuple[str, list[Any], int | None]:
         """The function that runs ``arrays``, its arguments, and the length of inputs that had to be padded."""

@@ -7,6 +7,7 @@ call that does not count and ``CALLS`` timed ones; turns alternate, so a busy mo
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -14,11 +15,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 CALLS = 5
 PAUSE_SECONDS = 0.25
 """Between turns: some thread pools spin for up to 100 ms, and the next contestant would pay for it."""
+
+
+def contest_parser(description: str, turns: int, output: Path) -> argparse.ArgumentParser:
+    """The options of a script that runs contestants, among them those by which it starts itself as one."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=turns)
+    parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)
+    return parser
 
 
 class Contestant:

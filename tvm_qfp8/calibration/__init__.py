@@ -6,7 +6,7 @@ from tvm_qfp8.calibration.evaluate import Program, evaluate
 from tvm_qfp8.calibration.max_drop import Metric, keep_within
 from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.quantized import QuantizedProgram, evaluate_quantized
-from tvm_qfp8.calibration.samples import first_samples
+from tvm_qfp8.calibration.samples import first_samples, padded_samples
 from tvm_qfp8.calibration.sensitivity import layer_effects
 from tvm_qfp8.calibration.stored_samples import StoredSamples
 from tvm_qfp8.layer_effect import LayerEffect
@@ -26,4 +26,5 @@ __all__ = [
     "first_samples",
     "keep_within",
     "layer_effects",
+    "padded_samples",
 ]

@@ -7,11 +7,13 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tvm_qfp8.calibration.evaluate import TensorSpec
 from tvm_qfp8.errors import CalibrationError
+from tvm_qfp8.lengths import padded
 
 Batches = Iterable[Mapping[str, np.ndarray]] | Mapping[str, np.ndarray] | str | os.PathLike[str]
 
@@ -32,10 +34,8 @@ def samples_of(batches: Batches, inputs: Mapping[str, TensorSpec]) -> Iterator[d
     CalibrationError
         Naming the sample's index, the input, what was found and what was expected.
     """
-    if isinstance(batches, str | os.PathLike):
-        batches = _load(Path(batches), inputs)
     index = 0
-    for batch in [batches] if isinstance(batches, Mapping) else batches:
+    for batch in _dicts(batches, inputs):
         if not isinstance(batch, Mapping):
             raise CalibrationError(
                 f"calibration sample {index} is a {type(batch).__name__}; expected a dict of name to array"
@@ -50,6 +50,23 @@ def samples_of(batches: Batches, inputs: Mapping[str, TensorSpec]) -> Iterator[d
             index += 1
 
 
+def padded_samples(
+    batches: Batches, inputs: Mapping[str, TensorSpec], axes: Mapping[str, int]
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Samples with zeros behind what is shorter than an input along its axis of ``axes``, for ``samples_of``."""
+    for batch in _dicts(batches, inputs):
+        if not isinstance(batch, Mapping):
+            yield batch  # refused by name later
+            continue
+        found = dict(batch)
+        for name in found.keys() & axes.keys():
+            array, shape = np.asarray(found[name]), inputs[name].shape
+            axis = array.ndim + axes[name] - len(shape)  # there may be a new first axis
+            if axis >= 0 and array.shape[axis] < shape[axes[name]]:
+                found[name] = padded(array, axis, shape[axes[name]])
+        yield found
+
+
 def first_samples(
     batches: Batches | None, inputs: Mapping[str, TensorSpec], count: int
 ) -> tuple[Batches | None, list[dict[str, np.ndarray]]]:
@@ -62,6 +79,13 @@ def first_samples(
     samples = samples_of(batches, inputs)
     first = list(itertools.islice(samples, count))
     return itertools.chain(first, samples), first
+
+
+def _dicts(batches: Batches, inputs: Mapping[str, TensorSpec]) -> Iterable[Any]:
+    """One dict after the other, of whatever kind ``batches`` are."""
+    if isinstance(batches, str | os.PathLike):
+        return [_load(Path(batches), inputs)]
+    return [batches] if isinstance(batches, Mapping) else batches
 
 
 def _load(path: Path, inputs: Mapping[str, TensorSpec]) -> dict[str, np.ndarray]:

@@ -9,10 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 import tvm
-from tvm import relax
 
 from tvm_qfp8.errors import ModelError
-from tvm_qfp8.importers.imported import Imported
+from tvm_qfp8.importers.imported import Imported, result_types
 from tvm_qfp8.importers.open_batch import check_batch, close_batch
 from tvm_qfp8.importers.open_length import Extent, Shapes, ShapesAtLength, open_length
 from tvm_qfp8.importers.relax_module import from_relax
@@ -59,13 +58,11 @@ def load_model(
         }
         imported.notes.append(f"the batch {batch!r} is open: any number of samples run one after the other")
     if batch is not None:
-        result = imported.mod["main"].ret_ty
-        results = list(result.fields) if isinstance(result, relax.TupleType) else [result]
         check_batch(
             batch,
             given,
             _extents(imported.input_names, parameters),
-            _extents(imported.output_names, results),
+            _extents(imported.output_names, result_types(imported.mod)),
         )
         imported.batch = batch
     return imported

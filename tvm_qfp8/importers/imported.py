@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import tvm
+from tvm import relax
 
 from tvm_qfp8.importers.open_length import OpenLength
+
+
+def result_types(mod: tvm.IRModule) -> list[Any]:
+    """The types of what ``main`` returns."""
+    result = mod["main"].ret_ty
+    return list(result.fields) if isinstance(result, relax.TupleType) else [result]
 
 
 @dataclass

@@ -17,7 +17,7 @@ from tvm import relax
 
 from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
 from tvm_qfp8.importers.finite_weights import check_finite
-from tvm_qfp8.importers.imported import Imported
+from tvm_qfp8.importers.imported import Imported, result_types
 from tvm_qfp8.importers.onnx_adapt import adapt_operators
 from tvm_qfp8.importers.onnx_dynamic import strip_dynamic_quantization
 from tvm_qfp8.importers.onnx_float32 import to_float32
@@ -148,9 +148,7 @@ def _more_converters(front_end: Any) -> Iterator[None]:
 def _check_output_shapes(model: onnx.ModelProto, mod: tvm.IRModule) -> None:
     """ONNX's own shape inference is the witness against variants that TVM imports as something else."""
     inferred = inferred_shapes(model)
-    type_ = mod["main"].ret_ty
-    fields = type_.fields if isinstance(type_, relax.TupleType) else [type_]
-    for output, field in zip(model.graph.output, fields, strict=False):
+    for output, field in zip(model.graph.output, result_types(mod), strict=False):
         expected, shape = inferred.get(output.name), _static(field)
         if expected is not None and shape is not None and 0 not in expected and shape != tuple(expected):
             raise ModelError(

@@ -12,7 +12,7 @@ from tvm.sym import Analyzer
 
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.importers.finite_weights import check_finite
-from tvm_qfp8.importers.imported import Imported
+from tvm_qfp8.importers.imported import Imported, result_types
 
 
 def from_relax(
@@ -47,9 +47,8 @@ def from_relax(
             raise ModelError(
                 f"input {p.name!r} has open dimensions {dims}; give input_shapes={{{p.name!r}: (...)}}"
             )
-    result = mod["main"].ret_ty
-    count = len(result.fields) if isinstance(result, relax.TupleType) else 1
-    return Imported(mod, [p.name for p in mod["main"].params], [f"output{i}" for i in range(count)])
+    outputs = [f"output{index}" for index, _ in enumerate(result_types(mod))]
+    return Imported(mod, [p.name for p in mod["main"].params], outputs)
 
 
 def _with_numbers(function: relax.Function) -> relax.Function:

@@ -33,7 +33,7 @@ from tvm.target import Target, codegen
 from tvm_qfp8.targets import cpu_features
 from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.schedules import SHARING, Decisions, GemmSchedule
+from tvm_qfp8.topi.schedules import REGISTER_DECODE_ROWS, SHARING, Decisions, GemmSchedule
 from tvm_qfp8.tuning.search import read_decisions
 from tvm_qfp8.tuning.workload import ATTRIBUTE, Workload, template
 
@@ -230,7 +230,9 @@ class LoggedSchedules:
         if not isinstance(workload.shape, GemmShape):
             return None
         rows, row_group = workload.shape.rows, workload.isa.row_group
-        for logged in sorted(self._logged_rows, key=lambda other: abs(math.log(other / max(rows, 1)))):
+        few = rows <= REGISTER_DECODE_ROWS  # another kernel, which decodes weights in registers
+        alike = [logged for logged in self._logged_rows if rows and (logged <= REGISTER_DECODE_ROWS) == few]
+        for logged in sorted(alike, key=lambda other: abs(math.log(other / rows))):
             best = self._best(replace(workload, shape=replace(workload.shape, rows=logged)))
             if best is not None:
                 return GemmSchedule.from_decisions(best).for_rows(rows, row_group).decisions()

@@ -1,0 +1,54 @@
+"""torch.export programs, imported."""
+
+import numpy as np
+import pytest
+
+from tvm_qfp8.calibration import evaluate
+from tvm_qfp8.errors import ModelError
+from tvm_qfp8.importers import load_model
+from tvm_qfp8.relay_passes.prepare import prepare
+
+
+def test_torch_export():
+    torch = pytest.importorskip("torch", reason="torch is an extra")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+            self.norm = torch.nn.BatchNorm2d(8)
+            self.dense = torch.nn.Linear(8, 16)
+            self.layer_norm = torch.nn.LayerNorm(16)
+
+        def forward(self, x):
+            x = torch.nn.functional.silu(self.norm(self.conv(x)))
+            x = torch.nn.functional.max_pool2d(x, 2).flatten(2).transpose(1, 2)
+            x = self.layer_norm(torch.nn.functional.gelu(self.dense(x)))
+            return torch.softmax(x + torch.nn.functional.scaled_dot_product_attention(x, x, x), -1)
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    x = torch.randn(1, 3, 8, 8)
+    imported = load_model(torch.export.export(net, (x,)))
+    with torch.no_grad():
+        expected = net(x).numpy()
+    name = imported.input_names[0]
+    np.testing.assert_allclose(
+        evaluate(prepare(imported.mod), {name: x.numpy()})[0], expected, rtol=1e-3, atol=1e-5
+    )
+    with pytest.raises(ModelError, match=r"torch\.export\.export"):
+        load_model(net.conv)
+
+
+def test_torch_with_open_dimensions_and_bad_weights():
+    torch = pytest.importorskip("torch", reason="torch is an extra")
+    net = torch.nn.Linear(4, 3).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(net, (torch.zeros(2, 4),), dynamic_shapes=({0: batch},))
+    name = load_model(program, input_shapes={"input": (5, 4)}).input_names[0]
+    assert name == "input"
+    with pytest.raises(ModelError, match="'input' has open dimensions"):
+        load_model(program)
+    net.weight.data[1, 2] = float("inf")
+    with pytest.raises(ModelError, match=r"'weight' is inf at index \(1, 2\)"):
+        load_model(torch.export.export(net, (torch.zeros(2, 4),)))
