@@ -26,7 +26,6 @@ from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
 from tvm_qfp8.topi.cuda.launch import for_each
 from tvm_qfp8.topi.cuda.rows import emit_softmax, for_each_row
 from tvm_qfp8.topi.float_contract import bind, mul, to_float
-from tvm_qfp8.topi.float_linear import FloatConvShape
 from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import pixel_mean, pooled
@@ -54,8 +53,7 @@ def _conv2d(call, operands: Operands, _max_error: float) -> Emitter:
 
 def _conv(call, operands: Operands, shape: ConvShape, weights: np.ndarray) -> Emitter:
     if shape.activation is None or shape.weight is None:
-        described = FloatConvShape(shape, shape.weight)
-        return _with_scales(call, operands, described, pack_direct_weights(weights), emit_float_conv)
+        return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_float_conv)
     plan = plan_conv(shape, weights)
     if plan is None:
         return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_direct_conv)
@@ -65,7 +63,7 @@ def _conv(call, operands: Operands, shape: ConvShape, weights: np.ndarray) -> Em
 def _with_scales(
     call,
     operands: Operands,
-    described: ConvPlan | GemvPlan | ConvShape | FloatConvShape,
+    described: ConvPlan | GemvPlan | ConvShape,
     weights,
     emit: Callable,
 ) -> Emitter:

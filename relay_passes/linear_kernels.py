@@ -17,10 +17,9 @@ from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
 from tvm_qfp8.topi.few_rows import emit_few_rows, multiplies_magnitudes, pack_few_rows
 from tvm_qfp8.topi.float_contract import add, bind, dtype_of, lanes_of, mul, to_float
-from tvm_qfp8.topi.float_linear import FloatConvShape, emit_float_conv2d, pack_float_weights
-from tvm_qfp8.topi.float_matmul import emit_float_batch_matmul
 from tvm_qfp8.topi.gemm import GemmShape, emit_gemm
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.isa.floats import in_floats
 from tvm_qfp8.topi.overflow import INT32_LIMIT
 from tvm_qfp8.topi.panels import pack_weights, pad_channels
 from tvm_qfp8.topi.prim_func import load
@@ -32,6 +31,7 @@ from tvm_qfp8.topi.schedules import (
     DepthwiseSchedule,
     GemmSchedule,
     ScheduleChooser,
+    default_schedule,
 )
 from tvm_qfp8.topi.static_memory import Filler
 from tvm_qfp8.topi.winograd import emit_winograd, filter_function
@@ -58,14 +58,26 @@ def row_scales_of(call, operands: Operands) -> int | None:
     return operands.tensor(call.args[4]) if len(call.args) > 4 else None
 
 
+def _in_floats(isa: InstructionSet, choose: ScheduleChooser) -> tuple[InstructionSet, ScheduleChooser]:
+    """For activations that are not quantized; no log has schedules of such layers."""
+    return in_floats(isa), default_schedule
+
+
 def _in_bytes(
-    isa: InstructionSet, rows: int, codes: np.ndarray, activation: Layout, weight: Layout, dense: bool = True
+    isa: InstructionSet,
+    rows: int,
+    codes: np.ndarray,
+    activation: Layout | None,
+    weight: Layout | None,
+    dense: bool = True,
 ) -> InstructionSet:
     """The variant of the instruction set that multiplies int8 parts, where it is faster and no sum overflows.
 
     With few rows decoding weights takes the time, and a value has more parts than halves; but where weights are stored
     as the bytes to multiply there is nothing to decode.
     """
+    if activation is None or weight is None:
+        return isa
     variant = isa.in_bytes(activation, weight, dense)
     if variant.split is None or (rows <= REGISTER_DECODE_ROWS and not variant.split.weights_ready):
         return isa
@@ -103,12 +115,9 @@ def dense_kernel(
 ) -> tuple[np.ndarray, Callable, object]:
     """Weights ``(columns, depth)`` packed for the kernel that fits, ``emit(x, packed, epilogue)``, its description."""
     columns, depth = weight.shape
-    if activation is None or layout is None:
-        one_row = ConvShape(1, 1, rows, depth, columns, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, None, layout)
-        floats = FloatConvShape(one_row, layout)
-        packed = pack_float_weights(isa, floats, weight.reshape(columns, 1, 1, depth))
-        return packed, functools.partial(emit_float_conv2d, isa, floats, threads=threads), floats
     shape = GemmShape(rows, columns, depth, activation, layout)
+    if activation is None:
+        isa, choose = _in_floats(isa, choose)
     isa = _in_bytes(isa, rows, weight, activation, layout)
     if isa.split is None and multiplies_magnitudes(isa, shape, weight):
         packed = pack_few_rows(isa, shape, weight)
@@ -151,38 +160,23 @@ def conv_shape(call) -> ConvShape:
     )
 
 
-def _float_linear(
-    call, conv: ConvShape, weights: np.ndarray, isa: InstructionSet, threads: int, operands: Operands
-) -> Emitter:
-    """A layer whose activations stay float32."""
-    shape = FloatConvShape(conv, conv.weight)
-    operands.tensor(call.args[0])
-    operands.constant(pack_float_weights(isa, shape, weights))
-    operands.constant(pad_channels(array_of(call.args[2])))
-    operands.constant(pad_channels(array_of(call.args[3])))
-
-    def body(inputs, finish) -> None:
-        emit_float_conv2d(isa, shape, inputs[0], inputs[1], scaled(inputs[2], inputs[3], finish), threads)
-
-    return body, shape
-
-
 def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
     shape = conv_shape(call)
     x, weight, a, bias = call.args
     codes = array_of(weight)
-    if shape.activation is None:
-        return _float_linear(call, shape, codes, isa, threads, operands)
     operands.tensor(x)
     pixels = shape.batch * shape.out_height * shape.out_width
-    in_bytes = _in_bytes(isa, pixels, codes, *shape.layouts(), dense=shape.is_pointwise)
+    if shape.activation is None:
+        isa, choose = _in_floats(isa, choose)
+    in_bytes = _in_bytes(isa, pixels, codes, shape.activation, shape.weight, dense=shape.is_pointwise)
     if operands.memory is not None and in_bytes.split is None:
         plan = plan_winograd(shape, codes)
         if plan is not None and winograd_is_faster(plan):
             return _winograd(call, plan, isa, threads, operands)
     if shape.is_pointwise:
         flat = codes.reshape(shape.out_channels, -1)
-        packed, emit, described = dense_kernel(isa, pixels, flat, *shape.layouts(), threads, choose)
+        layouts = shape.activation, shape.weight
+        packed, emit, described = dense_kernel(isa, pixels, flat, *layouts, threads, choose)
     else:
         packed, emit, described = _windowed(isa, in_bytes, shape, codes, threads, choose)
     operands.constant(packed)
@@ -265,6 +259,8 @@ def _batch_matmul(
     shape = batch_matmul_shape(call)
     x_at, y_at = operands.tensor(x), operands.tensor(y)
     scale = operands.scalar(float(call.attrs["scale"]))
+    variant, chooser = _in_floats(isa, choose) if shape.x is None else (isa, choose)
+    schedule = chooser(BatchMatmulSchedule, variant, shape, threads)
 
     def body(inputs, finish) -> None:
         scalars = inputs[-1]
@@ -273,11 +269,7 @@ def _batch_matmul(
             factor = tirx.Broadcast(load(scalars, scale, 1), isa.lanes)
             finish(bind(mul(total, factor)), row, column, isa.lanes, valid)
 
-        if shape.x is None:
-            emit_float_batch_matmul(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads)
-        else:
-            schedule = choose(BatchMatmulSchedule, isa, shape, threads)
-            emit_batch_matmul(isa, shape, inputs[x_at], inputs[y_at], epilogue, threads, schedule)
+        emit_batch_matmul(variant, shape, inputs[x_at], inputs[y_at], epilogue, threads, schedule)
 
     return body, shape
 

@@ -1,9 +1,11 @@
-"""The float contract: the same bits on every target, and no fused multiply-add in any kernel."""
+"""The float contract: the same bits on every target, and fused multiply-adds only where they are asked for."""
 
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import tvm
 from assembly import fused_multiply_adds
 from quantized_programs import TARGETS, build, machine_runs, program, random_codes, run
 from tvm import relax
@@ -11,6 +13,10 @@ from tvm import relax
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
+from tvm_qfp8.targets import parse_target
+from tvm_qfp8.topi import reference
+from tvm_qfp8.topi.float_contract import fused_multiply_add, fused_multiply_add_in_float64
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store, vector_runs
 
 LIBM = re.compile(r"\b(expf?|tanhf?|erff?|powf?|logf?|rintf?|roundf?|nearbyintf?|floorf?|fmaf?)(@PLT)?\b")
 
@@ -102,3 +108,65 @@ def test_no_fused_multiply_add_and_no_libm(make, target):
     assert not fused, f"fused multiply-adds: {fused[:5]}"
     calls = [line for line in assembly.splitlines() if re.match(r"\s+(callq?|bl|jmpq?)\s", line)]
     assert not [line for line in calls if LIBM.search(line)]
+
+
+def awkward_factors():
+    """float32 triples: any bit patterns, sums that cancel, and ties that a second rounding would decide wrongly."""
+    rng = np.random.default_rng(8)
+    count = 1 << 14
+    a, b, c = rng.integers(0, 1 << 32, (3, count), np.uint32).view(np.float32)
+    near = rng.standard_normal((2, count), np.float32)
+    with np.errstate(all="ignore"):
+        close = -(near[0] * near[1]) * rng.choice(np.float32([1, 1 + 2**-23, 2**-24, 3 * 2**-25]), count)
+    tie = np.float32(1 + 2**-12), np.float32(1 + 2**-12), rng.choice(np.float32([2**-60, -(2**-60)]), count)
+    sides = np.broadcast_to(tie[0], count), np.broadcast_to(tie[1], count), tie[2]
+    rows = [(a, b, c), (near[0], near[1], close), sides, (near[0], near[1], c), (a, near[0], near[1])]
+    return [np.concatenate(column) for column in zip(*rows, strict=True)]
+
+
+def exact_sum(a, b, c) -> np.float32:
+    """a * b + c of finite values, by rational numbers."""
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    with np.errstate(over="ignore"):
+        rounded = np.float32(float(exact))
+    # float() rounds once more: the nearest of the float32 neighbours is right, even at ties.
+    candidates = [
+        rounded,
+        np.nextafter(rounded, np.float32(np.inf)),
+        np.nextafter(rounded, np.float32(-np.inf)),
+    ]
+    finite = [one for one in candidates if np.isfinite(one)]
+    if not np.isfinite(rounded) or not finite:
+        return rounded
+    return min(finite, key=lambda one: (abs(Fraction(float(one)) - exact), int(one.view(np.int32)) & 1))
+
+
+def test_twin_of_fused_multiply_add_rounds_once():
+    factors = [column[:: len(column) // 4001] for column in awkward_factors()]
+    with np.errstate(all="ignore"):
+        found = reference.fused_multiply_add(*factors)
+    for values, one in zip(zip(*factors, strict=True), found, strict=True):
+        if np.isfinite(values).all() and np.isfinite(one):
+            assert one == exact_sum(*values), values
+
+
+@pytest.mark.parametrize("machine", ["sse2", "avx2", "avx512"])
+@pytest.mark.parametrize("form", [fused_multiply_add, fused_multiply_add_in_float64])
+def test_fused_multiply_add(form, machine):
+    if not machine_runs(machine) or (machine == "sse2" and form is fused_multiply_add):
+        pytest.skip(f"not for {machine} here")
+    factors = awkward_factors()
+
+    def body(a, b, c, out):
+        def emit(at, lanes):
+            store(out, at, form(*(load(one, at, lanes) for one in (a, b, c))), lanes)
+
+        vector_runs(len(factors[0]), 16, emit)
+
+    specs = [TensorSpec(factors[0].shape, "float32")] * 4
+    target = parse_target(TARGETS[machine])
+    function = tvm.compile(tvm.IRModule({"main": build_prim_func("main", specs, body)}), target=target)
+    arrays = [tvm.runtime.tensor(one) for one in (*factors, np.empty_like(factors[0]))]
+    function["main"](*arrays)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(arrays[3].numpy(), reference.fused_multiply_add(*factors))

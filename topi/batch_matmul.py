@@ -1,7 +1,7 @@
-"""Product of two activations, ``(batch, m, k)`` codes by ``(batch, k, n)`` or ``(batch, n, k)`` codes (attention).
+"""Product of two activations, ``(batch, m, k)`` by ``(batch, k, n)`` or ``(batch, n, k)`` (attention), codes or float32.
 
-Both operands change from call to call, so the right one is decoded into panels at run time. The reduction is cut
-into blocks short enough that no int32 sum can overflow for any codes; blocks are added in float32, in order.
+Both operands change from call to call, so the right one is decoded into panels at run time. The reduction of codes is
+cut into blocks short enough that no int32 sum can overflow for any; blocks are added in float32, in order.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.codec import decode_expr
-from tvm_qfp8.topi.float_contract import add, to_float, with_lanes
+from tvm_qfp8.topi.float_contract import add, dtype_of, to_float, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.overflow import INT32_LIMIT
-from tvm_qfp8.topi.panels import decode_run, overlapped_start, round_up, zero_run
+from tvm_qfp8.topi.panels import decode_run, operand_expr, overlapped_start, round_up, zero_run
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
 from tvm_qfp8.topi.schedules import BatchMatmulSchedule
 
@@ -34,7 +34,7 @@ class BatchMatmulShape:
     depth: int
     x: Layout | None
     y: Layout | None
-    """None where the activation is float32 (``float_matmul.py``)."""
+    """None where both activations are float32."""
     transpose_y: bool
 
     def layouts(self) -> tuple[Layout, Layout]:
@@ -44,7 +44,9 @@ class BatchMatmulShape:
 
     @property
     def block_depth(self) -> int:
-        """Longest reduction (even) whose sum cannot overflow int32, whatever the codes."""
+        """Longest reduction (even) whose sum cannot overflow int32, whatever the codes; of float32 all."""
+        if self.x is None:
+            return self.depth
         x, y = self.layouts()
         return (INT32_LIMIT - 1) // (x.max_grid * y.max_grid) // 2 * 2
 
@@ -59,7 +61,6 @@ def emit_batch_matmul(
     schedule: BatchMatmulSchedule,
 ) -> None:
     """Emit the loops; ``epilogue(sum float32xL, row, column, valid)`` with ``row`` counted over all batches."""
-    x_layout, y_layout = shape.layouts()
     tile_rows, vectors = schedule.tile_rows, schedule.vectors
     width = vectors * isa.lanes
     depth = round_up(shape.depth, isa.pair)
@@ -71,13 +72,13 @@ def emit_batch_matmul(
     parallel = threads > 1 and shape.batch > 1 and macs >= MIN_PARALLEL_MACS
 
     def decode_transposed(batch, panels) -> None:
-        row = T.alloc_buffer((depth,), "int16", align=64)
+        row = T.alloc_buffer((depth,), isa.operand, align=64)
         zero_run(isa, row, 0, depth)
         with T.serial(0, panel_count) as panel:
             first = overlapped_start(panel, width, shape.columns)
             with T.serial(0, min(width, shape.columns)) as lane:
                 source = (batch * shape.columns + first + lane) * shape.depth
-                decode_run(isa, y_layout, y, source, row, 0, shape.depth)
+                decode_run(isa, shape.y, y, source, row, 0, shape.depth)
                 start = T.bind(panel * steps * panel_step + lane * isa.pair)
                 with T.serial(0, steps) as step:
                     store(panels, start + step * panel_step, load(row, step * isa.pair, isa.pair), isa.pair)
@@ -92,13 +93,16 @@ def emit_batch_matmul(
             def emit(offset, lanes):
                 at = (panel * steps + step) * panel_step + offset * isa.pair
 
-                def grid(k):
-                    codes = load(y, start + k * shape.columns + first + offset, lanes)
-                    return decode_expr(codes, y_layout, "int16" if isa.pair == 1 else "int32", isa)
+                def values(k):
+                    return load(y, start + k * shape.columns + first + offset, lanes)
 
                 if isa.pair == 1:
-                    store(panels, at, grid(step), lanes)
+                    store(panels, at, operand_expr(isa, shape.y, values(step)), lanes)
                     return
+
+                def grid(k):
+                    return decode_expr(values(k), shape.layouts()[1], "int32", isa)
+
                 lane32 = with_lanes("int32", lanes)
                 low = grid(2 * step) & tirx.const(0xFFFF, lane32)
                 high = tirx.const(0, lane32)
@@ -163,16 +167,17 @@ def emit_batch_matmul(
         for i in range(tile_rows):
             for j, valid in enumerate(valid_vectors):
                 at = (i * vectors + j) * lanes
-                value = to_float(registers.value(i, j)) if single else load(totals, at, lanes)
+                value = registers.value(i, j) if single else load(totals, at, lanes)
+                value = to_float(value) if dtype_of(value).startswith("int32") else value
                 epilogue(value, batch * shape.rows + first_row + i, first_column + j * lanes, valid)
 
     with (T.parallel if parallel else T.serial)(0, shape.batch) as batch:
-        scratch = T.alloc_buffer((shape.rows * depth,), "int16", align=64)
+        scratch = T.alloc_buffer((shape.rows * depth,), isa.operand, align=64)
         with T.serial(0, shape.rows) as row:
             source = (batch * shape.rows + row) * shape.depth
-            decode_run(isa, x_layout, x, source, scratch, row * depth, shape.depth)
+            decode_run(isa, shape.x, x, source, scratch, row * depth, shape.depth)
             zero_run(isa, scratch, row * depth + shape.depth, depth - shape.depth)
-        panels = T.alloc_buffer((panel_count * depth * width,), "int16", align=64)
+        panels = T.alloc_buffer((panel_count * depth * width,), isa.operand, align=64)
         if shape.columns < width:
             zero_run(isa, panels, 0, panel_count * depth * width)
         (decode_transposed if shape.transpose_y else decode_straight)(batch, panels)

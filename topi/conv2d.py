@@ -1,6 +1,6 @@
 """Convolution, NHWC codes in, as an implicit matrix product over decoded rows.
 
-The input rows that a block of output rows needs are decoded once into a zero-padded int16 slab; a register tile
+The input rows that a block of output rows needs are decoded once into a zero-padded slab; a register tile
 covers neighbouring pixels of one output row, and walks the taps and channels. Groups are walked one after the
 other. Code 0 stands for zero in every layout, so padding is a zero in the slab.
 """
@@ -28,7 +28,7 @@ from tvm_qfp8.topi.panels import (
     for_each_panel,
     overlapped_start,
     pack_weights,
-    panel_bytes,
+    panel_size,
     round_up,
     zero_run,
 )
@@ -96,8 +96,7 @@ def pack_conv_weights(
     padding = round_up(codes.shape[3], isa.pair) - codes.shape[3]
     padded = np.pad(codes, ((0, 0), (0, 0), (0, 0), (0, padding)))
     per_group = padded.reshape(shape.groups, codes.shape[0] // shape.groups, -1)
-    _, layout = shape.layouts()
-    return np.stack([pack_weights(isa, layout, group, schedule.vectors) for group in per_group])
+    return np.stack([pack_weights(isa, shape.weight, group, schedule.vectors) for group in per_group])
 
 
 def emit_conv2d(
@@ -111,7 +110,7 @@ def emit_conv2d(
 ) -> None:
     """Emit the loops; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel."""
     tile_rows, vectors = schedule.tile_rows, schedule.vectors
-    activation, weight = shape.layouts()
+    activation = shape.activation
     kernel_h, kernel_w = shape.kernel
     stride_h, stride_w = shape.stride
     dilation_h, dilation_w = shape.dilation
@@ -121,13 +120,14 @@ def emit_conv2d(
     slab_row = shape.slab_width * slab_channels
     depth = kernel_h * kernel_w * slab_channels
     out_h, out_w = shape.out_height, shape.out_width
-    panel_shape = PanelShape(out_channels, depth, vectors, weight)
-    group_bytes = -(-out_channels // (vectors * isa.lanes)) * panel_bytes(isa, depth, vectors)
+    panel_shape = PanelShape(out_channels, depth, vectors, shape.weight)
+    group_size = -(-out_channels // (vectors * isa.lanes)) * panel_size(isa, depth, vectors)
 
     macs = shape.batch * out_h * out_w * shape.out_channels * depth
     parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
     reach = dilation_h * (kernel_h - 1) + 1
-    block_h = max(1, min(out_h, (schedule.scratch_bytes // (2 * slab_row) - reach) // stride_h + 1))
+    row_bytes = slab_row * (2 if isa.split else isa.operand_bytes)
+    block_h = max(1, min(out_h, (schedule.scratch_bytes // row_bytes - reach) // stride_h + 1))
     by_rows = parallel and schedule.parallel_rows
     if by_rows:
         block_h = min(block_h, -(-out_h // (2 * threads)))
@@ -136,7 +136,7 @@ def emit_conv2d(
     slab_size = slab_h * slab_row
 
     # Byte products take several parts of each value: those are made of the padded codes, in one run.
-    slab_dtype = "uint8" if isa.split else "int16"
+    slab_dtype = "uint8" if isa.split else isa.operand_dtype
 
     def bring(source_at, target, target_at, length: int) -> None:
         if isa.split:
@@ -242,13 +242,13 @@ def emit_conv2d(
         first_out_row = overlapped_start(index, block_h, out_h)
         slab = T.alloc_buffer((slab_size,), slab_dtype, align=64)
         fill_slab(image, first_out_row, group, slab)
-        if isa.split is not None and not isa.split.takes_codes(activation):
+        if isa.split is not None and not isa.takes(activation):
             codes = slab
             slab = T.alloc_buffer((isa.activation_parts * slab_size,), "int8", align=64)
             parts = isa.split.activation_parts
             decode_operand(isa, activation, parts, codes, 0, slab, 0, slab_size, slab_size)
         group_panels = (
-            T.decl_buffer((group_bytes,), "uint8", data=panels.data, elem_offset=group * group_bytes)
+            T.decl_buffer((group_size,), str(panels.dtype), data=panels.data, elem_offset=group * group_size)
             if shape.groups > 1
             else panels
         )

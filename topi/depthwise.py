@@ -14,13 +14,12 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.float_contract import lanes_of, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
-from tvm_qfp8.topi.panels import balanced_blocks, decode_run, overlapped_start, zero_run
+from tvm_qfp8.topi.panels import balanced_blocks, decode_run, operand_expr, overlapped_start, zero_run
 from tvm_qfp8.topi.prim_func import load, store
 from tvm_qfp8.topi.schedules import DepthwiseSchedule
 
@@ -56,7 +55,7 @@ def pack_depthwise_weights(
     kernel_h, kernel_w = shape.kernel
     taps = _taps_per_step(isa, shape)
     phases, steps = _phases(taps, shape), _steps(taps, shape)
-    padded = np.zeros((shape.channels, kernel_h, phases, max(steps), isa.pair), np.uint8)
+    padded = np.zeros((shape.channels, kernel_h, phases, max(steps), isa.pair), codes.dtype)
     for phase in range(phases):
         for tap in range(kernel_w):
             step, place = divmod(phase + tap, taps)
@@ -98,7 +97,6 @@ def emit_depthwise(
     """Emit the loops; ``epilogue(acc, row, column, valid)`` as in conv2d."""
     kernel_h, kernel_w = shape.kernel
     stride_h, stride_w = shape.stride
-    activation, weight_layout = shape.layouts()
     taps = _taps_per_step(isa, shape)
     phases, steps = _phases(taps, shape), _steps(taps, shape)
     vectors = schedule.vectors
@@ -116,20 +114,21 @@ def emit_depthwise(
         threads > 1
         and shape.batch * out_h * out_w * shape.channels * kernel_h * kernel_w >= MIN_PARALLEL_MACS
     )
-    block_h = max(1, min(out_h, (schedule.slab_bytes // (2 * slab_row) - reach) // stride_h + 1))
+    block_h = max(
+        1, min(out_h, (schedule.slab_bytes // (isa.operand_bytes * slab_row) - reach) // stride_h + 1)
+    )
     if parallel and not schedule.channels_outer:
         block_h = min(block_h, max(1, -(-out_h // (2 * threads))))
     block_h, blocks = balanced_blocks(out_h, block_h)
     slab_h = (block_h - 1) * stride_h + reach
-    lanes16 = with_lanes("int16", block_channels)
 
     def decode_row(source, channel, slab, slab_at) -> None:
         """One row with its padding, in places of ``taps`` pixels; where taps are not paired, (pixel, 0) on x86."""
-        zero = tirx.const(0, lanes16)
+        zero = tirx.const(0, with_lanes(isa.operand, block_channels))
 
         def grid(pixel):
             codes = load(x, source + pixel * shape.channels + channel, block_channels)
-            return T.bind(decode_expr(codes, activation, "int16", isa))
+            return T.bind(operand_expr(isa, shape.activation, codes))
 
         def put(place, *pixels) -> None:
             paired = _interleave(*pixels) if isa.pair > 1 else pixels[0]
@@ -182,9 +181,9 @@ def emit_depthwise(
     def channel_block(image, first_out_row, index) -> None:
         channel = overlapped_start(index, block_channels, shape.channels)
         length = kernel_h * phases * max(steps) * pixel_values
-        decoded = T.alloc_buffer((length,), "int16", align=64)
-        decode_run(isa, weight_layout, weights, index * length, decoded, 0, length)
-        slab = T.alloc_buffer((slab_h * slab_row,), "int16", align=64)
+        decoded = T.alloc_buffer((length,), isa.operand, align=64)
+        decode_run(isa, shape.weight, weights, index * length, decoded, 0, length)
+        slab = T.alloc_buffer((slab_h * slab_row,), isa.operand, align=64)
         decode_slab(image, first_out_row, channel, slab)
         with T.serial(0, block_h) as row:
             out_row_at = T.bind((image * out_h + first_out_row + row) * out_w)

@@ -44,17 +44,17 @@ def _parts(activation: Layout) -> int:
 def multiplies_magnitudes(isa: InstructionSet, shape: GemmShape, codes: np.ndarray) -> bool:
     """Whether this kernel fits: AVX512-VBMI and VNNI, so few rows, magnitudes of a byte, sums that fit int32."""
     machine = isa.name == "avx512" and isa.byte_permute and isa.byte_products is not None
-    if not (machine and shape.rows <= MOST_ROWS and shape.weight.signed and shape.weight.max_grid < 256):
+    if not machine or shape.rows > MOST_ROWS:
         return False
-    sums = np.abs(decode_grid(codes, shape.weight).astype(np.int64)).sum(axis=1)
-    return (
-        int(sums.max(initial=0)) * (shape.activation.max_grid + (2 << _low_bits(shape.activation)))
-        < INT32_LIMIT
-    )
+    activation, weight = shape.layouts()
+    if not weight.signed or weight.max_grid >= 256:
+        return False
+    sums = np.abs(decode_grid(codes, weight).astype(np.int64)).sum(axis=1)
+    return int(sums.max(initial=0)) * (activation.max_grid + (2 << _low_bits(activation))) < INT32_LIMIT
 
 
 def _vectors(isa: InstructionSet, shape: GemmShape) -> int:
-    rows = shape.rows * _parts(shape.activation)
+    rows = shape.rows * _parts(shape.layouts()[0])
     return max(1, min(4, -(-shape.columns // isa.lanes), (isa.registers - 6) // (rows + 2)))
 
 
@@ -67,8 +67,9 @@ def pack_few_rows(isa: InstructionSet, shape: GemmShape, codes: np.ndarray) -> n
 def emit_few_rows(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Callable, threads: int) -> None:
     """Emit the loops; ``epilogue(acc, row, column, valid)`` as in ``gemm.py``."""
     assert isa.byte_products is not None
-    isa = replace(isa.byte_products, multiply_add=_multiply_add(isa.byte_products, shape.weight))
-    vectors, parts = _vectors(isa, shape), _parts(shape.activation)
+    activation, weight = shape.layouts()
+    isa = replace(isa.byte_products, multiply_add=_multiply_add(isa.byte_products, weight))
+    vectors, parts = _vectors(isa, shape), _parts(activation)
     width, vector_codes = vectors * isa.lanes, isa.lanes * isa.pair
     depth = round_up(shape.depth, isa.pair)
     part_size = shape.rows * depth
@@ -94,7 +95,7 @@ def emit_few_rows(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Ca
             for vector, real in enumerate(valid):
                 total = registers.value(row, vector)
                 if parts == 2:
-                    high = total << tirx.const(_low_bits(shape.activation), dtype_of(total))
+                    high = total << tirx.const(_low_bits(activation), dtype_of(total))
                     total = high + registers.value(shape.rows + row, vector)
                 epilogue(bind(total), row, first_column + vector * isa.lanes, real)
 
@@ -112,12 +113,13 @@ def _multiply_add(isa: InstructionSet, weight: Layout) -> Callable:
 
 
 def _decode_row(isa: InstructionSet, shape: GemmShape, x, row, scratch, target, part_size: int) -> None:
-    bits = _low_bits(shape.activation)
+    activation, _ = shape.layouts()
+    bits = _low_bits(activation)
     depth = round_up(shape.depth, isa.pair)
 
     def emit(offset, lanes: int) -> None:
         codes = load(x, row * shape.depth + offset, lanes)
-        grid = bind(decode_expr(codes, shape.activation, "int16"))
+        grid = bind(decode_expr(codes, activation, "int16"))
         dtype, byte = with_lanes("int16", lanes), with_lanes("int8", lanes)
         store(scratch, target + offset, (grid >> tirx.const(bits, dtype)).astype(byte), lanes)
         if bits:
@@ -125,5 +127,5 @@ def _decode_row(isa: InstructionSet, shape: GemmShape, x, row, scratch, target, 
             store(scratch, target + offset + part_size, low.astype(byte), lanes)
 
     vector_runs(shape.depth, 2 * isa.lanes, emit)
-    for part in range(_parts(shape.activation)):
+    for part in range(_parts(activation)):
         zero_run(isa, scratch, target + part * part_size + shape.depth, depth - shape.depth)

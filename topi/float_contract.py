@@ -1,8 +1,9 @@
 """Float32 arithmetic that gives the same bits on every target.
 
 LLVM may contract ``a * b + c`` to one fused multiply-add, which rounds once instead of twice, and TVM allows it.
-Every product therefore passes through ``llvm.arithmetic.fence``, which no optimisation looks through. All kernels
-of this package do their float arithmetic with the functions of this module, on scalars and vectors alike.
+Every product therefore passes through ``llvm.arithmetic.fence``, which no optimisation looks through; where a fused one
+is wanted it is asked for. All kernels of this package do their float arithmetic with the functions of this module, on
+scalars and vectors alike.
 """
 
 from __future__ import annotations
@@ -56,8 +57,39 @@ def bind(expr):
 
 def mul(a, b):
     """fl32(a * b), never contracted with a following addition."""
-    product = a * b
-    return tirx.call_llvm_pure_intrin(dtype_of(product), "llvm.arithmetic.fence", product)
+    return _as_it_stands(a * b)
+
+
+def _as_it_stands(expr):
+    """``expr`` behind a fence that neither TVM nor LLVM looks through."""
+    return tirx.call_llvm_pure_intrin(dtype_of(expr), "llvm.arithmetic.fence", expr)
+
+
+def fused_multiply_add(a, b, c):
+    """fl32(a * b + c), rounded once."""
+    return tirx.call_llvm_pure_intrin(dtype_of(c), "llvm.fma", a, b, c)
+
+
+def fused_multiply_add_in_float64(a, b, c):
+    """``fused_multiply_add`` for processors without it (``reference.fused_multiply_add`` is the NumPy twin).
+
+    The product of two float32 is exact in float64. So that the sum is not rounded twice, it is rounded to odd: where it
+    is not exact (Knuth's TwoSum finds by how much) its last bit becomes 1, on the side of what it lacks (Boldo and
+    Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Transactions on Computers 57, 2008).
+    """
+    lanes = lanes_of(c)
+    wide, bits = with_lanes("float64", lanes), with_lanes("int64", lanes)
+    product, c = bind(mul(a.astype(wide), b.astype(wide))), bind(c.astype(wide))
+    total = bind(_as_it_stands(product + c))
+    added = bind(_as_it_stands(total - product))
+    error = bind((product - bind(_as_it_stands(total - added))) + bind(c - added))
+    zero, one = tirx.const(0.0, wide), tirx.const(1, bits)
+    pattern = bind(tirx.reinterpret(bits, total))
+    nearer_zero = (error < zero).astype(bits) ^ (total < zero).astype(bits)
+    inexact = (error < zero).astype(bits) | (error > zero).astype(bits)
+    even = inexact & (one - (pattern & one))
+    odd = bind(pattern + (even - (even & nearer_zero) * tirx.const(2, bits)))
+    return tirx.reinterpret(wide, odd).astype(with_lanes("float32", lanes))
 
 
 def inverse_sum(total):

@@ -1,6 +1,6 @@
 """Dense layers: codes ``(rows, depth)`` times weight panels, exactly in int32, then the epilogue.
 
-Activations of a block of rows are decoded once into int16 scratch; a weight panel is decoded into cache and
+Activations of a block of rows are decoded once into scratch (float32 ones stay where they are); a weight panel is decoded into cache and
 reused by every tile of the block. With few rows (batch 1) there is nothing to reuse: weights are decoded in
 registers. Parallel over blocks of rows, or over panels where there are few rows.
 """
@@ -39,8 +39,14 @@ class GemmShape:
     rows: int
     columns: int
     depth: int
-    activation: Layout
-    weight: Layout
+    activation: Layout | None
+    """None for float32, likewise the weight's."""
+    weight: Layout | None
+
+    def layouts(self) -> tuple[Layout, Layout]:
+        """Layouts of activation and weight, where both are quantized."""
+        assert self.activation is not None and self.weight is not None
+        return self.activation, self.weight
 
 
 def emit_gemm(
@@ -52,7 +58,7 @@ def emit_gemm(
     threads: int,
     schedule: GemmSchedule,
 ) -> None:
-    """Emit the loops. ``epilogue(acc int32xL, row, column, valid)`` finishes and stores one vector.
+    """Emit the loops. ``epilogue(acc, row, column, valid)`` finishes and stores one vector of sums.
 
     ``valid`` is the number of lanes that are real columns (the last panel may be padded).
     """
@@ -71,7 +77,7 @@ def emit_gemm(
     part_size = stored_rows * depth
 
     # Codes that are the bytes to multiply need no scratch.
-    as_they_are = isa.split is not None and isa.split.takes_codes(shape.activation) and depth == shape.depth
+    as_they_are = isa.takes(shape.activation) and depth == shape.depth
 
     def row_of(row):
         return row if stored_rows == block_rows else T.bind(tirx.min(row, block_rows - 1))
@@ -80,12 +86,11 @@ def emit_gemm(
         parts = isa.split.activation_parts if isa.split else None
 
         if isa.split is not None and isa.row_group > 1:
+            activation, _ = shape.layouts()
             with T.serial(0, stored_rows) as row:
                 source = (first_row + row_of(row)) * shape.depth
                 split = isa.split, isa.split.activation_parts
-                decode_row_of_pair(
-                    shape.activation, *split, x, source, scratch, row, shape.depth, depth, part_size
-                )
+                decode_row_of_pair(activation, *split, x, source, scratch, row, shape.depth, depth, part_size)
             return
 
         def decode(source_at, target_at, length: int) -> None:
@@ -128,7 +133,10 @@ def emit_gemm(
         first_row = overlapped_start(index, block_rows, shape.rows)
         if as_they_are:
             scratch = T.decl_buffer(
-                (part_size,), "uint8", data=x.data, elem_offset=T.bind(first_row * depth) if blocks > 1 else 0
+                (part_size,),
+                str(x.dtype),
+                data=x.data,
+                elem_offset=T.bind(first_row * depth) if blocks > 1 else 0,
             )
         else:
             scratch = T.alloc_buffer((isa.activation_parts * part_size,), isa.operand_dtype, align=64)

@@ -1,10 +1,10 @@
-"""The register tile of every integer kernel: ``rows x (vectors * lanes)`` int32 accumulators.
+"""The register tile of every kernel of linear layers: ``rows x (vectors * lanes)`` accumulators.
 
 One reduction step reads ``pair`` grid values of each row, repeats them over a vector, and multiplies and
 adds them to ``vectors`` weight vectors. The accumulators live in a local buffer with constant indices, which LLVM
 keeps in registers. Where the instruction set multiplies int8 parts, every product of parts has accumulators of its own
 and is summed in a pass of its own. Exactness: products and sums are int32, and the caller has proved that no partial
-sum overflows (``overflow.py``).
+sum overflows (``overflow.py``); in float32 (``isa/floats.py``) each sum is taken in the order of the steps.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class RegisterTile:
     def __init__(self, isa: InstructionSet, rows: int, vectors: int) -> None:
         self.isa, self.rows, self.vectors = isa, rows, vectors
         count = rows * vectors * isa.products
-        self._buffer = T.alloc_buffer((count * isa.lanes,), "int32", scope="local")
-        zero = tirx.const(0, with_lanes("int32", isa.lanes))
+        self._buffer = T.alloc_buffer((count * isa.lanes,), isa.accumulator_dtype, scope="local")
+        zero = tirx.const(0, with_lanes(isa.accumulator_dtype, isa.lanes))
         for index in range(count):
             store(self._buffer, index * isa.lanes, zero, isa.lanes)
 
@@ -88,14 +88,14 @@ class RegisterTile:
                 store(self._buffer, at, total, lanes)
 
     def accumulate_vector(self, row: int, activation, weight) -> None:
-        """Multiply two int16 vectors lane by lane into the row's first accumulator (depthwise)."""
+        """Multiply two vectors of operands lane by lane into the row's first accumulator (depthwise)."""
         lanes, at = self.isa.lanes, self._at(row, 0)
         store(
             self._buffer, at, self.isa.multiply_add(load(self._buffer, at, lanes), activation, weight), lanes
         )
 
     def value(self, row: int, vector: int):
-        """The int32 dot products of one row."""
+        """The dot products of one row."""
         products = [
             load(self._buffer, self._at(row, vector, product), self.isa.lanes)
             for product in range(self.isa.products)

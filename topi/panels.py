@@ -1,4 +1,4 @@
-"""Weight panels and the decoding of codes into int16 scratch.
+"""Weight panels and the decoding of codes into scratch.
 
 A weight matrix of ``columns`` output channels and ``depth`` reduction steps is stored, as codes, in panels of
 ``width`` columns: ``(panels, depth / pair, width, pair)``. That is the order in which the micro-kernel reads it,
@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.codec_parts import decode_parts
-from tvm_qfp8.topi.float_contract import with_lanes
+from tvm_qfp8.topi.float_contract import bind, to_float, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, prefetch_run, store, vector_runs
 
@@ -59,14 +59,14 @@ def pack_panels(codes: np.ndarray, width: int, pair: int) -> np.ndarray:
     return np.ascontiguousarray(panels.reshape(len(starts), width, -1, pair).transpose(0, 2, 1, 3))
 
 
-def pack_weights(isa: InstructionSet, layout: Layout, codes: np.ndarray, vectors: int) -> np.ndarray:
-    """Codes ``(columns, depth)`` -> what a kernel reads, uint8 ``(panels, panel_bytes)``.
+def pack_weights(isa: InstructionSet, layout: Layout | None, codes: np.ndarray, vectors: int) -> np.ndarray:
+    """Codes ``(columns, depth)`` -> what a kernel reads, uint8 ``(panels, panel_size)``; without layout all float32.
 
     Codes in panels, or where the instruction set multiplies linear bytes (``Split.weights_ready``) these themselves;
     after them, if activations have an offset, what each column's sum is off by, negated: an int32 of four bytes.
     """
     width = vectors * isa.lanes
-    if isa.split is None or not isa.split.weights_ready:
+    if layout is None or isa.split is None or not isa.split.weights_ready:
         panels = pack_panels(codes, width, isa.pair)
         return panels.reshape(len(panels), -1)
     panels = pack_panels(decode_grid(codes, layout).astype(np.int8), width, isa.pair)
@@ -77,8 +77,8 @@ def pack_weights(isa: InstructionSet, layout: Layout, codes: np.ndarray, vectors
     return np.concatenate([packed, sums.astype("<i4").view(np.uint8)], axis=1)
 
 
-def panel_bytes(isa: InstructionSet, depth: int, vectors: int) -> int:
-    """Bytes of one panel of ``pack_weights``."""
+def panel_size(isa: InstructionSet, depth: int, vectors: int) -> int:
+    """Elements of one panel of ``pack_weights``."""
     width = vectors * isa.lanes
     return depth * width + (4 * width if isa.split and isa.split.offset else 0)
 
@@ -94,21 +94,29 @@ def pad_channels(values: np.ndarray) -> np.ndarray:
     return padded
 
 
+def operand_expr(isa: InstructionSet, layout: Layout | None, values):
+    """What is multiplied: the grid values of codes as ``isa.operand``, or float32 ``values``, which have no layout."""
+    if layout is None:
+        return values
+    grid = decode_expr(values, layout, "int16", isa)
+    return to_float(bind(grid)) if isa.operand == "float32" else grid
+
+
 def decode_run(
-    isa: InstructionSet, layout: Layout, source, source_at, target, target_at, length: int
+    isa: InstructionSet, layout: Layout | None, source, source_at, target, target_at, length: int
 ) -> None:
-    """Decode ``length`` neighbouring codes into int16."""
+    """Make operands of ``length`` neighbouring codes or float32 values."""
 
     def emit(offset, lanes):
-        codes = load(source, source_at + offset, lanes)
-        store(target, target_at + offset, decode_expr(codes, layout, "int16", isa), lanes)
+        values = load(source, source_at + offset, lanes)
+        store(target, target_at + offset, operand_expr(isa, layout, values), lanes)
 
     vector_runs(length, 2 * isa.lanes, emit)
 
 
 def decode_operand(
     isa: InstructionSet,
-    layout: Layout,
+    layout: Layout | None,
     parts: Sequence[str] | None,
     source,
     source_at,
@@ -119,9 +127,9 @@ def decode_operand(
 ) -> None:
     """Decode ``length`` neighbouring codes into what the instruction set multiplies.
 
-    That is int16, or the int8 ``parts`` of its split, each ``part_size`` elements behind the one before it.
+    That is int16 or float32, or the int8 ``parts`` of its split, each ``part_size`` elements behind the one before it.
     """
-    if isa.split is None or parts is None:
+    if layout is None or isa.split is None or parts is None:
         decode_run(isa, layout, source, source_at, target, target_at, length)
         return
     split = isa.split
@@ -160,7 +168,7 @@ class PanelShape:
     columns: int
     depth: int
     vectors: int
-    weight: Layout
+    weight: Layout | None
 
 
 @dataclass(frozen=True)
@@ -168,7 +176,7 @@ class PanelWeights:
     """The weights of one panel as a micro-kernel sees them."""
 
     load: Callable
-    """(step, vector, product) -> vector of ``lanes * pair`` grid values, or of the parts in that product."""
+    """(step, vector, product) -> vector of ``lanes * pair`` operands, or of the parts in that product."""
     column: Callable
     """(vector) -> index of its first output channel."""
     prefetch_next: Callable
@@ -198,7 +206,7 @@ def for_each_panel(
 
     valid = [min(lanes, shape.columns - at) for at in range(0, min(width, shape.columns), lanes)]
 
-    size = panel_bytes(isa, shape.depth, shape.vectors)
+    size = panel_size(isa, shape.depth, shape.vectors)
 
     def without_offset_at(start):
         def without_offset(total, vector):
@@ -216,11 +224,11 @@ def for_each_panel(
             def load_weights(step, vector, product=0):
                 stored = load(panels, start + step * (width * isa.pair) + vector * vector_codes, vector_codes)
                 return T.bind(tirx.reinterpret(with_lanes("int8", vector_codes), stored))
-        elif in_registers:
+        elif in_registers or shape.weight is None:
 
             def load_weights(step, vector, product=0):
                 codes = load(panels, start + step * (width * isa.pair) + vector * vector_codes, vector_codes)
-                return T.bind(decode_expr(codes, shape.weight, "int16", isa))
+                return T.bind(operand_expr(isa, shape.weight, codes))
         else:
             decoded = T.alloc_buffer((isa.products * size,), isa.operand_dtype, align=64)
             parts = isa.split.weight if isa.split else None

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
@@ -83,14 +84,15 @@ CACHE_LINE = 64
 
 
 def prefetch_run(buffer, start, length: int) -> None:
-    """Ask for ``length`` bytes of a uint8 buffer from ``start`` in the second-level cache; never faults."""
+    """Ask for ``length`` elements of a buffer from ``start`` in the second-level cache; never faults."""
+    step = CACHE_LINE // np.dtype(str(buffer.dtype)).itemsize
 
     def line(offset) -> None:
         address = tirx.address_of(buffer[start + offset])
         T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))
 
-    with T.serial(0, -(-length // CACHE_LINE)) as index:
-        line(index * CACHE_LINE)
+    with T.serial(0, -(-length // step)) as index:
+        line(index * step)
 
 
 def vector_runs(length: int, lanes: int, emit: Callable) -> None:

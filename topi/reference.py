@@ -1,10 +1,13 @@
 """NumPy twins of the kernels: slow, short, and equal to the kernels bit for bit.
 
 Integer parts are computed in int64; float parts follow the float contract (``float_contract.py``): every operation
-rounds to float32, sums go to 16 lanes and are combined in the tree 8-4-2-1.
+rounds to float32, sums of rows go to 16 lanes and are combined in the tree 8-4-2-1, those of linear layers are chains of
+fused multiply-adds.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -33,6 +36,21 @@ def lane_sum(values: Array) -> Array:
     return lanes[..., 0]
 
 
+def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
+    """fl32(a * b + c), rounded once (``float_contract.fused_multiply_add_in_float64`` has the reason and the source)."""
+    product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = np.asarray(product + c)
+    with np.errstate(invalid="ignore"):
+        added = total - product
+        error = (product - (total - added)) + (c - added)
+    pattern = total.view(np.int64)
+    inexact = (error < 0) | (error > 0)
+    away = np.where((error < 0) == (total < 0), 1, -1)
+    odd = np.where(inexact & (pattern % 2 == 0), pattern + away, pattern)
+    with np.errstate(over="ignore"):
+        return odd.view(np.float64).astype(np.float32)
+
+
 def scale_and_bias(accumulators: Array, a: Array, bias: Array, row_scales: Array | None = None) -> Array:
     """fl32(fl32(acc) * a[c]) [* s[row]] + bias[c] over the last axis."""
     scaled = accumulators.astype(np.float32) * a.astype(np.float32)
@@ -59,26 +77,50 @@ def matmul(x: Array, weight: Array, x_layout: Layout, weight_layout: Layout) -> 
 
 def conv2d(x: Array, weight: Array, shape: ConvShape) -> Array:
     """Exact sums of NHWC codes by OHWI codes, int64 ``(batch, out_height, out_width, out_channels)``."""
-    assert shape.activation is not None and shape.weight is not None
-    grid = decode_grid(x, shape.activation).astype(np.int64)
-    top, left, bottom, right = shape.padding
-    spread_h, spread_w = shape.input_dilation
-    slab = np.zeros((shape.batch, shape.slab_height, shape.slab_width, shape.channels), np.int64)
-    slab[:, top : shape.slab_height - bottom : spread_h, left : shape.slab_width - right : spread_w] = grid
-    weights = decode_grid(weight, shape.weight).astype(np.int64)
+    activation, layout = shape.layouts()
+    grid = decode_grid(x, activation).astype(np.int64)
+    weights = decode_grid(weight, layout).astype(np.int64)
     out = np.zeros((shape.batch, shape.out_height, shape.out_width, shape.out_channels), np.int64)
     inputs, outputs = shape.channels // shape.groups, shape.out_channels // shape.groups
+    for kh, kw, window in _windows(grid, shape):
+        for group in range(shape.groups):
+            o = slice(group * outputs, (group + 1) * outputs)
+            out[..., o] += window[..., group * inputs : (group + 1) * inputs] @ weights[o, kh, kw].T
+    return out
+
+
+def _windows(x: Array, shape: ConvShape) -> Iterator[tuple[int, int, Array]]:
+    """(kh, kw, what that tap of the filter meets at each output pixel)."""
+    top, left, bottom, right = shape.padding
+    spread_h, spread_w = shape.input_dilation
+    slab = np.zeros((shape.batch, shape.slab_height, shape.slab_width, shape.channels), x.dtype)
+    slab[:, top : shape.slab_height - bottom : spread_h, left : shape.slab_width - right : spread_w] = x
     for kh in range(shape.kernel[0]):
         for kw in range(shape.kernel[1]):
             y, x_at = kh * shape.dilation[0], kw * shape.dilation[1]
-            window = slab[
-                :,
-                y : y + (shape.out_height - 1) * shape.stride[0] + 1 : shape.stride[0],
-                x_at : x_at + (shape.out_width - 1) * shape.stride[1] + 1 : shape.stride[1],
-            ]
-            for group in range(shape.groups):
-                o = slice(group * outputs, (group + 1) * outputs)
-                out[..., o] += window[..., group * inputs : (group + 1) * inputs] @ weights[o, kh, kw].T
+            rows = slice(y, y + (shape.out_height - 1) * shape.stride[0] + 1, shape.stride[0])
+            columns = slice(x_at, x_at + (shape.out_width - 1) * shape.stride[1] + 1, shape.stride[1])
+            yield kh, kw, slab[:, rows, columns]
+
+
+def float_matmul(x: Array, weight: Array) -> Array:
+    """float32 ``(..., in)`` by ``(out, in)``, added in order (``isa/floats.py``)."""
+    total = np.zeros((*x.shape[:-1], len(weight)), np.float32)
+    for k in range(x.shape[-1]):
+        total = fused_multiply_add(x[..., k, None], weight[:, k], total)
+    return total
+
+
+def float_conv2d(x: Array, weight: Array, shape: ConvShape) -> Array:
+    """float32 NHWC by OHWI, taps row by row, in each the channels in order (``isa/floats.py``)."""
+    out = np.zeros((shape.batch, shape.out_height, shape.out_width, shape.out_channels), np.float32)
+    inputs, outputs = shape.channels // shape.groups, shape.out_channels // shape.groups
+    for kh, kw, window in _windows(x, shape):
+        for group in range(shape.groups):
+            o = slice(group * outputs, (group + 1) * outputs)
+            for channel in range(inputs):
+                values = window[..., group * inputs + channel, None]
+                out[..., o] = fused_multiply_add(values, weight[o, kh, kw, channel], out[..., o])
     return out
 
 

@@ -71,7 +71,7 @@ def plan_winograd(shape: ConvShape, codes: np.ndarray) -> WinogradPlan | None:
     ones = shape.stride == shape.dilation == shape.input_dilation == (1, 1)
     if shape.kernel != (3, 3) or not ones or shape.groups != 1:
         return None
-    if min(shape.out_height, shape.out_width) < 2:
+    if shape.activation is None or min(shape.out_height, shape.out_width) < 2:
         return None
     activation, weight = shape.layouts()
     if TAPS * weight.max_grid >= 2**15 or 4 * activation.max_grid >= 2**15:

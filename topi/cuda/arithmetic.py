@@ -1,6 +1,7 @@
 """Float arithmetic of kernels as CUDA spells it, with the bits of the CPU.
 
 ``llvm.arithmetic.fence`` keeps a product out of a fused multiply-add; in CUDA C that is ``__fmul_rn``, likewise sums.
+``llvm.fma`` is ``__fmaf_rn``.
 TVM's ``max(a, b)`` is ``a > b ? a : b`` on CPUs, where CUDA's loses a NaN, so it is written out.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import tvm_ffi
 from tvm import ir, tirx
 from tvm.backend.cuda.op import cuda_func_call
+from tvm.target import codegen
 
 # Functions, not selections: TVM's simplifier would follow both operands of each, in exponential time.
 _EXTREMES = {
@@ -27,6 +29,8 @@ def for_cuda(function: tirx.PrimFunc) -> tirx.PrimFunc:
     def unfence(node):
         if not isinstance(node.op, ir.Op) or node.op.name != "tirx.call_llvm_pure_intrin":
             return node
+        if codegen.llvm_get_intrinsic_name(int(node.args[0])) == "llvm.fma":
+            return tirx.call_pure_extern("float32", "__fmaf_rn", *node.args[1:])
         value = node.args[-1]
         name = _ROUNDED.get(type(value))
         return value if name is None else tirx.call_pure_extern("float32", name, value.a, value.b)

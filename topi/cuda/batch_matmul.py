@@ -12,9 +12,9 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.codec import decode_expr
+from tvm_qfp8.topi.cuda.float_sum import FloatSum
 from tvm_qfp8.topi.cuda.launch import for_each
-from tvm_qfp8.topi.float_contract import LANES, add, mul, to_float
-from tvm_qfp8.topi.float_linear import LaneAccumulators
+from tvm_qfp8.topi.float_contract import add, to_float
 from tvm_qfp8.topi.prim_func import load, store
 
 
@@ -63,16 +63,7 @@ def _code_sum(shape: BatchMatmulShape, left: Callable, right: Callable):
 
 
 def _float_sum(shape: BatchMatmulShape, left: Callable, right: Callable):
-    """16 accumulators, as in ``float_matmul``."""
-    sums = LaneAccumulators(1)
-
-    def group(start, count: int) -> None:
-        for lane in range(count):
-            sums.add(lane, mul(left(start + lane), right(start + lane)))
-
-    if shape.depth >= LANES:
-        with T.serial(0, shape.depth // LANES) as block:
-            group(block * LANES, LANES)
-    if shape.depth % LANES:
-        group(shape.depth // LANES * LANES, shape.depth % LANES)
-    return sums.total()
+    total = FloatSum()
+    with T.serial(0, shape.depth) as step:
+        total.add_product(left(step), right(step))
+    return total.value()

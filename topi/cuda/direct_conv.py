@@ -14,8 +14,8 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.launch import for_each
-from tvm_qfp8.topi.float_contract import LANES, bind, mul, to_float
-from tvm_qfp8.topi.float_linear import FloatConvShape, LaneAccumulators
+from tvm_qfp8.topi.cuda.float_sum import FloatSum
+from tvm_qfp8.topi.float_contract import bind, to_float
 from tvm_qfp8.topi.prim_func import load, store
 
 
@@ -24,7 +24,7 @@ def pack_direct_weights(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(weight.reshape(len(weight), -1).T)
 
 
-def _for_each_tap(shape: ConvShape, row, body: Callable, loop=T.serial) -> None:
+def _for_each_tap(shape: ConvShape, row, body: Callable) -> None:
     """``body(pixel, tap)`` for the input pixels under the filter of output pixel ``row``, those outside left out."""
     out_w, pixels = shape.out_width, shape.out_height * shape.out_width
     image = T.bind(row // pixels)
@@ -45,11 +45,6 @@ def _for_each_tap(shape: ConvShape, row, body: Callable, loop=T.serial) -> None:
                 pixel = (image, y // shape.input_dilation[0], x // shape.input_dilation[1])
                 body(pixel, kh * shape.kernel[1] + kw)
 
-    if loop is None:
-        for kh in range(shape.kernel[0]):
-            for kw in range(shape.kernel[1]):
-                tap(kh, kw)
-        return
     with T.serial(0, shape.kernel[0]) as kh:
         with T.serial(0, shape.kernel[1]) as kw:
             tap(kh, kw)
@@ -86,41 +81,25 @@ def emit_direct_conv(shape: ConvShape, x, weights, epilogue: Callable) -> None:
     for_each(shape.batch * shape.out_height * shape.out_width * shape.out_channels, one)
 
 
-def emit_float_conv(shape: FloatConvShape, x, weights, epilogue: Callable) -> None:
-    """float32 activations, summed in ``float_linear``'s order: 16 accumulators over channels or, depthwise, taps."""
-    conv = shape.conv
-    channels, outputs = conv.channels // conv.groups, conv.out_channels // conv.groups
+def emit_float_conv(shape: ConvShape, x, weights, epilogue: Callable) -> None:
+    """float32 activations; ``epilogue(sum, row, column, valid)``."""
+    channels, outputs = shape.channels // shape.groups, shape.out_channels // shape.groups
 
     def factor(at):
         value = load(weights, at, 1)
         return bind(to_float(decode_expr(value, shape.weight, "int32")) if shape.weight else value)
 
     def one(index) -> None:
-        row, column = T.bind(index // conv.out_channels), T.bind(index % conv.out_channels)
+        row, column = T.bind(index // shape.out_channels), T.bind(index % shape.out_channels)
         first = T.bind(column // outputs * channels)
-        sums = LaneAccumulators(1)
-
-        def add_depthwise(pixel, tap: int) -> None:
-            product = mul(load(x, _address(conv, pixel, column), 1), factor(tap * conv.out_channels + column))
-            sums.add(tap % LANES, product)
+        total = FloatSum()
 
         def add_tap(pixel, tap) -> None:
-            def group(start, count: int) -> None:
-                for lane in range(count):
-                    channel = start + lane
-                    at = (tap * channels + channel) * conv.out_channels + column
-                    sums.add(lane, mul(load(x, _address(conv, pixel, first + channel), 1), factor(at)))
+            with T.serial(0, channels) as channel:
+                at = (tap * channels + channel) * shape.out_channels + column
+                total.add_product(load(x, _address(shape, pixel, first + channel), 1), factor(at))
 
-            if channels >= LANES:
-                with T.serial(0, channels // LANES) as block:
-                    group(block * LANES, LANES)
-            if channels % LANES:
-                group(channels // LANES * LANES, channels % LANES)
+        _for_each_tap(shape, row, add_tap)
+        epilogue(total.value(), row, column, 1)
 
-        if shape.depthwise:
-            _for_each_tap(conv, row, add_depthwise, loop=None)
-        else:
-            _for_each_tap(conv, row, add_tap)
-        epilogue(sums.total(), row, column, 1)
-
-    for_each(conv.batch * conv.out_height * conv.out_width * conv.out_channels, one)
+    for_each(shape.batch * shape.out_height * shape.out_width * shape.out_channels, one)

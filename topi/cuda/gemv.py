@@ -53,7 +53,8 @@ def plan_gemv(shape: GemmShape, codes: np.ndarray) -> GemvPlan | None:
     if shape.rows > MMA_COLUMNS or shape.depth % LANE:
         return None
     runs_in_all = -(-shape.depth // RUN)
-    exact = exact_steps(pack_weights(codes, round_up(shape.depth, RUN)), shape.weight, shape.activation, RUN)
+    activation, weight = shape.layouts()
+    exact = exact_steps(pack_weights(codes, round_up(shape.depth, RUN)), weight, activation, RUN)
     choices = [
         (warps, runs)
         for warps in (8, 4, 2, 1)
@@ -71,7 +72,8 @@ def _exact_turns(shape: GemmShape, codes: np.ndarray, warps: int, runs: int) -> 
     draft = GemvPlan(shape, warps, runs, 1)
     stored = pack_weights(codes, draft.depth).reshape(len(codes), draft.turns, warps, runs * RUN)
     by_warp = stored.transpose(0, 2, 1, 3).reshape(len(codes) * warps, draft.turns * runs * RUN)
-    return exact_steps(by_warp, shape.weight, shape.activation, runs * RUN)
+    activation, weight = shape.layouts()
+    return exact_steps(by_warp, weight, activation, runs * RUN)
 
 
 def pack_weights(codes: np.ndarray, depth: int) -> np.ndarray:
@@ -82,7 +84,8 @@ def pack_weights(codes: np.ndarray, depth: int) -> np.ndarray:
 def emit_gemv(plan: GemvPlan, x, weights, epilogue: Callable) -> None:
     """Emit the kernel; ``epilogue(sum, row, column, valid)``."""
     shape = plan.shape
-    exponent = grid_exponent(shape.activation) + grid_exponent(shape.weight)
+    activation, weight = shape.layouts()
+    exponent = grid_exponent(activation) + grid_exponent(weight)
     threads = 32 * plan.warps
     with T.launch_thread("blockIdx.x", -(-shape.columns // MMA_ROWS)) as block:
         with T.launch_thread("threadIdx.x", threads) as thread:
@@ -108,7 +111,7 @@ def emit_gemv(plan: GemvPlan, x, weights, epilogue: Callable) -> None:
                     for word in range(4):
                         upper, lower, right = (
                             decode_pairs(T.bind(load(codes, (3 * run + part) * 4 + word, 1)), layout)
-                            for part, layout in enumerate((shape.weight, shape.weight, shape.activation))
+                            for part, layout in enumerate((weight, weight, activation))
                         )
                         left = [upper[0], lower[0], upper[1], lower[1]]
                         T.evaluate(mma(sums.floats, 0, left, list(right)))

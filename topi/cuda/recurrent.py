@@ -16,10 +16,10 @@ from tvm_qfp8.format import Layout
 from tvm_qfp8.recurrent_cell import Operands
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.topi.codec import decode_expr, encode_expr
+from tvm_qfp8.topi.cuda.float_sum import FloatSum
 from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
 from tvm_qfp8.topi.cuda.launch import THREADS
-from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, to_float
-from tvm_qfp8.topi.float_linear import LaneAccumulators
+from tvm_qfp8.topi.float_contract import add, bind, mul, to_float
 from tvm_qfp8.topi.interpolate import TirOps, emit_table
 from tvm_qfp8.topi.prim_func import load, store
 from tvm_qfp8.topi.recurrent import RecurrentBuffers, RecurrentShape
@@ -56,9 +56,10 @@ def emit_recurrent(
                 store(total, 0, load(total, 0, 1) + load(shared, depth, 1) * weight_at(depth, column), 1)
             value = to_float(T.bind(load(total, 0, 1)))
         else:
-            value = _float_sum(
-                hidden, lambda depth: mul(load(shared, depth, 1), bind(weight_at(depth, column)))
-            )
+            sums = FloatSum()
+            with T.serial(0, hidden) as depth:
+                sums.add_product(load(shared, depth, 1), bind(weight_at(depth, column)))
+            value = sums.value()
         return bind(add(bind(mul(value, load(a, column, 1))), load(bias, column, 1)))
 
     def operands(t, row, column, shared: list) -> Operands:
@@ -120,19 +121,3 @@ def emit_recurrent(
             if cell.resets_state:
                 columns(partial(share_reset, t))
             columns(partial(update, t))
-
-
-def _float_sum(depth: int, term: Callable):
-    """Element i in accumulator i mod 16, as ``float_linear`` sums."""
-    sums = LaneAccumulators(1)
-
-    def group(start, count: int) -> None:
-        for lane in range(count):
-            sums.add(lane, term(start + lane))
-
-    if depth >= LANES:
-        with T.serial(0, depth // LANES) as block:
-            group(block * LANES, LANES)
-    if depth % LANES:
-        group(depth // LANES * LANES, depth % LANES)
-    return bind(sums.total())

@@ -17,6 +17,10 @@ SPILLED = 1.02
 """What a tile costs, in times, whose epilogue has to move accumulators to memory and back."""
 
 
+FUSED = frozenset({"fma", "vfp4", "fp-armv8", "f"})
+"""Features that bring a fused multiply-add: of x86, Armv7, Armv8 and RISC-V."""
+
+
 @dataclass(frozen=True)
 class InstructionSet:
     """What a kernel generator needs to know of a target."""
@@ -52,6 +56,10 @@ class InstructionSet:
     """What a multiply-add of bytes needs besides ``name``."""
     unsigned_activations: bool = False
     """A multiply-add of bytes takes activations of 0 to 255, weights of -128 to 127 (``vpdpbusd``)."""
+    fused: bool = True
+    """Has a fused float32 multiply-add."""
+    operand: str = "int16"
+    """What operands that are not split are kept as: grid values, or float32 (``floats.py``)."""
     split: Split | None = None
     """The int8 parts that this multiply-add takes; None where it takes int16 grid values."""
 
@@ -63,7 +71,12 @@ class InstructionSet:
     @property
     def operand_dtype(self) -> str:
         """What decoded operands are kept as."""
-        return "int8" if self.split else "int16"
+        return "int8" if self.split else self.operand
+
+    @property
+    def accumulator_dtype(self) -> str:
+        """What sums are kept as."""
+        return "float32" if self.operand == "float32" else "int32"
 
     @property
     def products(self) -> int:
@@ -73,7 +86,7 @@ class InstructionSet:
     @property
     def operand_bytes(self) -> int:
         """Bytes of one decoded activation."""
-        return self.activation_parts if self.split else 2
+        return self.activation_parts if self.split else 4 if self.operand == "float32" else 2
 
     @property
     def activation_parts(self) -> int:
@@ -94,6 +107,10 @@ class InstructionSet:
         variant = (dense and self.matrix_products) or self.byte_products
         split = variant and split_of(activation, weight, variant.unsigned_activations)
         return replace(variant, split=split) if variant and split else self
+
+    def takes(self, activation: Layout | None) -> bool:
+        """Whether activations are multiplied as they are stored: float32, or codes that are the bytes to multiply."""
+        return activation is None or (self.split is not None and self.split.takes_codes(activation))
 
     def fits(self, rows: int, vectors: int) -> bool:
         """Whether accumulators, the weight vectors of one step and the activations fit the registers."""
@@ -138,7 +155,7 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
         return cuda.INSTRUCTION_SET
     if name == "generic":
         # The same plain vector code, without the look-up instructions that "neon" stands for.
-        return replace(neon.INSTRUCTION_SET, name="generic")
+        return replace(neon.INSTRUCTION_SET, name="generic", fused=not FUSED.isdisjoint(features))
     if name == "neon" and "dotprod" in features:
         return replace(
             neon.INSTRUCTION_SET,
@@ -146,7 +163,11 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
             matrix_products=neon_i8mm.INSTRUCTION_SET if "i8mm" in features else None,
         )
     sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon}
-    found = replace(sets[name].INSTRUCTION_SET, byte_permute="avx512vbmi" in features)
+    found = replace(
+        sets[name].INSTRUCTION_SET,
+        byte_permute="avx512vbmi" in features,
+        fused=name == "neon" or not FUSED.isdisjoint(features),
+    )
     if name == "avx512" and "avx512vnni" in features:
         return replace(found, byte_products=avx512_vnni.INSTRUCTION_SET)
     if name == "avx2" and "avxvnni" in features:
