@@ -1,8 +1,8 @@
-"""Dense layers: codes ``(rows, depth)`` times weight panels, exactly in int32, then the epilogue.
+"""Dense layers: ``(rows, depth)`` times weight panels, of codes exactly in int32, then the epilogue.
 
-Activations of a block of rows are decoded once into scratch (float32 ones stay where they are); a weight panel is decoded into cache and
-reused by every tile of the block. With few rows (batch 1) there is nothing to reuse: weights are decoded in
-registers. Parallel over blocks of rows, or over panels where there are few rows.
+Activations of a block of rows are decoded once into scratch (float32 ones stay where they are); a weight panel is
+decoded into cache and reused by every tile of the block. With few rows (batch 1) there is nothing to reuse: weights are
+decoded in registers. Parallel over blocks of rows, or over panels where there are few rows.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """NumPy twins of the kernels: slow, short, and equal to the kernels bit for bit.
 
 Integer parts are computed in int64; float parts follow the float contract (``float_contract.py``): every operation
-rounds to float32, sums of rows go to 16 lanes and are combined in the tree 8-4-2-1, those of linear layers are chains of
-fused multiply-adds.
+rounds to float32, sums of rows go to 16 lanes and are combined in the tree 8-4-2-1, those of linear layers are fused
+multiply-adds in order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def lane_sum(values: Array) -> Array:
 
 
 def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
-    """fl32(a * b + c), rounded once (``float_contract.fused_multiply_add_in_float64`` has the reason and the source)."""
+    """fl32(a * b + c), rounded once (reason and source: ``float_contract.fused_multiply_add_in_float64``)."""
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = np.asarray(product + c)
     with np.errstate(invalid="ignore"):

@@ -13,8 +13,8 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
-from tvm_qfp8.topi.cuda.launch import for_each
 from tvm_qfp8.topi.cuda.float_sum import FloatSum
+from tvm_qfp8.topi.cuda.launch import for_each
 from tvm_qfp8.topi.float_contract import bind, to_float
 from tvm_qfp8.topi.prim_func import load, store
 
