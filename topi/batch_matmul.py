@@ -1,4 +1,4 @@
-"""Product of two activations (attention): ``(batch, m, k)`` by ``(batch, k, n)`` or ``(batch, n, k)``, codes or float32.
+"""Product of two activations (attention), codes or float32: ``(batch, m, k)`` by ``(batch, k, n)`` or its transpose.
 
 Both operands change from call to call, so the right one is decoded into panels at run time. The reduction of codes is
 cut into blocks short enough that no int32 sum can overflow for any; blocks are added in float32, in order.
