@@ -122,10 +122,10 @@ def emit_gemm(
                 total = weights.without_offset(registers.value(i, j), j)
                 epilogue(total, row, weights.column(j), valid)
 
-    def tiles_of_block(body: Callable, prefetch: Callable = lambda part, parts: None) -> None:
+    def tiles_of_block(body: Callable, prefetch: Callable | None = None) -> None:
         tiles = -(-stored_rows // tile_rows)
         with T.serial(0, tiles) as t:
-            if schedule.prefetch:
+            if prefetch is not None:
                 prefetch(t, tiles)
             body(overlapped_start(t, tile_rows, stored_rows))
 
@@ -151,7 +151,9 @@ def emit_gemm(
         else:
 
             def panel(weights: PanelWeights) -> None:
-                tiles_of_block(lambda row: tile(scratch, first_row, row, weights), weights.prefetch_next)
+                # A panel that is only run through once the processor fetches by itself.
+                ahead = None if schedule.register_decode else weights.prefetch_next
+                tiles_of_block(lambda row: tile(scratch, first_row, row, weights), ahead)
 
             walk_panels(panel, loop)
 

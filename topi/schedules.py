@@ -32,9 +32,6 @@ IMAGE_TILE = 4, 1
 """(rows, vectors) for convolutions of so few channels with AVX-512: their pixels' addresses take registers, too. A tile
 that fills the registers takes twice as long there (tuning_logs, "conv2d 224x224x3")."""
 
-PREFETCH_TILES = 16
-"""With more tiles a panel is computed so long that fetching the next one hardly counts."""
-
 _TILE = 8
 """A register tile is one decision: ``rows * 8 + vectors``, since only some pairs fit the registers."""
 
@@ -43,6 +40,10 @@ REVISION = 2
 
 SHARING = ("parallel_rows",)
 """Decisions on how threads share the work."""
+
+RETIRED = ("prefetch",)
+"""Decisions of older logs that are none any more. Fetching weights ahead gains only where they are not in cache, as in
+a whole network; timed alone, a kernel has them there."""
 
 Decisions = dict[str, int]
 Space = dict[str, tuple[int, ...]]
@@ -83,8 +84,6 @@ class GemmSchedule:
     """Reduction steps written out in the loop."""
     parallel_rows: bool
     """Threads share blocks of rows, else panels."""
-    prefetch: bool
-    """The next panel's codes are asked for while a panel is computed."""
 
     @classmethod
     def default(cls, isa: InstructionSet, shape: GemmShape, threads: int) -> GemmSchedule:
@@ -95,10 +94,9 @@ class GemmSchedule:
             tile = rows, max(1, widest)
         else:
             tile = isa.tile(shape.rows, shape.columns)
-        prefetch = not few and shape.rows <= PREFETCH_TILES * tile[0]
         # Where a step is two instructions a product, the loop's own instructions weigh more.
         unroll = 1 + isa.temporaries
-        return cls(*tile, SCRATCH_BYTES, few, False, unroll, shape.rows >= 2 * threads * 48, prefetch)
+        return cls(*tile, SCRATCH_BYTES, few, False, unroll, shape.rows >= 2 * threads * 48)
 
     @classmethod
     def space(cls, isa: InstructionSet, shape: GemmShape, threads: int) -> Space:
@@ -113,7 +111,6 @@ class GemmSchedule:
                 "rows_outer": {0, 1} if few and not one_tile else set(),
                 "unroll": {1, 2, 4},
                 "parallel_rows": {0, 1} if threads > 1 else set(),
-                "prefetch": {0, 1},
             },
         )
 
@@ -130,7 +127,6 @@ class GemmSchedule:
             "rows_outer": int(self.rows_outer),
             "unroll": self.unroll,
             "parallel_rows": int(self.parallel_rows),
-            "prefetch": int(self.prefetch),
         }
 
     @classmethod
@@ -143,7 +139,6 @@ class GemmSchedule:
             register_decode and bool(decisions["rows_outer"]),
             decisions["unroll"],
             bool(decisions["parallel_rows"]),
-            bool(decisions["prefetch"]),
         )
 
 

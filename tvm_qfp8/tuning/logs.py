@@ -33,7 +33,7 @@ from tvm.target import Target, codegen
 from tvm_qfp8.targets import cpu_features
 from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.schedules import REGISTER_DECODE_ROWS, SHARING, Decisions, GemmSchedule
+from tvm_qfp8.topi.schedules import REGISTER_DECODE_ROWS, RETIRED, SHARING, Decisions, GemmSchedule
 from tvm_qfp8.tuning.search import read_decisions
 from tvm_qfp8.tuning.workload import ATTRIBUTE, Workload, template
 
@@ -143,7 +143,7 @@ def record_decisions(record: ms.database.TuningRecord) -> Decisions:
     """The decisions of a record's trace."""
     schedule = Schedule(record.workload.mod)
     record.trace.apply_to_schedule(schedule, remove_postproc=True)
-    return read_decisions(schedule)
+    return {name: value for name, value in read_decisions(schedule).items() if name not in RETIRED}
 
 
 def best_schedule(times: Mapping[tuple, float], default: tuple) -> tuple:
