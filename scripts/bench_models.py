@@ -17,6 +17,9 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODELS = ("mobilenetv2", "ppocr", "minilm")
+OURS = {"qfp8": 32, "qfp8 without samples": 0}
+"""Contestants of this package and the samples that they are calibrated with."""
+
 NOISY = 1.1
 
 
@@ -34,11 +37,13 @@ def main() -> None:
 
     record: dict[str, Any] = {"machine": describe_machine(), "turns": arguments.turns, "models": []}
     for name in arguments.models.split(","):
-        module, compile_seconds = compile_model(name)
+        modules, seconds = {}, {}
+        for runner, samples in OURS.items():
+            modules[runner], seconds[runner] = compile_model(name, samples)
         for threads in arguments.threads.split(","):
             print(f"{name}, {threads} thread(s)", file=sys.stderr)
-            found = measure(name, module, int(threads), arguments.turns)
-            record["models"].append({"model": name, "compile_seconds": compile_seconds, **found})
+            found = measure(name, modules, int(threads), arguments.turns)
+            record["models"].append({"model": name, "compile_seconds": seconds, **found})
     add_scaling_efficiency(record["models"])
     print_table(record)
     arguments.output.parent.mkdir(exist_ok=True)
@@ -46,13 +51,13 @@ def main() -> None:
     print(f"written to {arguments.output}")
 
 
-def compile_model(name: str) -> tuple[Path, float]:
-    """Compile for this machine with 32 calibration samples; (saved module, seconds)."""
+def compile_model(name: str, count: int) -> tuple[Path, float]:
+    """Compile for this machine with so many calibration samples; (saved module, seconds)."""
     import tvm_qfp8
     from zoo.fetch import cache_dir
 
     model: Any = importlib.import_module(f"zoo.{name}")
-    samples = model.calibration(32)
+    samples = model.calibration(count) if count else None
     started = time.perf_counter()
     compiled = tvm_qfp8.compile(
         str(model.onnx_path()),
@@ -62,19 +67,19 @@ def compile_model(name: str) -> tuple[Path, float]:
         config=tvm_qfp8.Config(check_finite=False),
     )
     seconds = time.perf_counter() - started
-    output = cache_dir("bench") / f"{name}.so"
+    output = cache_dir("bench") / f"{name}-{count}.so"
     compiled.export_library(output)
     return output, round(seconds, 1)
 
 
-def measure(name: str, module: Path, threads: int, turns: int) -> dict[str, Any]:
+def measure(name: str, modules: dict[str, Path], threads: int, turns: int) -> dict[str, Any]:
     """Median milliseconds of every contestant."""
     from zoo.contest import contest
     from zoo.latency import PEERS
 
     commands = {
-        runner: [__file__, "--serve", f"{name}:{runner}:{threads}", "--module", str(module)]
-        for runner in ("qfp8", *PEERS)
+        runner: [__file__, "--serve", f"{name}:{runner}:{threads}", "--module", str(modules.get(runner, ""))]
+        for runner in (*OURS, *PEERS)
     }
     before = reference_work()
     medians = contest(commands, threads, turns)
@@ -107,7 +112,7 @@ def serve_runner(which: str, module: Path) -> None:
     name, runner, threads = which.split(":")
     model: Any = importlib.import_module(f"zoo.{name}")
     sample = model.calibration(1)[0]
-    run = tvm_qfp8.load(module).run if runner == "qfp8" else PEERS[runner](model, int(threads))
+    run = tvm_qfp8.load(module).run if runner in OURS else PEERS[runner](model, int(threads))
     serve(lambda: run(sample))
 
 
