@@ -19,6 +19,7 @@ from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
 from tvm_qfp8.relay_passes.hoist_scales import HoistScales
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
+from tvm_qfp8.relay_passes.matmul_broadcasts import MatmulBroadcasts
 from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
 from tvm_qfp8.relay_passes.recognize import Recognize
 from tvm_qfp8.relay_passes.recognize_l2 import RecognizeL2
@@ -34,6 +35,7 @@ def prepare_passes() -> list:
         # -- BatchNorm becomes arithmetic with constants; what importers compute from constants becomes constant
         relax.transform.DecomposeOpsForInference(),
         relax.transform.CanonicalizeBindings(),
+        MatmulBroadcasts(),
         FoldConstants(),
         # -- what quantization-aware training decided becomes a mark on each layer
         ClaimTrained(),

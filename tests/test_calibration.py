@@ -162,11 +162,13 @@ def test_all_zero_activation():
     assert observer.choose().activation.scale == 1.0
 
 
-def test_without_samples_only_weights_are_quantized():
+def test_without_samples_weights_and_rows_that_the_network_computes_are_quantized():
     stages = []
     plan = calibrate(attention(with_mask=False), None, progress=lambda *args: stages.append(args))
     assert plan.samples == 0 and len(plan.linear) == 4 and len(plan.skipped) == 2 and not plan.products
-    assert all(q.activation is None and q.bias_correction is None for q in plan.linear.values())
+    *of_input, last = [q.activation for q in plan.linear.values()]
+    assert of_input == [None] * 3 and last.by_rows
+    assert all(q.bias_correction is None for q in plan.linear.values())
     assert stages[-1][1:] == (4, 4)
 
 

@@ -12,6 +12,7 @@ from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.hoist_scales import HoistScales
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
+from tvm_qfp8.relay_passes.matmul_broadcasts import MatmulBroadcasts
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
 
@@ -257,3 +258,34 @@ def test_names_stay_unique():
 def test_prelu_of_one_slope_is_leaky_relu():
     slopes = const(np.full(3, 0.25))
     check(lambda e, x: op.nn.prelu(x, slopes, axis=1), ["relax.nn.leakyrelu"], Canonicalize())
+
+
+@pytest.mark.parametrize(
+    "weight, shape, expected",
+    [
+        ((5, 6), (2, 3, 5, 6), ["relax.matmul"]),
+        ((3, 5, 6), (2, 3, 5, 6), ["relax.matmul"]),
+        ((1, 6), (2, 3, 5, 6), ["relax.broadcast_to", "relax.matmul"]),  # makes the matrix itself
+        ((5, 6), (7, 2, 3, 5, 6), ["relax.broadcast_to", "relax.matmul"]),  # repeats the result
+    ],
+)
+def test_a_weight_that_is_repeated_for_a_matmul_is_held_once(weight, shape, expected):
+    w = random(*weight)
+    check(lambda e, x: op.matmul(x, e(op.broadcast_to(w, shape))), expected, MatmulBroadcasts())
+
+
+def test_an_activation_that_is_repeated_for_a_matmul():
+    w = random(2, 3, 5, 6)
+    check(
+        lambda e, x: op.matmul(e(op.broadcast_to(x, (2, 3, 4, 5))), w),
+        ["relax.matmul"],
+        MatmulBroadcasts(),
+        (4, 5),
+    )
+    w = random(5, 6)
+    check(
+        lambda e, x: op.matmul(e(op.broadcast_to(x, (2, 3, 4, 5))), w),
+        ["relax.broadcast_to", "relax.matmul"],
+        MatmulBroadcasts(),
+        (4, 5),
+    )

@@ -102,11 +102,12 @@ def test_batches():
 
 
 def test_weights_only():
-    module = q.compile(cnn())
+    module = q.compile(cnn(), config=q.Config(activations="float32"))
     inputs = images(1)[0]
     np.testing.assert_allclose(module.run(inputs)[0], run_reference(cnn(), inputs)[0], atol=0.02)
     assert any("only weights" in note for note in module.report.notes)
-    assert {layer.became for layer in module.report.layers if layer.operator == "conv2d"} == {"QFP8 weights"}
+    linear = [layer for layer in module.report.layers if layer.operator in ("conv2d", "matmul")]
+    assert {layer.became for layer in linear} == {"QFP8 weights"}
 
 
 def test_skipped_layers_stay_float32():

@@ -220,24 +220,27 @@ def attention() -> onnx.ModelProto:
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
 
 
-def lowered_for_cuda(network, calibration) -> tvm.IRModule:
+def lowered_for_cuda(network, calibration, config=None) -> tvm.IRModule:
     """What ``compile`` hands to TVM."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tvm.compile", lambda mod, **_: found.append(mod))
-        tvm_qfp8.compile(network, "cuda-sm80", calibration=calibration)
+        tvm_qfp8.compile(network, "cuda-sm80", calibration=calibration, config=config)
     return found[0]
 
 
 @pytest.mark.slow
 @NEEDS_COMPILER
-@pytest.mark.parametrize("calibrated", [True, False])
-def test_attention_gives_the_bits_of_the_cpu(calibrated, tmp_path):
-    """Calibrated, and with float32 activations."""
+@pytest.mark.parametrize(
+    "calibrated, activations", [(True, "auto"), (False, "auto"), (False, "E1M6"), (False, "float32")]
+)
+def test_attention_gives_the_bits_of_the_cpu(calibrated, activations, tmp_path):
+    """Calibrated, with scales for rows found at run time, and with float32 activations."""
     inputs = [{"tokens": np.random.default_rng(i).integers(0, 9, (2, 5))} for i in range(4)]
     calibration = inputs if calibrated else None
-    lowered = lowered_for_cuda(attention(), calibration)
-    here = tvm_qfp8.compile(attention(), "native", calibration=calibration)
+    config = tvm_qfp8.Config(activations=activations)
+    lowered = lowered_for_cuda(attention(), calibration, config)
+    here = tvm_qfp8.compile(attention(), "native", calibration=calibration, config=config)
     (found,) = run_program(lowered, [inputs[0]["tokens"]], tmp_path)
     np.testing.assert_array_equal(found, here.run(inputs[0])[0])
 

@@ -35,10 +35,7 @@ def describe(
     if plan.trained:
         report.notes.append("layouts and scales are those of quantization-aware training")
     elif plan.samples == 0:
-        report.notes.append(
-            "no calibration data: only weights are quantized, activations stay float32; the module is smaller, but "
-            "integer kernels, which are the fast ones, need samples"
-        )
+        report.notes.append(_note_without_samples(plan))
     chains = code_chains(canonical)
     first: dict[tuple[Contents, int | None], str] = {}
     for block in canonical["main"].body.blocks:
@@ -55,6 +52,20 @@ def describe(
     if before:
         report.totals["weight bytes"] = f"{before} -> {after} ({after / before:.3f})"
     return report
+
+
+def _note_without_samples(plan: QuantizationPlan) -> str:
+    layers = len(plan.linear)
+    by_row = sum(layer.activation is not None for layer in plan.linear.values())
+    if not by_row:
+        return (
+            "no calibration data: only weights are quantized, activations stay float32; the module is smaller, but "
+            "integer kernels, which are the fast ones, need samples"
+        )
+    return (
+        f"no calibration data: {by_row} of {layers} linear layers read codes with a scale for each row, found at run "
+        "time; what still reads float32 activations is faster with samples"
+    )
 
 
 def _with_weight_once(

@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import tvm
 
-from tvm_qfp8.calibration.activations import LAYOUTS
+from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS
 from tvm_qfp8.calibration.byte_layouts import tensors_in_bytes
-from tvm_qfp8.calibration.choose_activation import ActivationChooser
+from tvm_qfp8.calibration.choose_activation import FLOAT32, ActivationChooser
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.linear import find_linear, quantized_weight
-from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
+from tvm_qfp8.calibration.linear import find_linear
+from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.samples import Batches, first_samples
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.thresholds import METHODS
 from tvm_qfp8.calibration.walk import Walk
+from tvm_qfp8.calibration.without_samples import quantize_without_samples
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError
+from tvm_qfp8.format import get_layout
 
 FIRST_SAMPLES = 16
 """Held in memory to choose between all layouts and linear ones."""
@@ -35,18 +37,31 @@ def walk_options(config: Config) -> dict[str, Any]:
     Raises
     ------
     CalibrationError
-        The method is not known, or decibels are negative.
+        The method is not known, decibels are negative, or no kernel computes the layout.
+    InputError
+        There is no such layout.
     """
     if config.byte_loss_db is not None and not config.byte_loss_db >= 0:
         raise CalibrationError(f"byte_loss_db is {config.byte_loss_db}; give decibels from 0, or None")
     if config.method not in METHODS:
         raise CalibrationError(f"method {config.method!r} is not known; use one of {', '.join(METHODS)}")
     auto = config.activations == "auto"
-    layouts = LAYOUTS if auto else (config.activations,)
+    if not auto and config.activations != FLOAT32:
+        _check_computed(config.activations)
+    layouts = LAYOUTS if auto else () if config.activations == FLOAT32 else (config.activations,)
     return {
         "chooser": ActivationChooser(layouts, config.method, own_scales=auto),
         "max_error": config.max_error,
     }
+
+
+def _check_computed(layout: str) -> None:
+    """Kernels hold grid values as int16."""
+    if get_layout(layout).max_grid > np.iinfo(np.int16).max:
+        computed = ", ".join((*LAYOUTS, *LINEAR_LAYOUTS))
+        raise CalibrationError(
+            f"activations are {layout}, which is for comparisons only; use {computed}, or auto or float32"
+        )
 
 
 def calibrate(
@@ -66,7 +81,8 @@ def calibrate(
         In canonical form: one static ``main`` of Relax operators, constants bound.
     batches : iterable of {input name: array}, or one such dict, or path of an .npz, or None
         Consumed once, so a generator will do. An array has its input's shape; where all arrays of a dict
-        have k times the first dimension they count as k samples. None: weights only, no correction.
+        have k times the first dimension they count as k samples. None: what needs no data
+        (see ``without_samples``).
     config : Config
         ``skip`` holds variables or operators (names or shell patterns) that stay float32, ``activations``
         the layouts that activations may get, ``method`` how their scales are found.
@@ -96,14 +112,9 @@ def calibrate(
     plan.embeddings = quantized_embeddings(program, config.skip)
     count = len(steps.linear) + len(steps.recurrent)
     if batches is None:
-        plan.skipped.update(dict.fromkeys(steps.products, "no calibration data"))
-        for done, (name, linear) in enumerate(steps.linear.items(), 1):
-            same = plan.linear.get(linear.shares)
-            plan.linear[name] = LinearQuantization(quantized_weight(linear) if same is None else same.weight)
-            report("quantize weights", done, count)
-        for name, recurrent in steps.recurrent.items():
-            plan.linear[name] = LinearQuantization(quantized_weight(recurrent))
-            report("quantize weights", len(plan.linear), count)
+        quantize_without_samples(
+            program, steps, plan, config.activations, lambda: report("quantize", len(plan.linear), count)
+        )
         return plan
     samples, first = first_samples(batches, program.inputs, FIRST_SAMPLES)
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):

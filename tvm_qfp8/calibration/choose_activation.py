@@ -13,6 +13,9 @@ from tvm_qfp8.calibration.row_scales import Rows, can_have_row_scales, with_row_
 ROW_LAYOUTS, LINEAR_ROW_LAYOUTS = ("E2M5", "E3M4", "UE2M6", "UE3M5"), ("E1M6", "UE1M7")
 """With a scale for each row, which its largest magnitude decides."""
 
+FLOAT32 = "float32"
+"""Stands for no layout."""
+
 
 @dataclass(frozen=True)
 class ActivationChooser:
@@ -21,7 +24,7 @@ class ActivationChooser:
     Attributes
     ----------
     layouts : tuple of str
-        For an activation with one scale that is not multiplied as bytes.
+        For an activation with one scale that is not multiplied as bytes; none: activations stay float32.
     method : str
         How its scale is found.
     own_scales : bool
@@ -45,6 +48,8 @@ class ActivationChooser:
         in_bytes : bool
             In linear layouts.
         """
+        if not self.layouts:
+            return Choice(None, "activations stay float32 by configuration")
         allowed = LINEAR_LAYOUTS if in_bytes else self.layouts
         choice = observer.choose(allowed, self.method)
         if not self.own_scales or not linears:

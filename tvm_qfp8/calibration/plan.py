@@ -101,7 +101,7 @@ class QuantizationPlan:
     embeddings : dict of str to QTensor
         Tables that a ``take`` reads rows of, one scale per row.
     samples : int
-        Number of calibration samples seen; 0 means weights only.
+        Number of calibration samples seen; with 0 there are no scales of whole tensors and no corrections.
     trained : bool
         All decisions come from quantization-aware training.
     """

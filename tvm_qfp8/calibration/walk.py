@@ -138,7 +138,7 @@ class Walk:
             self.samples += 1
         if not self.samples:
             raise CalibrationError(
-                "found no calibration samples; give at least one, or None for weights only"
+                "found no calibration samples; give at least one, or None to quantize what needs no data"
             )
         return self.samples
 

@@ -1,0 +1,266 @@
+"""Without calibration samples dense layers read rows with scales found at run time, all else reads float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_emulator import run_program
+from models import cnn, encoder, images, model
+from onnx import helper
+from quantized_programs import TARGETS, machine_runs
+from relax_programs import build, constant, random
+from tvm import relax
+from tvm.relax import op as R
+
+import tvm_qfp8 as q
+from tvm_qfp8.calibration import calibrate, evaluate_quantized
+from tvm_qfp8.calibration.evaluate import Program
+from tvm_qfp8.calibration.without_samples import IS_INPUT, values_of_inputs
+from tvm_qfp8.config import Config
+from tvm_qfp8.errors import CalibrationError, InputError
+from tvm_qfp8.format import get_layout
+from tvm_qfp8.topi import reference
+
+RUNS = [name for name in TARGETS if machine_runs(name)]
+DEPTH, COLUMNS = 70, 33
+WEIGHT, BIAS = constant(DEPTH, COLUMNS), constant(COLUMNS, seed=1)
+
+
+def dense(shape=(9, DEPTH), before=R.abs):
+    """A dense layer that reads what ``before`` makes of the input."""
+
+    def body(emit, x):
+        return emit(R.add(emit(R.matmul(emit(before(x)), WEIGHT)), BIAS))
+
+    return build({"x": (shape, "float32")}, body)
+
+
+def twin(x, layout="E3M4"):
+    """The layer's exact result: integer sums, then the scales of columns and rows."""
+    plan = calibrate(dense(), None, Config(activations=layout))
+    (chosen,) = plan.linear.values()
+    weight = chosen.weight
+    codes, scales = reference.encode_rows(np.abs(x), get_layout(layout))
+    total = reference.matmul(codes, weight.codes.T, get_layout(layout), get_layout(weight.layout))
+    return reference.scale_and_bias(total, np.asarray(weight.scale).reshape(-1), BIAS.value.numpy(), scales)
+
+
+def matmuls(report):
+    return [layer for layer in report.layers if layer.operator == "matmul"]
+
+
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("shape", [(9, DEPTH), (1, DEPTH), (2, 3, DEPTH)])
+def test_a_dense_layer_is_its_twin(isa, shape):
+    x = random(*shape)
+    x[:1] *= 1000  # rows of their own size
+    module = q.compile(dense(shape), TARGETS[isa])
+    (layer,) = matmuls(module.report)
+    assert (layer.became, layer.activation_layout) == ("QFP8", "E3M4 by row")
+    np.testing.assert_array_equal(module.run({"x": x})[0], twin(x))
+
+
+@pytest.mark.parametrize("layout", ["E2M5", "E1M6"])
+def test_a_layout_that_is_asked_for(layout):
+    module = q.compile(dense(), config=Config(activations=layout))
+    (layer,) = matmuls(module.report)
+    assert layer.activation_layout == f"{layout} by row"
+    assert layout == "E2M5" or layer.weight_layout == "E1M6"  # bytes with bytes
+    x = random(9, DEPTH)
+    np.testing.assert_array_equal(module.run({"x": x})[0], twin(x, layout))
+
+
+def test_cuda_gives_the_same_bits(tmp_path):
+    from tvm_qfp8.relay_passes.for_cuda import ForCuda
+    from tvm_qfp8.relay_passes.lower_groups import LowerGroups
+    from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear
+    from tvm_qfp8.targets import parse_target
+    from tvm_qfp8.topi.isa import instruction_set
+
+    mod = dense((20, DEPTH))
+    quantized = QuantizeLinear(calibrate(mod, None))(mod)
+    with parse_target("cuda-sm80"):
+        lowered = ForCuda()(LowerGroups(instruction_set("cuda", frozenset()), 1)(quantized))
+    x = random(20, DEPTH)
+    np.testing.assert_array_equal(run_program(lowered, [x], tmp_path)[0], twin(x))
+
+
+@pytest.mark.parametrize("calibration", [None, [{"x": random(9, DEPTH)}]])
+def test_float32_activations_by_configuration(calibration):
+    module = q.compile(dense(), calibration=calibration, config=Config(activations="float32"))
+    (layer,) = matmuls(module.report)
+    assert (layer.became, layer.activation_layout) == ("QFP8 weights", "float32")
+    x = random(9, DEPTH, seed=3)
+    exact = np.abs(x) @ WEIGHT.value.numpy() + BIAS.value.numpy()
+    off = np.abs(module.run({"x": x})[0] - exact)
+    assert off.max() < 0.03 * np.abs(exact).max()
+    if calibration is not None:
+        assert layer.reason == "activations stay float32 by configuration" and layer.sqnr_db > 35
+
+
+def test_inputs_stay_float32_unless_a_layout_is_asked_for():
+    """A column of the input may be years, another an income: a common scale would lose the years."""
+    x = random(9, DEPTH)
+    x[:, 1] *= 1e6
+    weight = WEIGHT.value.numpy().copy()
+    weight[1] = 0
+
+    def body(emit, x):
+        return emit(R.matmul(emit(R.reshape(x, (9, DEPTH))), relax.const(weight)))
+
+    mod = build({"x": ((3, 3, DEPTH), "float32")}, body)
+    given = {"x": x.reshape(3, 3, DEPTH)}
+    module = q.compile(mod)
+    (layer,) = matmuls(module.report)
+    assert (layer.became, layer.reason) == ("QFP8 weights", IS_INPUT)
+    np.testing.assert_allclose(module.run(given)[0], x @ weight, atol=0.6)
+    forced = q.compile(mod, config=Config(activations="E3M4"))
+    assert matmuls(forced.report)[0].activation_layout == "E3M4 by row"
+    assert not forced.run(given)[0].any()  # as it must be here
+
+
+def test_what_is_a_value_of_an_input():
+    def body(emit, x, y):
+        parts = emit(R.split(x, 2, axis=1))
+        joined = emit(R.concat([emit(relax.TupleGetItem(parts, 0)), emit(R.abs(y))], axis=1))
+        taken = emit(R.take(constant(5, 4), emit(R.astype(emit(R.max(x, axis=1)), "int32")), axis=0))
+        return emit(R.add(emit(R.mean(joined, axis=1, keepdims=True)), taken))
+
+    program = Program(build({"x": ((2, 4), "float32"), "y": ((2, 4), "float32")}, body))
+    held = values_of_inputs(program)
+    operators = {step.operator.removeprefix("relax."): step.name in held for step in program.steps}
+    expected = {"split": True, "tuple_get_item": True, "concat": True}
+    assert operators == expected | dict.fromkeys(
+        ("abs", "max", "astype", "take", "mean", "add", "alias"), False
+    )
+
+
+def test_where_e3m4_could_overflow_rows_are_narrower():
+    """The grid values of a weight whose values are all alike are the largest there are."""
+
+    def narrow(depth):
+        mod = build(
+            {"x": ((2, depth), "float32")},
+            lambda emit, x: emit(R.matmul(emit(R.abs(x)), relax.const(np.ones((depth, 3), np.float32)))),
+        )
+        (chosen,) = calibrate(mod, None).linear.values()
+        return chosen.activation.layout, mod
+
+    assert narrow(4000)[0] == "E3M4"
+    layout, mod = narrow(12000)
+    assert layout == "E2M5"
+    x = random(2, 12000)
+    np.testing.assert_allclose(
+        q.compile(mod).run({"x": x})[0], np.abs(x).sum(1, keepdims=True) + [0, 0, 0], rtol=1e-2
+    )
+
+
+def test_layers_of_all_kinds():
+    module = q.compile(cnn())
+    layers = {layer.operator: layer for layer in module.report.layers}
+    assert layers["conv2d"].became == "QFP8 weights" and layers["matmul"].became == "QFP8"
+    assert any("1 of 4 linear layers" in note for note in module.report.notes)
+    x = images(1)[0]
+    canonical = _canonical(cnn())
+    expected = evaluate_quantized(canonical, calibrate(canonical, None), x)[0]
+    np.testing.assert_allclose(module.run(x)[0], expected, atol=2e-3)
+
+
+def _canonical(mod):
+    from tvm_qfp8.importers import load_model
+    from tvm_qfp8.relay_passes.prepare import prepare
+
+    return prepare(load_model(mod).mod)
+
+
+def test_skipped_layers_and_those_that_share_a_weight():
+    def body(emit, x):
+        x = emit(R.abs(x))
+        first, second = (emit(R.matmul(x, constant(DEPTH, DEPTH))) for _ in range(2))
+        return emit(R.matmul(emit(R.add(first, emit(R.abs(second)))), WEIGHT))
+
+    mod = build({"x": ((4, DEPTH), "float32")}, body)
+    plan = calibrate(mod, None)
+    first, second, third = plan.linear.values()
+    assert first.weight is second.weight and third.weight is not first.weight
+    assert all(one.activation.by_rows and one.activation.factors is None for one in plan.linear.values())
+    name = matmuls(q.compile(mod).report)[2].name
+    report = q.compile(mod, config=Config(skip=(name,))).report
+    assert [layer.became for layer in matmuls(report)] == ["QFP8", "QFP8", "float32"]
+
+
+def test_an_open_batch_of_several_lengths_runs_each_sample_alone():
+    shapes = {name: ("n", [4, 9]) for name in ("ids", "mask")}
+    module = q.compile(encoder(), input_shapes=shapes)
+    assert all(
+        layer.activation_layout == "E3M4 by row" for layer in matmuls(module.report) if layer.bytes_before
+    )
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 30, (3, 6))
+    given = {"ids": ids, "mask": np.ones_like(ids)}
+    (together,) = module.run(given)
+    alone = [module.run({name: array[i : i + 1] for name, array in given.items()})[0] for i in range(3)]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+    assert module.run({name: array[:0] for name, array in given.items()})[0].shape == (0, *together.shape[1:])
+
+
+def test_infinity_and_nan_inside_stay_in_their_rows_and_leave_no_nan():
+    module = q.compile(dense(before=R.log))
+    x = np.abs(random(9, DEPTH)) + 1
+    x[2, 3], x[4, 5] = 0, -1
+    found, calm = (module.run({"x": given})[0] for given in (x, np.where(x > 0, x, 1).astype(np.float32)))
+    assert not np.isnan(found).any() and np.isfinite(found[4]).all()
+    np.testing.assert_array_equal(np.delete(found, 2, 0), np.delete(calm, 2, 0))  # a NaN reads as 0, log(1)
+    x[0, 0] = np.nan
+    with pytest.raises(InputError, match="'x'"):
+        module.run({"x": x})
+
+
+@pytest.mark.parametrize(
+    "name, error, message",
+    [("E4M3", CalibrationError, "for comparisons only; use E2M5"), ("E9", InputError, "'E9' is not known")],
+)
+def test_layouts_that_no_kernel_computes_are_refused(name, error, message):
+    for samples in (None, [{"x": random(9, DEPTH)}]):
+        with pytest.raises(error, match=message):
+            q.compile(dense(), calibration=samples, config=Config(activations=name))
+
+
+def test_a_layout_without_a_sign_has_to_be_known_to_fit():
+    module = q.compile(dense(), config=Config(activations="UE2M6"))
+    (layer,) = matmuls(module.report)
+    assert layer.became == "QFP8 weights" and "no negative values" in layer.reason
+    assert any("only weights" in note for note in module.report.notes)
+
+
+def test_torch_layers():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 4, 128, activation="gelu", batch_first=True).eval()
+    x = torch.randn(2, 10, 64)
+    with torch.no_grad():
+        expected = layer(x).numpy()
+    module = q.compile(torch.export.export(layer, (x,)))
+    dense_layers = [found for found in matmuls(module.report) if found.bytes_before]
+    by_row = [found for found in dense_layers if found.activation_layout == "E3M4 by row"]
+    assert len(by_row) == 3 and all(found.reason == IS_INPUT for found in dense_layers if found not in by_row)
+    found = module(x.numpy())[0]
+    assert 10 * np.log10(np.square(expected).sum() / np.square(found - expected).sum()) > 30
+
+
+def test_command_line(tmp_path):
+    import onnx
+    from typer.testing import CliRunner
+
+    from tvm_qfp8.cli import app
+
+    constants = {"w": WEIGHT.value.numpy()}
+    nodes = [helper.make_node("Abs", ["x"], ["a"]), helper.make_node("MatMul", ["a", "w"], ["y"])]
+    path, out = tmp_path / "dense.onnx", tmp_path / "dense.so"
+    onnx.save(model(nodes, {"x": (4, DEPTH)}, {"y": (4, COLUMNS)}, constants), path)
+    for options, described in (
+        ((), "E3M4 by row"),
+        (("--activations", "float32"), "only weights are quantized"),
+    ):
+        result = CliRunner().invoke(app, ["compile", str(path), "-o", str(out), *options])
+        assert result.exit_code == 0 and described in result.output
