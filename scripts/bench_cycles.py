@@ -30,14 +30,11 @@ from zoo.machine import describe_machine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-CPUS = {
-    "cortex-a53": ("UE2M6", "E3M4"),
-    "cortex-a55": ("UE2M6", "E3M4", "E1M6"),
-    "cortex-a72": ("UE2M6", "E3M4"),
-    "neoverse-n1": ("UE2M6", "E3M4", "E1M6"),
-    "neoverse-v1": ("UE2M6", "E3M4", "E1M6"),
-}
-"""Layouts of the activations; weights are E2M5. neoverse-n1 stands for the Cortex-A76, neoverse-v1 for i8mm."""
+CPUS = ("cortex-a53", "cortex-a55", "cortex-a72", "neoverse-n1", "neoverse-v1")
+"""neoverse-n1 stands for the Cortex-A76, neoverse-v1 for i8mm."""
+
+LAYOUTS = (("UE2M6", "E2M5"), ("E3M4", "E2M5"), ("E1M6", "E2M5"), ("UE1M7", "E1M6"), ("E1M6", "E1M6"))
+"""Of activations and weights."""
 
 OLDEST_LLVM = 17
 """Older models of newer cores reuse the Cortex-A57's."""
@@ -58,21 +55,21 @@ def main() -> None:
         Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()) / "runner"
     )
     table = Table(title=f"multiply-adds a cycle, {case.name}")
-    for heading in ("CPU", "activations", "qfp8", "float32", "qfp8 / float32"):
+    for heading in ("CPU", "activations", "weights", "qfp8", "float32", "qfp8 / float32"):
         table.add_column(heading)
     records = []
     for cpu in options.cpus.split(","):
         orders = {order: cycles(mca, cpu, float_tile(depth, order)) for order in ORDERS}
         order = min(orders, key=lambda name: orders[name])
         peer = MACS_PER_STEP * depth / orders[order]
-        for layout in CPUS[cpu]:
-            text = trace(case, cpu, layout, runner)
+        for activation, weight in LAYOUTS:
+            text = trace(case, cpu, activation, weight, runner)
             ours = case.macs / cycles(mca, cpu, "\n".join(text))
             records.append(
                 {
                     "cpu": cpu,
-                    "activation": layout,
-                    "weight": "E2M5",
+                    "activation": activation,
+                    "weight": weight,
                     "macs_per_cycle": round(ours, 2),
                     "float32_macs_per_cycle": round(peer, 2),
                     "float32_order": order,
@@ -81,7 +78,7 @@ def main() -> None:
                     "most_frequent": mnemonics(text),
                 }
             )
-            table.add_row(cpu, layout, f"{ours:.2f}", f"{peer:.2f}", f"{ours / peer:.2f}")
+            table.add_row(cpu, activation, weight, f"{ours:.2f}", f"{peer:.2f}", f"{ours / peer:.2f}")
     Console().print(table)
     version = subprocess.run([mca, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"LLVM version (\S+)", version)
@@ -106,9 +103,9 @@ def llvm_tool(name: str) -> Path:
     )
 
 
-def trace(case: Dense, cpu: str, layout: str, runner: Path) -> list[str]:
+def trace(case: Dense, cpu: str, activation: str, weight: str, runner: Path) -> list[str]:
     """What the compiled case executes on random codes."""
-    mod = executable(case, f"llvm -mtriple=aarch64-linux-gnu -mcpu={cpu}", layout)
+    mod = executable(case, f"llvm -mtriple=aarch64-linux-gnu -mcpu={cpu}", activation, weights=weight)
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "case.so"
         mod.export_library(str(library), cc="aarch64-linux-gnu-g++")

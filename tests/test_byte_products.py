@@ -23,6 +23,7 @@ from tvm_qfp8.topi.split import split_of
 
 ACTIVATIONS = ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"]
 TARGETS = {
+    "mull": "llvm -mtriple=aarch64-linux-gnu -mattr=+neon",
     "dotprod": "llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod",
     "i8mm": "llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod,+i8mm",
 }
@@ -43,14 +44,23 @@ def test_every_product_of_grid_values(activation, weight):
 @pytest.mark.parametrize("activation", ["E1M6", "UE1M7"])
 def test_unsigned_bytes(activation):
     x, w = get_layout(activation), get_layout("E1M6")
-    split = split_of(x, w, unsigned=True)
+    split = split_of(x, w, unsigned=True, one_product=True)
     found = split.part("whole", x.grid) + split.offset
     assert found.min() >= 0 and found.max() <= 255 and split.products == 1
 
 
-def test_unsigned_bytes_are_for_linear_layouts():
-    assert split_of(get_layout("E2M5"), get_layout("E1M6"), unsigned=True) is None
-    assert split_of(get_layout("E1M6"), get_layout("E2M5"), unsigned=True) is None
+@pytest.mark.parametrize("unsigned", [True, False])
+def test_one_product_is_for_linear_layouts(unsigned):
+    assert split_of(get_layout("E2M5"), get_layout("E1M6"), unsigned, one_product=True) is None
+    assert split_of(get_layout("E1M6"), get_layout("E2M5"), unsigned, one_product=True) is None
+
+
+def test_two_products_of_bytes_fit_int16():
+    for activation in ("E1M6", "UE1M7"):
+        x, w = get_layout(activation), get_layout("E1M6")
+        split = split_of(x, w, one_product=True)
+        largest = np.abs(split.part("whole", x.grid) + split.offset).max() * np.abs(w.grid.astype(int)).max()
+        assert 2 * largest < 2**15
 
 
 def test_bound_covers_every_partial_sum():
@@ -70,12 +80,14 @@ def test_bound_covers_every_partial_sum():
 def test_the_target_decides(name):
     parsed = parse_target(TARGETS[name])
     found = instruction_set(isa_of(parsed), cpu_features(parsed))
-    assert found.in_bytes(get_layout("UE2M6"), get_layout("E2M5"), True).label == f"neon+{name}"
+    assert found.in_bytes(get_layout("UE1M7"), get_layout("E1M6"), True).label == f"neon+{name}"
+    splits = name != "mull"
+    assert (found.in_bytes(get_layout("UE2M6"), get_layout("E2M5"), True).split is not None) == splits
 
 
-@pytest.mark.parametrize("mnemonic, name", [("sdot", "dotprod"), ("smmla", "i8mm")])
+@pytest.mark.parametrize("mnemonic, name", [("sadalp", "mull"), ("sdot", "dotprod"), ("smmla", "i8mm")])
 def test_the_instruction_is_used(mnemonic, name):
-    executable = build(_dense(20, 24, 64, "UE2M6")[0], TARGETS[name])
+    executable = build(_dense(20, 24, 64, "E1M6", "E1M6")[0], TARGETS[name])
     modules = [executable.mod, *executable.mod.imports]
     text = "".join(m.inspect_source("s") for m in modules if m.kind == "llvm")
     assert f"\t{mnemonic}\t" in text

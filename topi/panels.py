@@ -70,10 +70,13 @@ def pack_weights(isa: InstructionSet, layout: Layout | None, codes: np.ndarray, 
         panels = pack_panels(codes, width, isa.pair)
         return panels.reshape(len(panels), -1)
     panels = pack_panels(decode_grid(codes, layout).astype(np.int8), width, isa.pair)
+    sums = panels.sum(axis=(1, 3), dtype=np.int32) * np.int32(-isa.split.offset)
+    if isa.halved_pairs:
+        halves = panels.reshape(*panels.shape[:2], vectors, isa.lanes, 2, isa.pair // 2)
+        panels = np.ascontiguousarray(halves.swapaxes(3, 4))
     packed = panels.reshape(len(panels), -1).view(np.uint8)
     if not isa.split.offset:
         return packed
-    sums = panels.sum(axis=(1, 3), dtype=np.int32) * np.int32(-isa.split.offset)
     return np.concatenate([packed, sums.astype("<i4").view(np.uint8)], axis=1)
 
 

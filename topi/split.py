@@ -91,17 +91,18 @@ class Split:
 
 
 @functools.cache
-def split_of(activation: Layout, weight: Layout, unsigned: bool = False) -> Split | None:
-    """The split of fewest products; None where only more than one would do and ``unsigned`` is asked for.
+def split_of(
+    activation: Layout, weight: Layout, unsigned: bool = False, one_product: bool = False
+) -> Split | None:
+    """The split of fewest products; None where only more than one would do and ``one_product`` is asked for.
 
-    ``unsigned``: the multiply-add takes activations of 0 to 255 instead of -128 to 127, and only twice as many of them
-    as of int16 values, so that more than one product does not pay.
+    ``unsigned``: the multiply-add takes activations of 0 to 255 instead of -128 to 127.
     """
     whole = [layout.max_grid <= 127 for layout in (activation, weight)]
     if whole[1] and activation.max_grid - int(activation.grid.min()) <= 255:
         lowest = -128 if activation.signed else 0
         return Split(0, (WHOLE,), (WHOLE,), (1,), offset=(0 if unsigned else -128) - lowest)
-    if unsigned:
+    if one_product:
         return None
     for bits in range(1, MOST_BITS + 1):
         base = 1 << bits

@@ -21,6 +21,10 @@ FUSED = frozenset({"fma", "vfp4", "fp-armv8", "f"})
 """Features that bring a fused multiply-add: of x86, Armv7, Armv8 and RISC-V."""
 
 
+IN_ORDER = frozenset({"a35", "a53"})
+"""Arm CPUs that run in order, where the three dependent instructions of ``neon_mull`` take longer than they save."""
+
+
 @dataclass(frozen=True)
 class InstructionSet:
     """What a kernel generator needs to know of a target."""
@@ -53,9 +57,13 @@ class InstructionSet:
     matrix_products: InstructionSet | None = None
     """The same for matrices of int8 values; for dense layers, whose rows can be interleaved."""
     extension: str = ""
-    """What a multiply-add of bytes needs besides ``name``."""
+    """What tells a multiply-add of bytes from those of ``name``."""
     unsigned_activations: bool = False
     """A multiply-add of bytes takes activations of 0 to 255, weights of -128 to 127 (``vpdpbusd``)."""
+    one_product: bool = False
+    """A multiply-add of bytes takes only twice as many as of int16 values, so that splitting values does not pay."""
+    halved_pairs: bool = False
+    """A vector of weights holds the first half of each ``pair``, then the second."""
     fused: bool = True
     """Has a fused float32 multiply-add."""
     operand: str = "int16"
@@ -105,7 +113,7 @@ class InstructionSet:
     def in_bytes(self, activation: Layout, weight: Layout, dense: bool) -> InstructionSet:
         """The variant that multiplies the int8 parts of these layouts; itself where there is none."""
         variant = (dense and self.matrix_products) or self.byte_products
-        split = variant and split_of(activation, weight, variant.unsigned_activations)
+        split = variant and split_of(activation, weight, variant.unsigned_activations, variant.one_product)
         return replace(variant, split=split) if variant and split else self
 
     def takes(self, activation: Layout | None) -> bool:
@@ -147,7 +155,17 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
 
     ``features`` are LLVM's names of the target's features; some widen what an instruction set can do.
     """
-    from tvm_qfp8.topi.isa import avx2, avx2_vnni, avx512, avx512_vnni, neon, neon_dotprod, neon_i8mm, sse2
+    from tvm_qfp8.topi.isa import (
+        avx2,
+        avx2_vnni,
+        avx512,
+        avx512_vnni,
+        neon,
+        neon_dotprod,
+        neon_i8mm,
+        neon_mull,
+        sse2,
+    )
 
     if name == "cuda":
         from tvm_qfp8.topi.cuda import isa as cuda
@@ -162,11 +180,16 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
             byte_products=neon_dotprod.INSTRUCTION_SET,
             matrix_products=neon_i8mm.INSTRUCTION_SET if "i8mm" in features else None,
         )
-    sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2, "neon": neon}
+    if name == "neon":
+        return replace(
+            neon.INSTRUCTION_SET,
+            byte_products=neon_mull.INSTRUCTION_SET if IN_ORDER.isdisjoint(features) else None,
+        )
+    sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2}
     found = replace(
         sets[name].INSTRUCTION_SET,
         byte_permute="avx512vbmi" in features,
-        fused=name == "neon" or not FUSED.isdisjoint(features),
+        fused=not FUSED.isdisjoint(features),
     )
     if name == "avx512" and "avx512vnni" in features:
         return replace(found, byte_products=avx512_vnni.INSTRUCTION_SET)

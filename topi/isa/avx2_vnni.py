@@ -12,4 +12,5 @@ INSTRUCTION_SET = InstructionSet(
     broadcast=broadcast_four(8),
     extension="vnni",
     unsigned_activations=True,
+    one_product=True,
 )

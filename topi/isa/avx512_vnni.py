@@ -13,4 +13,5 @@ INSTRUCTION_SET = InstructionSet(
     broadcast=broadcast_four(16),
     extension="vnni",
     unsigned_activations=True,
+    one_product=True,
 )
