@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from format_study.formats import FORMATS
 from format_study.grids import GRIDS
+from format_study.large import Received
 from format_study.scales import Histogram, weight_scale
 from format_study.simulate import NearestWeights, Network, Quantized
 from tvm import relax
 
 from tvm_qfp8.calibration.fake_quantize import fake_quantize
+from tvm_qfp8.calibration.rounding import ColumnRounding, RoundedRows
 
 
 def test_posits_are_those_of_the_standard():
@@ -73,6 +75,39 @@ def test_qfp8_has_the_best_mean_sqnr():
     for mode in formats_page.MODES:
         ours = formats_page.mean_over_models(groups, "QFP8", mode)
         assert all(ours > formats_page.mean_over_models(groups, name, mode) for name in formats_page.RIVALS)
+
+
+def test_a_perplexity_is_shown_where_its_inverse_is_scored():
+    part = {"score": 1 / 40, "above_qfp8": 1 / 40 - 1 / 42, "standard_error": 0.001}
+    assert formats_page._perplexity(part) == "40.000 (-2.000 ± 1.680)"
+    case = {"format": "int8 max", "mode": "weights", "sqnr_db": 20.0, "tasks": {"news": part}}
+    ours = {**case, "format": "QFP8", "sqnr_db": 30.0}
+    losses = formats_page._losses([("llm", [{"metrics": {"news": "1 / perplexity"}, "cases": [ours, case]}])])
+    assert "- llm, weights: int8 max scores 40.000 (-2.000 ± 1.680) in news." in losses
+
+
+def test_large_matrices_are_rounded_as_others_are():
+    rng = np.random.default_rng(0)
+    exact = (rng.normal(0, 1, (800, 70)) @ rng.normal(0, 1, (70, 70))).astype(np.float32)
+    received = exact + rng.normal(0, 0.5, exact.shape).astype(np.float32)
+    weight = rng.normal(0, 1, (40, 70)).astype(np.float32)
+    grids = [GRIDS["E5M2"], GRIDS["E4M3"]]
+    scales = [weight_scale(weight, grid, "mse").astype(np.float32) for grid in grids]
+    nearest = [grid.round(weight, scale[:, None]) for grid, scale in zip(grids, scales, strict=True)]
+    candidates = [
+        RoundedRows(rows[None], scale[None], grid.round)
+        for rows, scale, grid in zip(nearest, scales, grids, strict=True)
+    ]
+    found = Received(received, exact).rounded(weight, candidates)
+
+    def errors(rows):
+        return (received @ rows.T - exact @ weight.T).var(0)
+
+    columns = ColumnRounding.of(np.cov(received.T, bias=True)[None] * len(received))
+    (expected,) = columns.rounded(weight[None], scales[1][None], grids[1].round)
+    better = errors(expected) < errors(nearest[1])
+    same = found == np.where(better[:, None], expected, nearest[1])
+    assert better.any() and same.mean() > 0.99
 
 
 def test_logits_are_compared_where_a_model_ends_in_a_softmax():

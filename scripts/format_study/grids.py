@@ -56,7 +56,7 @@ class Grid:
         """float32 ``x`` rounded to ``level * scale``; ``scale`` broadcasts."""
         scale32 = np.asarray(scale, np.float32)
         bits = np.ascontiguousarray(x / scale32, np.float32).view(np.uint32) >> _DROPPED_BITS
-        return np.asarray(self._nearest[bits] * scale32)
+        return np.asarray(self._nearest.take(bits.astype(np.intp)) * scale32)
 
 
 def _posit(es: int) -> np.ndarray:

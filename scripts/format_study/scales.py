@@ -10,6 +10,8 @@ STEPS_PER_OCTAVE = 8
 OCTAVES_BELOW = 3
 FINE = np.arange(-3, 4) / (4 * STEPS_PER_OCTAVE)
 SMALLEST = 2.0**-100
+PART = 1 << 16
+"""Values that are rounded at a time, as far as rows allow: they stay in a core's cache."""
 
 
 def candidates(grid: Grid) -> np.ndarray:
@@ -21,6 +23,11 @@ def candidates(grid: Grid) -> np.ndarray:
 
 def weight_scale(rows: np.ndarray, grid: Grid, search: str) -> np.ndarray:
     """Scales ``(channels,)`` of float32 ``(channels, values)``; ``search`` is "max" or "mse"."""
+    parts = np.array_split(rows, min(len(rows), -(-rows.size // PART)))
+    return np.concatenate([_weight_scale(part, grid, search) for part in parts])
+
+
+def _weight_scale(rows: np.ndarray, grid: Grid, search: str) -> np.ndarray:
     top = np.maximum(np.abs(rows).max(axis=1) / grid.top, SMALLEST)
     if search == "max":
         return top

@@ -3,12 +3,14 @@
 The same for every format, as `compile` does for QFP8: scales by the format's search, activations (of linear layers
 and of products of two activations) by one scale per tensor, embedding tables per row; then, layer after layer, weights
 rounded on data (tvm_qfp8/calibration/rounding.py) and biases corrected, by what the layer really receives. Of several
-grids the weights take the one of least output error. Nonlinear layers are exact.
+grids the weights take the one of least output error. Matrices of large networks are rounded without compensation
+(`large`). Nonlinear layers are exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import tvm
 
 from format_study.formats import Format
 from format_study.grids import Grid
+from format_study.large import Received
 from format_study.scales import Histogram, weight_scale
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program, Step
@@ -25,6 +28,9 @@ from tvm_qfp8.calibration.operators import TABLE
 from tvm_qfp8.calibration.rounding import RoundedRows, can_round, least_output_error
 
 TOKEN_MASK = "attention_mask"
+LARGE = 10**8
+"""So many weights make a network large."""
+
 Values = Mapping[str, Any]
 Flows = Sequence[dict[str, Any]]
 """What a sample has become so far, one dict each."""
@@ -40,7 +46,27 @@ class Network:
         self.tables = set(quantized_embeddings(self.program))
         self.last_reader = {name: step.name for step in self.program.steps for name in step.reads}
         self.compared = self._compared()
+        self.compares_result = self.compared in self.program.result_names()
         self.kept = self.program.result_names() | {self.compared}
+        self.is_large = sum(linear.weight.size for linear in self.linear.values()) >= LARGE
+
+    @cached_property
+    def exact(self) -> tuple[dict[str, list[np.ndarray]], dict[str, np.ndarray]]:
+        """In float32: what linear layers read, of every sample, and the sum of the samples' mean outputs."""
+        flows: Flows = [dict(sample) for sample in self.samples]
+        inputs, sums = {}, {}
+        with np.errstate(all="ignore"):
+            for step in self.program.steps:
+                if step.name in self.linear:
+                    source = self.linear[step.name].source
+                    inputs[source] = [values[source] for values in flows]
+                for values in flows:
+                    values[step.name] = step.run(values)
+                if step.name in self.linear:
+                    sums[step.name] = summed_means(self.linear[step.name], flows, self.samples)
+                for values in flows:
+                    self.free(step, values)
+        return inputs, sums
 
     def _compared(self) -> str:
         """The first result; where that is a softmax, its input: a single step of text that changes sides would
@@ -59,9 +85,7 @@ class Network:
         """What the SQNR is taken of for one input; logits less their mean, which no softmax sees."""
         values = self._values(inputs, value)
         found = np.asarray(values[self.compared])
-        return (
-            found if self.compared in self.program.result_names() else found - found.mean(-1, keepdims=True)
-        )
+        return found if self.compares_result else found - found.mean(-1, keepdims=True)
 
     def run(
         self, inputs: Mapping[str, np.ndarray], value: Callable[[Step, Values], Any] | None = None
@@ -103,6 +127,15 @@ def mean_output(linear: Linear, result: np.ndarray, sample: Values) -> np.ndarra
     return valid_rows(linear.rows(result), sample).mean(axis=0, dtype=np.float64)
 
 
+def summed_means(linear: Linear, flows: Flows, samples: Sequence[Values]) -> np.ndarray:
+    """Of each output channel, the sum of the samples' means."""
+    means = (
+        mean_output(linear, values[linear.step.name], sample)
+        for values, sample in zip(flows, samples, strict=True)
+    )
+    return np.asarray(sum(means))
+
+
 class NearestWeights:
     """The weights of linear layers on each grid of a format, and the embedding tables, rounded to nearest."""
 
@@ -139,14 +172,16 @@ class Quantized:
 
     def __init__(self, network: Network, nearest: NearestWeights, activations: bool) -> None:
         self.network, self.format, self.tables = network, nearest.format, nearest.tables
+        self.compares_result = network.compares_result
         self.weights: dict[str, np.ndarray] = {}
         self.activations: dict[str, tuple[Grid, float]] = {}
         self.corrections: dict[str, np.ndarray] = {}
+        self._latest: tuple[str, Received] | None = None
         self._calibrate(nearest, activations)
 
     def _calibrate(self, nearest: NearestWeights, activations: bool) -> None:
         network = self.network
-        exact, flows = ([dict(sample) for sample in network.samples] for _ in range(2))
+        flows = [dict(sample) for sample in network.samples]
         with np.errstate(all="ignore"):
             for step in network.program.steps:
                 if activations:
@@ -154,25 +189,27 @@ class Quantized:
                         self._observe(source, flows)
                 if step.name in network.linear:
                     linear = network.linear[step.name]
-                    self.weights[step.name] = self._on_data(linear, nearest, exact, flows)
-                for values in exact:
-                    values[step.name] = step.run(values)
+                    self.weights[step.name] = self._on_data(linear, nearest, flows)
                 for values in flows:
                     values[step.name] = self.value(step, values)
                 if step.name in network.linear:
-                    self._correct(linear, exact, flows)
-                for values in (*exact, *flows):
+                    self._correct(linear, flows)
+                for values in flows:
                     network.free(step, values)
 
-    def _on_data(self, linear: Linear, nearest: NearestWeights, exact: Flows, flows: Flows) -> np.ndarray:
+    def _on_data(self, linear: Linear, nearest: NearestWeights, flows: Flows) -> np.ndarray:
         candidates = nearest.weights[linear.step.name]
+        if self.network.is_large and linear.step.operator == "relax.matmul":
+            (rows,) = as_rows(linear, linear.weight)
+            return from_rows(linear, self._received(linear.source, flows).rounded(rows, candidates)[None])
         found = None
         if can_round(linear):
             inputs = InputRows(linear, len(flows))
+            exact = self.network.exact[0][linear.source]
             for sample, values, received in zip(self.network.samples, exact, flows, strict=True):
                 rows = self._read(linear.source, received)
                 tokens = valid_tokens(rows.size // rows.shape[-1], sample)
-                inputs.add(rows, values[linear.source], tokens)
+                inputs.add(rows, values, tokens)
             found = least_output_error(linear, candidates, inputs, self.format.searches_scales)
         if found is None:
             rows = as_rows(linear, linear.weight)
@@ -180,6 +217,17 @@ class Quantized:
         else:
             _, chosen = found
         return from_rows(linear, chosen.values)
+
+    def _received(self, source: str, flows: Flows) -> Received:
+        """One for all layers that read ``source``, which follow each other."""
+        if self._latest is None or self._latest[0] != source:
+            received = [self._read(source, values) for values in flows]
+            rows = [
+                np.concatenate([x.reshape(-1, x.shape[-1]) for x in of])
+                for of in (received, self.network.exact[0][source])
+            ]
+            self._latest = source, Received(*rows)
+        return self._latest[1]
 
     def _sources(self, step: Step) -> tuple[str, ...]:
         if step.name in self.network.linear:
@@ -194,16 +242,10 @@ class Quantized:
             histogram.add(valid_rows(values[name].reshape(-1, values[name].shape[-1]), sample))
         self.activations[name] = histogram.choose(self.format.activations, self.format.search)
 
-    def _correct(self, linear: Linear, exact: Flows, flows: Flows) -> None:
+    def _correct(self, linear: Linear, flows: Flows) -> None:
         name = linear.step.name
-        means = [
-            sum(
-                mean_output(linear, values[name], sample)
-                for values, sample in zip(of, self.network.samples, strict=True)
-            )
-            for of in (exact, flows)
-        ]
-        mean = (means[1] - means[0]) / len(flows)
+        sums = summed_means(linear, flows, self.network.samples)
+        mean = (sums - self.network.exact[1][name]) / len(flows)
         self.corrections[name] = linear.per_channel(mean.astype(np.float32))
         for values in flows:
             values[name] = values[name] - self.corrections[name]
