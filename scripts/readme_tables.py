@@ -174,11 +174,12 @@ def cycles() -> str:
         [
             tile["cpu"],
             tile["activation"],
+            tile["weight"],
             *(f"{tile[k]:.2f}" for k in ("macs_per_cycle", "float32_macs_per_cycle", "ratio")),
         ]
         for tile in record["tiles"]
     ]
-    return _table(["CPU's model", "activations", "QFP8", "float32", "QFP8 / float32"], rows)
+    return _table(["CPU's model", "activations", "weights", "QFP8", "float32", "QFP8 / float32"], rows)
 
 
 def qat() -> str:

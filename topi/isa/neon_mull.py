@@ -1,9 +1,9 @@
 """NEON bytes without dot products: ``smull`` and ``smlal`` make int16 products, ``sadalp`` adds pairs of them to int32.
 
-For Cortex-A72 and the like. Sixteen products in three instructions, where ``smlal`` makes twelve of int16 values,
-and on CPUs with one multiplier twice as many in its time. One int16 lane holds the sum of two products, of an activation of -128 to 127 and a weight of -127 to 127
-each: it fits. The two products of a lane come from both halves of a vector, so weights lie that way: the first two
-steps of all columns, then the other two.
+For Cortex-A72 and the like. Sixteen products in three instructions, where ``smlal`` makes twelve of int16 values, and
+of these three only two take the multiplier. One int16 lane holds the sum of two products, of an activation of -128 to
+127 and a weight of -127 to 127 each: it fits. The two products of a lane come from both halves of a vector, so weights
+lie that way: the first two steps of all columns, then the other two.
 """
 
 from tvm import tirx
