@@ -3,10 +3,9 @@
 Linear grid values are bytes, of which an instruction multiplies twice as many as of int16 values with VNNI (x86), three
 times as many with Arm's dot products, and somewhat more without. Linear layouts have fewer fine steps, though, and how
 much that costs differs from tensor to tensor by a factor of a thousand. So the error of each activation and the weights
-that it meets, in their best layouts and in linear ones, is compared at the module's outputs, all else in float32; tensors
-are taken in the order of error for each multiply-add, up to a budget, and none where that makes up little of the network.
-The choice
-does not look at the target: a module gives the same bits everywhere.
+that it meets, in their best layouts and in linear ones, is compared at the module's outputs, all else in float32;
+tensors are taken in the order of error for each multiply-add, up to a budget, and none where that makes up little of
+the network. The choice does not look at the target: a module gives the same bits everywhere.
 """
 
 from __future__ import annotations
