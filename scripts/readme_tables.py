@@ -57,7 +57,12 @@ def machine() -> str:
 SHOWN_VERSIONS = ("apache-tvm", "onnxruntime", "openvino")
 
 
-SCORED = {"int8": "onnxruntime int8", "nncf": "NNCF int8", "qfp8": "QFP8"}
+SCORED = {
+    "int8": "onnxruntime int8",
+    "nncf": "NNCF int8",
+    "qfp8": "QFP8",
+    "qfp8 without samples": "QFP8 without samples",
+}
 
 
 def accuracy() -> str:
