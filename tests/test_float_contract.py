@@ -150,11 +150,17 @@ def test_twin_of_fused_multiply_add_rounds_once():
             assert one == exact_sum(*values), values
 
 
-@pytest.mark.parametrize("machine", ["sse2", "avx2", "avx512"])
-@pytest.mark.parametrize("form", [fused_multiply_add, fused_multiply_add_in_float64])
+@pytest.mark.parametrize(
+    "form, machine",
+    [
+        (fused_multiply_add, "avx2"),
+        (fused_multiply_add, "avx512"),
+        *[(fused_multiply_add_in_float64, machine) for machine in TARGETS],
+    ],
+)
 def test_fused_multiply_add(form, machine):
-    if not machine_runs(machine) or (machine == "sse2" and form is fused_multiply_add):
-        pytest.skip(f"not for {machine} here")
+    if not machine_runs(machine):
+        pytest.skip(f"this CPU does not run {machine}")
     factors = awkward_factors()
 
     def body(a, b, c, out):
