@@ -166,18 +166,18 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     codes = array_of(weight)
     operands.tensor(x)
     pixels = shape.batch * shape.out_height * shape.out_width
-    if shape.activation is None:
-        isa, choose = _in_floats(isa, choose)
-    in_bytes = _in_bytes(isa, pixels, codes, shape.activation, shape.weight, dense=shape.is_pointwise)
-    if operands.memory is not None and in_bytes.split is None:
-        plan = plan_winograd(shape, codes)
-        if plan is not None and winograd_is_faster(plan):
-            return _winograd(call, plan, isa, threads, operands)
     if shape.is_pointwise:
         flat = codes.reshape(shape.out_channels, -1)
         layouts = shape.activation, shape.weight
         packed, emit, described = dense_kernel(isa, pixels, flat, *layouts, threads, choose)
     else:
+        if shape.activation is None:
+            isa, choose = _in_floats(isa, choose)
+        in_bytes = _in_bytes(isa, pixels, codes, shape.activation, shape.weight, dense=False)
+        if operands.memory is not None and in_bytes.split is None:
+            plan = plan_winograd(shape, codes)
+            if plan is not None and winograd_is_faster(plan):
+                return _winograd(call, plan, isa, threads, operands)
         packed, emit, described = _windowed(isa, in_bytes, shape, codes, threads, choose)
     operands.constant(packed)
     operands.constant(pad_channels(array_of(a)))

@@ -25,37 +25,19 @@ import tvm
 import tvm_ffi
 from tvm import ir, relax, tirx, topi
 
+from tvm_qfp8.data_movement import MOVES_DATA
 from tvm_qfp8.dtype import layout_of, tensor_codes
 from tvm_qfp8.errors import UnsupportedOperatorError
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.codec import decode_expr, encode_expr
 from tvm_qfp8.topi.float_contract import lanes_of, with_lanes
 
-MOVES_DATA = frozenset(
-    {
-        "relax.broadcast_to",
-        "relax.call_dps_packed",
-        "relax.call_pure_packed",
-        "relax.call_tir",
-        "relax.call_tir_inplace",
-        "relax.concat",
-        "relax.dynamic_strided_slice",
-        "relax.expand_dims",
-        "relax.flatten",
-        "relax.flip",
-        "relax.gather_elements",
-        "relax.gather_nd",
-        "relax.permute_dims",
-        "relax.repeat",
-        "relax.reshape",
-        "relax.split",
-        "relax.squeeze",
-        "relax.stack",
-        "relax.strided_slice",
-        "relax.take",
-        "relax.tile",
-    }
-)
+TAKES_CODES = MOVES_DATA | {
+    "relax.call_dps_packed",
+    "relax.call_pure_packed",
+    "relax.call_tir",
+    "relax.call_tir_inplace",
+}
 """Relax operators that give the same result on codes as on the numbers they stand for."""
 
 MOVES_VALUES = frozenset({"prim.if_then_else", "prim.likely", "tirx.reinterpret"})
@@ -237,7 +219,7 @@ def _call(call: ir.Call, mutator) -> ir.Call:
     if layout is None or not isinstance(call.op, ir.Op):
         return lowered
     name = call.op.name
-    if name not in MOVES_DATA and name not in MOVES_VALUES:
+    if name not in TAKES_CODES and name not in MOVES_VALUES:
         raise UnsupportedOperatorError(
             f"{name} cannot work on {layout.ir_dtype} values; cast them to float32 first"
         )

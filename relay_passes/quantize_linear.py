@@ -33,6 +33,7 @@ from tvm_qfp8.calibration.plan import (
     QuantizationPlan,
 )
 from tvm_qfp8.calibration.recurrent_layer import RECURRENT
+from tvm_qfp8.data_movement import KEEPS_ELEMENTS
 from tvm_qfp8.dtype import codes_tensor
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.recurrent_cell import Cell
@@ -42,14 +43,6 @@ from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 MAX_IMAGE_CHANNELS = 4
 """Up to so many channels a convolution reads NCHW itself."""
-
-MOVES_DATA = (
-    "relax.reshape",
-    "relax.permute_dims",
-    "relax.squeeze",
-    "relax.expand_dims",
-    "relax.flatten",
-)
 
 
 def codes_constant(codes: np.ndarray, layout: str) -> relax.Expr:
@@ -311,7 +304,7 @@ class _Rewriter(MainRewriter):
                 # Codes are joined instead: the encodes fuse with what makes the parts.
                 parts = [self._encode(part, layout, scale) for part in value.args[0].fields]
                 moved = relax.Call(value.op, [relax.Tuple(parts)], value.attrs)
-            elif op_name(value) in MOVES_DATA:
+            elif op_name(value) in KEEPS_ELEMENTS:
                 source = self._encode(value.args[0], layout, scale)
                 moved = relax.Call(value.op, [source, *map(self.expression, value.args[1:])], value.attrs)
             else:

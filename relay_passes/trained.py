@@ -29,6 +29,7 @@ from tvm_qfp8.calibration.embeddings import embedding_tables
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import find_linear
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
+from tvm_qfp8.data_movement import KEEPS_ELEMENTS
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.format import decode, encode, get_layout
 from tvm_qfp8.quantize import QTensor
@@ -37,7 +38,6 @@ from tvm_qfp8.relay_passes.fuse import op_name, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 FAKE_QUANTIZE, TRAINED = "relax.qfp8.fake_quantize", "relax.qfp8.trained"
-MOVES_DATA = ("relax.reshape", "relax.permute_dims", "relax.squeeze", "relax.expand_dims", "relax.flatten")
 REPEATS = ("relax.broadcast_to", "relax.reshape")
 LINEAR = ("relax.matmul", "relax.nn.conv1d", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 MOST_EXPONENT_BITS = 3
@@ -94,7 +94,7 @@ class _Claim(MainRewriter):
                 self.activations[var] = self.activations[value.args[0]]
             else:
                 self.variables[var] = self.expression(value.args[0])
-        elif name in MOVES_DATA and value.args[0] in self.activations:
+        elif name in KEEPS_ELEMENTS and value.args[0] in self.activations:
             # Rounding is the same before and after.
             rounded = self.activations[value.args[0]]
             moved = relax.Call(value.op, [rounded.source, *map(self.expression, value.args[1:])], value.attrs)

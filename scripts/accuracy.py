@@ -121,7 +121,7 @@ def build(model: Model, runner: str, samples: int) -> tuple[Run, dict[str, Any]]
         compiled = tvm_qfp8.compile(
             str(path), "native", input_shapes=model.input_shapes(), calibration=calibration, progress=progress
         )
-    return compiled.run, {"totals": compiled.report.totals}
+    return compiled.run, {"totals": compiled.report.totals, "calibration_samples": len(calibration or ())}
 
 
 def score(task: Task, reference: Any, run: Run) -> dict[str, Any]:

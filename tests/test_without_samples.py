@@ -135,6 +135,14 @@ def test_what_is_a_value_of_an_input():
     )
 
 
+@pytest.mark.parametrize(
+    "moved", [lambda x: R.flip(x, 1), lambda x: R.tile(x, (2, 1)), lambda x: R.repeat(x, 2, 0)]
+)
+def test_a_moved_input_is_one_still(moved):
+    program = Program(build({"x": ((2, 4), "float32")}, lambda emit, x: emit(moved(x))))
+    assert {step.name for step in program.steps} <= values_of_inputs(program)
+
+
 def test_where_e3m4_could_overflow_rows_are_narrower():
     """The grid values of a weight whose values are all alike are the largest there are."""
 

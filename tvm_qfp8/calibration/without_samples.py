@@ -24,6 +24,7 @@ from tvm_qfp8.calibration.evaluate import Name, Program
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear, LinearSteps, quantized_weight
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.row_scales import can_have_row_scales
+from tvm_qfp8.data_movement import MOVES_DATA
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import QTensor
 from tvm_qfp8.topi.overflow import INT32_LIMIT, largest_sum
@@ -31,22 +32,7 @@ from tvm_qfp8.topi.overflow import INT32_LIMIT, largest_sum
 ROW_LAYOUTS = ("E3M4", "E2M5")
 """The first whose sums fit int32."""
 
-MOVES_DATA = (
-    "alias",
-    "tuple_get_item",
-    "relax.astype",
-    "relax.broadcast_to",
-    "relax.concat",
-    "relax.expand_dims",
-    "relax.flatten",
-    "relax.permute_dims",
-    "relax.reshape",
-    "relax.split",
-    "relax.squeeze",
-    "relax.stack",
-    "relax.strided_slice",
-    "relax.take",
-)
+HOLDS_VALUES = MOVES_DATA | {"alias", "tuple_get_item", "relax.astype"}
 """Operators whose results are values of their first argument."""
 
 NO_DATA = "no calibration data"
@@ -99,7 +85,7 @@ def values_of_inputs(program: Program) -> set[str]:
     """The inputs of a program, and variables that hold values of them as they are."""
     names = set(program.inputs)
     for step in program.steps:
-        if step.operator in MOVES_DATA and not names.isdisjoint(_names(step.arguments[0])):
+        if step.operator in HOLDS_VALUES and not names.isdisjoint(_names(step.arguments[0])):
             names.add(step.name)
     return names
 
