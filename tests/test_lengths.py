@@ -1,9 +1,11 @@
 """Several lengths in one module: each input runs at the next length, with one set of weights."""
 
 import platform
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import typer
 from models import WIDTH, encoder, model, tokens
 from onnx import helper
 
@@ -154,7 +156,7 @@ def test_a_convolution_of_several_widths():
         (shapes([0, 4]), "positive integers"),
         ({"ids": (1, [4, 8]), "mask": (1, [4, 9])}, r"different lengths, \[4, 8\] and \[4, 9\]"),
         ({"ids": ([1, 2], [4, 8]), "mask": (1, 8)}, "one dimension"),
-        (shapes("tokens"), r"of another list the lengths .*\[32, 64, 128\]"),
+        (shapes("tokens"), r"for another give the lengths .*lengths_up_to\(128\)"),
     ],
 )
 def test_lengths_that_make_no_sense_are_named(given, message):
@@ -181,6 +183,23 @@ def test_another_network_at_another_length_is_refused():
 def test_command_line_lengths():
     assert parse_shapes(["ids=1,8/12/20"]) == {"ids": (1, [8, 12, 20])}
     assert parse_shapes(["ids=N,8/12"]) == {"ids": ("N", [8, 12])}
+    assert parse_shapes(["ids=1,..32,3"]) == {"ids": (1, [4, 8, 12, 16, 20, 24, 28, 32], 3)}
+    for wrong in ("ids=1,../8", "ids=1,..8/12", "ids=1,0/8", "ids=1,..0", "ids=1,.8", "ids=1,8..16"):
+        with pytest.raises(typer.BadParameter, match="NAME=EXTENT"):
+            parse_shapes([wrong])
+
+
+@pytest.mark.parametrize("longest", [1, 3, 4, 5, 31, 32, 33, 100, 128, 512, 1000])
+def test_lengths_up_to_one_waste_little(longest):
+    lengths = q.lengths_up_to(longest)
+    assert lengths[-1] == longest
+    assert lengths == sorted(set(lengths))
+    assert all(after - before <= max(4, before / 4) for before, after in pairwise(lengths))
+
+
+def test_lengths_up_to_nothing_are_refused():
+    with pytest.raises(ModelError, match="the longest input has 0"):
+        q.lengths_up_to(0)
 
 
 def test_an_exported_program_with_an_open_dimension():

@@ -67,7 +67,9 @@ def test_what_else_is_open_has_to_be_given():
     from models import encoder
 
     with pytest.raises(
-        ModelError, match=r"\(n, m\); .* input_shapes=\{'ids': \(1, \[32, 64, 128\]\)\}.* ids=1,32/64/128"
+        ModelError,
+        match=r"'ids' .*\(n, m\), .*'mask' .*; .* input_shapes=\{'ids': \(1, lengths_up_to\(128\)\), 'mask': "
+        r"\(1, lengths_up_to\(128\)\)\}, .* --input-shape ids=1,..128 --input-shape mask=1,..128",
     ):
         q.compile(encoder())
     with pytest.raises(ModelError, match="output 'y' has shape .*no batch in front"):

@@ -18,6 +18,7 @@ tvm_fixes.apply()
 _PUBLIC = {
     "compile": "compiler",
     "Config": "config",
+    "lengths_up_to": "lengths",
     "load": "runtime",
     "bundle": "bundling",
     "sensitivity": "analysis",

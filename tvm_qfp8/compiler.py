@@ -145,9 +145,9 @@ def compile(  # noqa: A001 - the public name
     input_shapes : dict of name to shape
         Needed where the model leaves dimensions open. A name instead of the first extent of every input leaves the
         batch open: ``run`` then takes any number of samples, one after the other. A list instead of an extent, such as
-        ``{"input_ids": (1, [16, 32, 64, 128])}``, makes a module for all these lengths, with one set of weights.
-        Shorter inputs are padded with zeros up to the next length where outputs do not see it, as with an attention
-        mask; else ``run`` takes these lengths only.
+        ``{"input_ids": (1, lengths_up_to(128))}`` or ``(1, [16, 32, 64])``, makes a module for all these lengths, with
+        one set of weights. Inputs between them are padded with zeros up to the next where outputs do not see it, as
+        with an attention mask; else ``run`` takes these lengths only.
     calibration : iterable of ``{input name: array}``, path of an .npz, or None
         Samples with the inputs' full shapes, of several lengths the longest; shorter ones are padded where ``run``
         pads. None: weights are quantized, and the inputs of dense layers with a scale for each row, found at run time;

@@ -35,8 +35,8 @@ def compile_model(
         typer.Option(
             "--input-shape",
             "-s",
-            help="NAME=1,3,224,224 where the model leaves dimensions open; NAME=N,... for any batch, NAME=1,32/64/128 "
-            "for a module of several lengths.",
+            help="NAME=1,3,224,224 where the model leaves dimensions open; NAME=N,... for any batch, NAME=1,..128 "
+            "for lengths up to 128, NAME=1,32/64/128 for these.",
         ),
     ] = None,
     max_error: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,17 +10,22 @@ from typing import TYPE_CHECKING
 import typer
 
 from tvm_qfp8.errors import CalibrationError, InputError
+from tvm_qfp8.lengths import lengths_up_to
 
 if TYPE_CHECKING:
     import numpy as np
 
     from tvm_qfp8.importers import Extent
 
+EXTENT = re.compile(r"(\.\.)?[1-9]\d*|[1-9]\d*(/[1-9]\d*)+")
+"""``16``, ``..64`` or ``16/32/64``."""
+
 
 def parse_shapes(texts: list[str]) -> dict[str, tuple[Extent, ...]]:
     """``["name=1,3,224,224"]`` as ``{"name": (1, 3, 224, 224)}``.
 
-    The first extent may be a name, for an open batch; any may be lengths to choose from, ``16/32/64``.
+    The first extent may be a name, for an open batch; any may be lengths to choose from, ``16/32/64``, or ``..64`` for
+    all up to one (``lengths_up_to``).
 
     Raises
     ------
@@ -31,15 +37,17 @@ def parse_shapes(texts: list[str]) -> dict[str, tuple[Extent, ...]]:
         name, equals, extents = text.rpartition("=")
         parts = [part.strip() for part in extents.replace("x", ",").split(",")]
         open_batch = len(parts) > 1 and parts[0].isidentifier()
-        shape: list[Extent] = [parts.pop(0)] if open_batch else []
-        for part in parts:
-            lengths = part.split("/")
-            if not equals or not name or not all(each.isdigit() and int(each) > 0 for each in lengths):
-                raise typer.BadParameter(f"{text!r} is not NAME=EXTENT,EXTENT,... as in image=1,3,224,224")
-            numbers = [int(each) for each in lengths]
-            shape.append(numbers if len(numbers) > 1 else numbers[0])
-        shapes[name] = tuple(shape)
+        batch: list[Extent] = [parts.pop(0)] if open_batch else []
+        if not equals or not name or not all(map(EXTENT.fullmatch, parts)):
+            raise typer.BadParameter(f"{text!r} is not NAME=EXTENT,EXTENT,... as in image=1,3,224,224")
+        shapes[name] = (*batch, *map(_extent, parts))
     return shapes
+
+
+def _extent(text: str) -> Extent:
+    if text.startswith(".."):
+        return lengths_up_to(int(text[2:]))
+    return [int(length) for length in text.split("/")] if "/" in text else int(text)
 
 
 def read_inputs(texts: list[str]) -> dict[str, np.ndarray]:

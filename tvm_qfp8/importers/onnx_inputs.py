@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx
 
@@ -11,6 +11,9 @@ from tvm_qfp8.errors import ModelError
 
 BATCH = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
 """What exporters call a batch. An open first dimension of another name may be time, which is no batch."""
+
+TEXT, TEXT_OPTION = "lengths_up_to(128)", "..128"
+"""What to give for the length of a text."""
 
 
 def fix_input_shapes(model: onnx.ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -44,7 +47,7 @@ def fix_input_shapes(model: onnx.ModelProto, input_shapes: Mapping[str, tuple[in
             _write(value, input_shapes[value.name])
         elif batch is not None:
             value.type.tensor_type.shape.dim[0].dim_value = 1
-        _refuse_open(value)
+    _refuse_open(model.graph.input)
     forget_shapes(model)
     return batch
 
@@ -91,25 +94,46 @@ def _write(value: onnx.ValueInfoProto, given: tuple[int, ...]) -> None:
     dims.extend(onnx.TensorShapeProto.Dimension(dim_value=int(extent)) for extent in given)
 
 
-def _refuse_open(value: onnx.ValueInfoProto) -> None:
-    tensor_type = value.type.tensor_type
-    if not tensor_type.HasField("shape"):
-        raise ModelError(
-            f"input {value.name!r} has no shape in the file; give it: input_shapes={{{value.name!r}: (...)}}"
-        )
-    dims = tensor_type.shape.dim
-    if not any(_is_open(dim) for dim in dims):
+def _refuse_open(values: Iterable[onnx.ValueInfoProto]) -> None:
+    values = list(values)
+    for value in values:
+        if not value.type.tensor_type.HasField("shape"):
+            raise ModelError(
+                f"input {value.name!r} has no shape in the file; give it: input_shapes={{{value.name!r}: (...)}}"
+            )
+    still_open = [value for value in values if any(map(_is_open, _dims(value)))]
+    if not still_open:
         return
-    shown = ", ".join(dim.dim_param or ("?" if _is_open(dim) else str(dim.dim_value)) for dim in dims)
-    opened = [axis for axis, dim in enumerate(dims) if _is_open(dim)]
-    # A text's inputs are integers: their length is what a user would like to keep open.
-    is_text = tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-    example = tuple(
-        dim.dim_value if axis not in opened else [32, 64, 128] if axis and is_text and len(opened) == 2 else 1
-        for axis, dim in enumerate(dims)
+    shown = ", ".join(
+        f"input {value.name!r} has open dimensions ({', '.join(map(_extent, _dims(value)))})"
+        for value in still_open
     )
-    option = ",".join("/".join(map(str, part)) if isinstance(part, list) else str(part) for part in example)
+    # The length of a text, which all inputs that have it name alike, is what a user would like to keep open.
+    texts = [_dims(value)[1].dim_param for value in still_open if _is_text(value)]
+    examples = {value.name: [_example(dim, texts) for dim in _dims(value)] for value in still_open}
+    shapes = ", ".join(f"{name!r}: ({', '.join(shape)})" for name, shape in examples.items())
+    options = " ".join(
+        f"--input-shape {name}={','.join(shape).replace(TEXT, TEXT_OPTION)}"
+        for name, shape in examples.items()
+    )
     raise ModelError(
-        f"input {value.name!r} has open dimensions ({shown}); give them, for example "
-        f"input_shapes={{{value.name!r}: {example}}}, on the command line --input-shape {value.name}={option}"
+        f"{shown}; give them, for example input_shapes={{{shapes}}}, on the command line {options}"
     )
+
+
+def _dims(value: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:
+    return value.type.tensor_type.shape.dim
+
+
+def _extent(dim: onnx.TensorShapeProto.Dimension) -> str:
+    return dim.dim_param or ("?" if _is_open(dim) else str(dim.dim_value))
+
+
+def _is_text(value: onnx.ValueInfoProto) -> bool:
+    """Integers, a batch of them, open in both."""
+    integers = value.type.tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+    return integers and len(_dims(value)) == 2 and all(map(_is_open, _dims(value)))
+
+
+def _example(dim: onnx.TensorShapeProto.Dimension, texts: Sequence[str]) -> str:
+    return str(dim.dim_value) if not _is_open(dim) else TEXT if dim.dim_param in texts else "1"

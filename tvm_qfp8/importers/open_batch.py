@@ -25,18 +25,13 @@ def close_batch(input_shapes: ShapesAtLength) -> tuple[dict[str, tuple[int, ...]
         if any(isinstance(extent, str) for extent in rest):
             raise ModelError(
                 f"input {name!r} is given as {tuple(shape)}: only the first dimension, the batch, may stay open; "
-                f"of another list the lengths that the module is for, such as {_with_lengths(shape)}"
+                "for another give the lengths that the module is for: lengths_up_to(128), or a list of them"
             )
         names.update(extent for extent in first if isinstance(extent, str))
         closed[name] = tuple(1 if isinstance(extent, str) else int(extent) for extent in shape)
     if len(names) > 1:
         raise ModelError(f"inputs have different batches: {', '.join(sorted(names))}; give them one name")
     return closed, names.pop() if names else None
-
-
-def _with_lengths(shape: tuple) -> tuple:
-    """A shape as the user gave it, with example lengths for names after the first dimension."""
-    return (*shape[:1], *([32, 64, 128] if isinstance(extent, str) else extent for extent in shape[1:]))
 
 
 def check_batch(

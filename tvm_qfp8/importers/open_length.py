@@ -1,4 +1,4 @@
-"""A dimension that takes several lengths: ``input_shapes={"input_ids": (1, [16, 32, 64, 128])}``.
+"""A dimension that takes several lengths: ``input_shapes={"input_ids": (1, lengths_up_to(128))}``, or a list of them.
 
 Programs have static shapes: a module holds one for each length, and all take the same weights.
 """
