@@ -1,8 +1,8 @@
 """Times one module compiled for several lengths against onnxruntime and OpenVINO on inputs of many lengths.
 
-MiniLM, texts of 8 to 128 tokens without padding. Ours is one module for lengths up to 128, which pads a text up to the next
-of them; onnxruntime runs the file with its open dimensions; OpenVINO gets a network of its own, reshaped, for each
-length. Contestants take turns, each in a process of its own (``zoo/contest.py``).
+MiniLM, texts of 8 to 128 tokens without padding. Ours is one module for lengths up to 128, which pads a text up to
+the next of them; onnxruntime runs the file with its open dimensions; OpenVINO gets a network of its own, reshaped, for
+each length. Contestants take turns, each in a process of its own (``zoo/contest.py``).
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import numpy as np
 from tvm_qfp8.errors import InputError, ModelError
 from tvm_qfp8.tensor_info import TensorInfo, tensor_entries, tensor_infos
 
-
 FINEST_STEP = 4
 """Shorter ones would gain little: inputs of 4 and of 8 tokens take about as long."""
 
