@@ -23,7 +23,7 @@ for _variable in ("OMP_NUM_THREADS", "TVM_NUM_THREADS"):
 
 import numpy as np  # noqa: E402
 from format_study.formats import FORMATS  # noqa: E402
-from format_study.simulate import NearestWeights, Network, Quantized  # noqa: E402
+from format_study.simulate import Mode, NearestWeights, Network, Quantized  # noqa: E402
 
 from tvm_qfp8.importers import load_model  # noqa: E402
 from tvm_qfp8.relay_passes.prepare import prepare  # noqa: E402
@@ -33,7 +33,13 @@ from zoo.task import BOOTSTRAP_SEED, Run, Task, sqnr_db  # noqa: E402
 
 MODELS = ("mobilenetv2", "fashion_resnet", "minilm", "ppocr", "smollm2")
 RESNET_SEEDS = (1, 2, 3)
-MODES = {"weights": False, "weights and activations": True}
+MODES = {
+    "weights": Mode(),
+    "weights and activations": Mode(activations=True),
+    "weights and activations by row": Mode(activations=True, by_row=True),
+}
+ROWS = ("minilm", "smollm2")
+"""Models whose dense layers read more than one row of a sample, for which a scale for each is something else."""
 RESAMPLES = 1000
 
 
@@ -99,7 +105,8 @@ class Study:
         missing = [
             (named[name], mode)
             for name in self.arguments.formats
-            for mode in MODES
+            for mode, what in MODES.items()
+            if not what.by_row or self.name in ROWS
             if (name, mode) not in done
         ]
         if not missing:

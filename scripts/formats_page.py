@@ -18,6 +18,9 @@ from format_study.formats import FORMATS  # noqa: E402
 RESULTS, QAT = (REPOSITORY / "results" / name for name in ("formats.json", "qat.json"))
 PAGE = REPOSITORY / "docs" / "formats.md"
 MODES = ("weights", "weights and activations")
+"""What every model is measured in."""
+BY_ROW = "weights and activations by row"
+SHORT = dict(zip((*MODES, BY_ROW), ("W", "W+A", "W+A rows"), strict=True))
 RIVALS = [one.name for one in FORMATS if one.hardware and not one.ours]
 HEAD = """# 8-bit formats compared
 
@@ -28,10 +31,11 @@ one per row; then, layer after layer, weights rounded on data and the bias corre
 Nonlinear layers stay exact. It is a simulation in float32. Output SQNR is that of logits where a model ends in a
 softmax.
 
-Activations have one scale per tensor here, whatever the format; `compile` also tries scales per row and factors per
-channel (the README has what SmolLM2 loses then). In SmolLM2, which is large, weights do not make up for the error of
-their input (`tvm_qfp8/calibration/compensation.py`), for time's sake; it starts from the weights of a file of 4 and 8
-bits.
+Activations have one scale per tensor, whatever the format. `compile` also tries factors per channel, and a scale for
+each row of what dense layers read, found at run time: "by row" is the latter, again for every format (a row is divided
+by its largest magnitude, then all rows share one searched scale). In SmolLM2, which is large, weights do not make up
+for the error of their input (`tvm_qfp8/calibration/compensation.py`), for time's sake; it starts from the weights of a
+file of 4 and 8 bits.
 
 `QFP8` is the default: weights in E2M5 or E1M6 by the layer's output error, activations by error among E1M6, E2M5, E3M4,
 UE1M7, UE2M6 and UE3M5. int8 activations are uint8 where nothing is negative. NF8 is a free code book that no
@@ -90,6 +94,11 @@ def _cases(records: list[dict[str, Any]], name: str, mode: str) -> list[dict[str
     return found if len(found) == len(records) else []
 
 
+def _modes(records: list[dict[str, Any]]) -> list[str]:
+    """The modes that a model was measured in."""
+    return [mode for mode in SHORT if any(_cases(records, one.name, mode) for one in FORMATS)]
+
+
 def _mean_sqnr(cases: list[dict[str, Any]]) -> float:
     return fmean(case["sqnr_db"] for case in cases)
 
@@ -101,12 +110,13 @@ def mean_over_models(groups: list[Group], name: str, mode: str) -> float:
 
 
 def _sqnr(groups: list[Group]) -> str:
-    """One row a format: weights / weights and activations of each model, and their mean where all are there."""
-    lines = ["| format | " + " | ".join(f"{name}: W | W+A" for name, _ in groups) + " | mean: W | W+A |"]
-    lines.append("|" + "---|" * (2 * len(groups) + 3))
+    """One row a format: each mode of each model, and the mean over models of those that all have."""
+    columns = [(name, records, mode) for name, records in groups for mode in _modes(records)]
+    heads = [f"{name}: W" if mode == MODES[0] else SHORT[mode] for name, _, mode in columns]
+    lines = ["| format | " + " | ".join(heads) + " | mean: W | W+A |"]
+    lines.append("|" + "---|" * (len(columns) + 3))
     for one in FORMATS:
-        columns = [[_cases(records, one.name, mode) for mode in MODES] for _, records in groups]
-        cells = [_sqnr_cell(cases) for pair in columns for cases in pair]
+        cells = [_sqnr_cell(_cases(records, one.name, mode)) for _, records, mode in columns]
         cells += [f"{mean_over_models(groups, one.name, mode):.1f}" for mode in MODES]
         name = f"**{one.name}**" if one.name == "QFP8" else one.name
         lines.append("| " + " | ".join([name, *cells]) + " |")
@@ -127,9 +137,10 @@ def _scores(group: Group, task: str) -> str:
         lines = [f"Perplexity, of which less is better; float32 {1 / exact:.3f}. {bracket}\n"]
     else:
         lines = [f"float32 {exact:.4f}. {bracket}\n"]
-    lines += ["| format | " + " | ".join(MODES) + " |", "|---|---|---|"]
+    modes = _modes(group[1])
+    lines += ["| format | " + " | ".join(modes) + " |", "|---" * (len(modes) + 1) + "|"]
     for one in FORMATS:
-        found = [_task(_cases(group[1], one.name, mode), task) for mode in MODES]
+        found = [_task(_cases(group[1], one.name, mode), task) for mode in modes]
         lines.append(f"| {one.name} | " + " | ".join(show(part) if part else "-" for part in found) + " |")
     return "\n".join(lines) + "\n"
 
@@ -164,7 +175,7 @@ def _losses(groups: list[Group]) -> str:
     """Every rival above QFP8's default: in SQNR, or in a score by more than one standard error."""
     lines, compared, above = [], 0, 0
     for model, records in groups:
-        for mode in MODES:
+        for mode in _modes(records):
             ours = _cases(records, "QFP8", mode)
             for name in RIVALS:
                 cases = _cases(records, name, mode)

@@ -9,7 +9,7 @@ from format_study.formats import FORMATS
 from format_study.grids import GRIDS
 from format_study.large import Received
 from format_study.scales import Histogram, weight_scale
-from format_study.simulate import NearestWeights, Network, Quantized
+from format_study.simulate import Mode, NearestWeights, Network, Quantized
 from tvm import relax
 
 from tvm_qfp8.calibration.fake_quantize import fake_quantize
@@ -124,15 +124,34 @@ def test_a_quantized_network_is_corrected_on_its_samples():
     samples = [{"x": rng.normal(1, 1, (1, 8)).astype(np.float32)} for _ in range(16)]
     network = Network(_softmax_model(), samples)
     (format_,) = (one for one in FORMATS if one.name == "E5M2")
-    quantized = Quantized(network, NearestWeights(network, format_), activations=True)
+    quantized = Quantized(network, NearestWeights(network, format_), Mode(activations=True))
     exact, found = (np.concatenate([n.compare(one) for one in samples]) for n in (network, quantized))
     assert 0 < np.abs(exact - found).max() < 0.5
     np.testing.assert_allclose(found.mean(0), exact.mean(0), atol=1e-5)
 
 
-def _softmax_model():
+def test_a_scale_for_each_row_forgives_rows_of_other_sizes():
+    """Which rows are large is not known before: one scale for all has to hold the largest."""
+    rng = np.random.default_rng(0)
+    sizes = 10.0 ** rng.integers(-3, 3, (4, 1))
+    samples = [
+        {"x": (rng.normal(0, 1, (4, 8)) * rng.permutation(sizes)).astype(np.float32)} for _ in range(8)
+    ]
+    network = Network(_softmax_model(rows=4), samples)
+    (format_,) = (one for one in FORMATS if one.name == "int8 mse")
+    nearest = NearestWeights(network, format_)
+    errors = {}
+    for by_row in (False, True):
+        quantized = Quantized(network, nearest, Mode(activations=True, by_row=by_row))
+        quantized.corrections.clear()  # they are the same for all rows
+        exact, found = (np.stack([n.compare(one) for one in samples]) for n in (network, quantized))
+        errors[by_row] = (np.abs(exact - found).max(-1) / np.abs(exact).max(-1)).mean()
+    assert errors[True] < 0.03 < 10 * errors[True] < errors[False]
+
+
+def _softmax_model(rows=1):
     weight = np.random.default_rng(1).normal(0, 1, (8, 5)).astype(np.float32)
-    x = relax.Var("x", relax.TensorType((1, 8), "float32"))
+    x = relax.Var("x", relax.TensorType((rows, 8), "float32"))
     builder = relax.BlockBuilder()
     with builder.function("main", [x]):
         with builder.dataflow():

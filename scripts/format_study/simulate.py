@@ -1,7 +1,8 @@
 """Post-training quantization of a network to any grid, simulated in float32.
 
 The same for every format, as `compile` does for QFP8: scales by the format's search, activations (of linear layers
-and of products of two activations) by one scale per tensor, embedding tables per row; then, layer after layer, weights
+and of products of two activations) by one scale per tensor, those of dense layers on request also divided by the
+largest magnitude of their row, found at run time; embedding tables per row; then, layer after layer, weights
 rounded on data (tvm_qfp8/calibration/rounding.py) and biases corrected, by what the layer really receives. Of several
 grids the weights take the one of least output error. Matrices of large networks are rounded without compensation
 (`large`). Nonlinear layers are exact.
@@ -10,6 +11,7 @@ grids the weights take the one of least output error. Matrices of large networks
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +21,7 @@ import tvm
 from format_study.formats import Format
 from format_study.grids import Grid
 from format_study.large import Received
-from format_study.scales import Histogram, weight_scale
+from format_study.scales import SMALLEST, Histogram, weight_scale
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.input_rows import InputRows, as_rows, from_rows
@@ -44,6 +46,8 @@ class Network:
         found = find_linear(self.program)
         self.linear, self.products = found.linear, found.products
         self.tables = set(quantized_embeddings(self.program))
+        dense = (linear for linear in self.linear.values() if linear.step.operator == "relax.matmul")
+        self.row_sources = {linear.source for linear in dense}
         self.last_reader = {name: step.name for step in self.program.steps for name in step.reads}
         self.compared = self._compared()
         self.compares_result = self.compared in self.program.result_names()
@@ -167,17 +171,26 @@ class NearestWeights:
         )
 
 
+@dataclass(frozen=True)
+class Mode:
+    """What is quantized beside the weights: nothing, activations, those of dense layers with a scale for each row."""
+
+    activations: bool = False
+    by_row: bool = False
+
+
 class Quantized:
     """A network in one format; ``run`` is like that of a compiled module."""
 
-    def __init__(self, network: Network, nearest: NearestWeights, activations: bool) -> None:
+    def __init__(self, network: Network, nearest: NearestWeights, mode: Mode) -> None:
+        self.rows = network.row_sources if mode.by_row else set()
         self.network, self.format, self.tables = network, nearest.format, nearest.tables
         self.compares_result = network.compares_result
         self.weights: dict[str, np.ndarray] = {}
         self.activations: dict[str, tuple[Grid, float]] = {}
         self.corrections: dict[str, np.ndarray] = {}
         self._latest: tuple[str, Received] | None = None
-        self._calibrate(nearest, activations)
+        self._calibrate(nearest, mode.activations)
 
     def _calibrate(self, nearest: NearestWeights, activations: bool) -> None:
         network = self.network
@@ -239,7 +252,8 @@ class Quantized:
             return
         histogram = Histogram()
         for values, sample in zip(flows, self.network.samples, strict=True):
-            histogram.add(valid_rows(values[name].reshape(-1, values[name].shape[-1]), sample))
+            rows = values[name] / self._row_scale(name, values[name])
+            histogram.add(valid_rows(rows.reshape(-1, rows.shape[-1]), sample))
         self.activations[name] = histogram.choose(self.format.activations, self.format.search)
 
     def _correct(self, linear: Linear, flows: Flows) -> None:
@@ -254,7 +268,12 @@ class Quantized:
         if name not in self.activations:
             return np.asarray(values[name])
         grid, scale = self.activations[name]
-        return grid.round(values[name], scale)
+        return grid.round(values[name], scale * self._row_scale(name, values[name]))
+
+    def _row_scale(self, name: str, values: np.ndarray) -> np.ndarray | np.float32:
+        if name not in self.rows:
+            return np.float32(1)
+        return np.maximum(np.abs(values).max(-1, keepdims=True), np.float32(SMALLEST))
 
     def value(self, step: Step, values: Values) -> Any:
         """What a step gives in this format."""
