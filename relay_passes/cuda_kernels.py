@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
-from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, row_scales_of, scaled
+from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, scaled_by
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, emit_row_operator, pool_shape
 from tvm_qfp8.topi.codec import decode_expr
@@ -71,11 +71,10 @@ def _with_scales(
     operands.constant(weights)
     operands.constant(pad_channels(array_of(call.args[2])))
     operands.constant(pad_channels(array_of(call.args[3])))
-    scales_at = row_scales_of(call, operands)
+    epilogue = scaled_by(call, operands)
 
     def body(inputs, finish) -> None:
-        row_scales = None if scales_at is None else inputs[scales_at]
-        emit(described, inputs[0], inputs[1], scaled(inputs[2], inputs[3], finish, row_scales))
+        emit(described, inputs[0], inputs[1], epilogue(inputs, inputs[2], inputs[3], finish))
 
     return body, described
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
 from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.calibration.contents import contents
 from tvm_qfp8.format import Layout, decode_grid
@@ -38,24 +40,32 @@ from tvm_qfp8.topi.winograd import emit_winograd, filter_function
 from tvm_qfp8.topi.winograd_plan import WinogradPlan, pack_winograd_weights, plan_winograd, winograd_is_faster
 
 
-def scaled(a, bias, finish: Callable, row_scales=None) -> Callable:
-    """fl32(acc) -> * a[c] -> * s[row], if rows have scales -> + bias[c], the fixed start of every linear epilogue."""
+def scaled(a, bias, finish: Callable, scales=None, rows_of_scale: int = 1) -> Callable:
+    """fl32(acc) -> * a[c] -> * s[row], if rows have scales -> + bias[c], the fixed start of every linear epilogue.
+
+    So many rows in a row share a scale: 1, or the pixels of a sample.
+    """
 
     def epilogue(total, row, column, valid) -> None:
         lanes = lanes_of(total)
         value = to_float(total) if dtype_of(total).startswith("int32") else total
         value = bind(mul(value, load(a, column, lanes)))
-        if row_scales is not None:
-            value = bind(mul(value, like_scalar(bind(load(row_scales, row, 1)), lanes)))
+        if scales is not None:
+            at = row if rows_of_scale == 1 else T.bind(row // rows_of_scale)
+            value = bind(mul(value, like_scalar(bind(load(scales, at, 1)), lanes)))
         value = bind(add(value, load(bias, column, lanes)))
         finish(value, row, column, lanes, valid)
 
     return epilogue
 
 
-def row_scales_of(call, operands: Operands) -> int | None:
-    """The argument that holds the scale of each row of a matmul's codes."""
-    return operands.tensor(call.args[4]) if len(call.args) > 4 else None
+def scaled_by(call, operands: Operands) -> Callable:
+    """``scaled`` of a linear call, as ``function(inputs, a, bias, finish)``; its scales become an operand."""
+    if len(call.args) <= 4:
+        return lambda _inputs, a, bias, finish: scaled(a, bias, finish)
+    scales_at = operands.tensor(call.args[4])
+    scales, rows = (math.prod(shape) for shape in (shape_of(call.args[4]), shape_of(call)[:-1]))
+    return lambda inputs, a, bias, finish: scaled(a, bias, finish, inputs[scales_at], rows // scales)
 
 
 def _in_floats(isa: InstructionSet, choose: ScheduleChooser) -> tuple[InstructionSet, ScheduleChooser]:
@@ -86,22 +96,13 @@ def _in_bytes(
 
 
 def _matmul(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
-    x, weight, a, bias = call.args[:4]
+    x, weight = call.args[:2]
     rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
     operands.tensor(x)
     packed, emit, described = dense_kernel(
         isa, rows, array_of(weight), layout_of(x), layout_of(weight), threads, choose
     )
-    operands.constant(packed)
-    operands.constant(pad_channels(array_of(a)))
-    operands.constant(pad_channels(array_of(bias)))
-    scales_at = row_scales_of(call, operands)
-
-    def body(inputs, finish) -> None:
-        row_scales = None if scales_at is None else inputs[scales_at]
-        emit(inputs[0], inputs[1], scaled(inputs[2], inputs[3], finish, row_scales))
-
-    return body, described
+    return _with_scales(call, operands, packed, emit), described
 
 
 def dense_kernel(
@@ -162,7 +163,7 @@ def conv_shape(call) -> ConvShape:
 
 def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser) -> Emitter:
     shape = conv_shape(call)
-    x, weight, a, bias = call.args
+    x, weight, a, bias = call.args[:4]
     codes = array_of(weight)
     operands.tensor(x)
     pixels = shape.batch * shape.out_height * shape.out_width
@@ -179,14 +180,20 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
             if plan is not None and winograd_is_faster(plan):
                 return _winograd(call, plan, isa, threads, operands)
         packed, emit, described = _windowed(isa, in_bytes, shape, codes, threads, choose)
+    return _with_scales(call, operands, packed, emit), described
+
+
+def _with_scales(call, operands: Operands, packed: np.ndarray, emit: Callable) -> Callable:
+    """The body of a linear kernel; ``operands`` has its activation already."""
     operands.constant(packed)
-    operands.constant(pad_channels(array_of(a)))
-    operands.constant(pad_channels(array_of(bias)))
+    operands.constant(pad_channels(array_of(call.args[2])))
+    operands.constant(pad_channels(array_of(call.args[3])))
+    epilogue = scaled_by(call, operands)
 
     def body(inputs, finish) -> None:
-        emit(inputs[0], inputs[1], scaled(inputs[2], inputs[3], finish))
+        emit(inputs[0], inputs[1], epilogue(inputs, inputs[2], inputs[3], finish))
 
-    return body, described
+    return body
 
 
 def _windowed(
@@ -213,7 +220,7 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
     """A 3x3 convolution whose transformed filters stay in memory."""
     memory = operands.memory
     assert memory is not None
-    _, weight, a, bias = call.args
+    _, weight, a, bias = call.args[:4]
     codes = pack_winograd_weights(isa, plan, array_of(weight))
     # Filters do not depend on the image's size: a module for several shares them.
     key = plan.parts, plan.tile(isa)[1], layout_of(weight), contents(codes)
@@ -226,12 +233,12 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
     offset_at = operands.constant(offset)
+    epilogue = scaled_by(call, operands)
 
     def body(inputs, finish) -> None:
         x, packed, scale, shift = inputs[:4]
-        emit_winograd(
-            isa, plan, x, packed, load(inputs[offset_at], 0, 1), scaled(scale, shift, finish), threads
-        )
+        filters = load(inputs[offset_at], 0, 1)
+        emit_winograd(isa, plan, x, packed, filters, epilogue(inputs, scale, shift, finish), threads)
 
     return body, plan
 

@@ -31,7 +31,8 @@ from tvm_qfp8.relay_passes.recurrent_kernels import recurrent_kernel
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.topi.code_lookup import look_up_prim_func
 from tvm_qfp8.topi.concat import concat_prim_func
-from tvm_qfp8.topi.encode_rows import encode_rows_prim_func
+from tvm_qfp8.topi.encode_rows import encode_rows_prim_func, inverse_of
+from tvm_qfp8.topi.encode_samples import encode_samples_prim_func
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
@@ -130,6 +131,20 @@ class _Rewriter(MainRewriter):
         call = relax.call_tir(self._written[key], [self.expression(x), factors], types)
         self.variables[var] = self.builder.emit(call, var.name)
 
+    def encode_samples(self, var: relax.Var, value: relax.Call) -> None:
+        (x,) = value.args
+        shape, layout = shape_of(x), get_layout(str(value.attrs["layout"]))
+        key = repr(("encode_samples", shape, layout))
+        if key not in self._written:
+            function = encode_samples_prim_func(self.options.isa, self.options.threads, shape, layout)
+            self._written[key] = self.builder.add_func(
+                function.without_attr("global_symbol"), "encode_samples"
+            )
+        types = [relax.TensorType(shape, "uint8"), relax.TensorType(shape[:1], "float32")]
+        inverse = relax.const(np.array([inverse_of(layout)], np.float32))
+        call = relax.call_tir(self._written[key], [self.expression(x), inverse], types)
+        self.variables[var] = self.builder.emit(call, var.name)
+
     def step(self, step: Group | Single) -> None:
         if isinstance(step, Single):
             if _is_plain_concat(step):
@@ -138,6 +153,8 @@ class _Rewriter(MainRewriter):
                 self.look_up(step.var, step.value)
             elif op_name(step.value) == "relax.qfp8.encode_rows":
                 self.encode_rows(step.var, step.value)
+            elif op_name(step.value) == "relax.qfp8.encode_samples":
+                self.encode_samples(step.var, step.value)
             elif op_name(step.value) == "relax.qfp8.recurrent":
                 self.recurrent(step.var, step.value)
             else:

@@ -10,9 +10,11 @@ operator            arguments                                  result
 ==================  =========================================  ==================================================
 qfp8.encode         x float32 [, r ``(channels,)``]            codes of ``layout``; r = fl32(1 / scale)
 qfp8.encode_rows    x float32, factors ``(channels,)``         (codes, scale of each row); ``topi.encode_rows``
+qfp8.encode_samples x float32 ``(batch, ...)``                 (codes, scale of each sample)
 qfp8.matmul         x codes, w codes ``(out, in)``, a, bias    float32: fl32(fl32(acc) * a[c]) + bias[c]
 ..                  [, row scales]                             float32: fl32(fl32(fl32(acc) * a[c]) * s[r]) + bias[c]
-qfp8.conv2d         x codes NHWC, w codes OHWI, a, bias        the same
+qfp8.conv2d         x codes NHWC, w codes OHWI, a, bias        the same, s of pixels or of samples
+..                  [, scales]
 qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc) * scale
 qfp8.take           table codes ``(rows, width)``, scale       float32: rows of an embedding table, each with its
                     ``(rows,)``, indices                       own scale
@@ -49,6 +51,12 @@ def _encode_rows_type(call, _builder):
     shape = list(call.args[0].ty.shape)
     codes = relax.TensorType(shape, get_layout(str(call.attrs["layout"])).ir_dtype)
     return relax.TupleType([codes, relax.TensorType(shape[:-1], "float32")])
+
+
+def _encode_samples_type(call, _builder):
+    shape = list(call.args[0].ty.shape)
+    codes = relax.TensorType(shape, get_layout(str(call.attrs["layout"])).ir_dtype)
+    return relax.TupleType([codes, relax.TensorType(shape[:1], "float32")])
 
 
 def _same_type(call, _builder):
@@ -102,6 +110,7 @@ _OPERATORS = {
     "look_up": _look_up_type,
     "encode": _encode_type,
     "encode_rows": _encode_rows_type,
+    "encode_samples": _encode_samples_type,
     "matmul": _matmul_type,
     "conv2d": _conv2d_type,
     "batch_matmul": _batch_matmul_type,
@@ -149,6 +158,11 @@ def encode_rows(x, factors, layout: Layout) -> relax.Call:
     return _call("encode_rows", [x, factors], layout=layout.name)
 
 
+def encode_samples(x, layout: Layout) -> relax.Call:
+    """Codes of ``x (batch, ...)`` and the scale of each sample, as a tuple."""
+    return _call("encode_samples", [x], layout=layout.name)
+
+
 def matmul(x, weight, a, bias, row_scales=None) -> relax.Call:
     """``x`` codes ``(..., in)`` times ``weight`` codes ``(out, in)``; ``a`` and ``bias`` float32 ``(out,)``.
 
@@ -169,14 +183,17 @@ def conv2d(
     groups: int,
     input_dilation=(1, 1),
     channels_first: bool = False,
+    scales=None,
 ) -> relax.Call:
     """NHWC convolution by OHWI weights; ``input_dilation`` puts zeros between pixels (transposed convolution).
 
-    ``channels_first``: ``x`` is NCHW, as images enter a network; the result is NHWC.
+    ``channels_first``: ``x`` is NCHW, as images enter a network; the result is NHWC. ``scales`` float32
+    ``(batch,)`` where each sample of ``x`` has its own, ``(batch, height, width)`` where each pixel has and makes one
+    of the result.
     """
     return _call(
         "conv2d",
-        [x, weight, a, bias],
+        [x, weight, a, bias, *([] if scales is None else [scales])],
         strides=list(strides),
         padding=list(padding),
         dilation=list(dilation),

@@ -174,18 +174,20 @@ class _Rewriter(MainRewriter):
         channels = weights.shape[0]
         target, bias = self.next_add.get(var, (var, np.zeros(channels, np.float32)))
         a = np.tile(scale, channels // len(scale))
-        x, image, row_scales = value.args[0], None, None
+        x, image, scales = value.args[0], None, None
         activation = None if quantization is None else quantization.activation
         if quantization is not None and quantization.bias_correction is not None:
             bias = (bias - quantization.bias_correction).astype(np.float32)
         if activation is None:
             x = self.expression(x)
         else:
-            if activation.scale is None:
-                x, row_scales = self._encode_rows(x, activation)
+            image = None if activation.by_rows else self._image(value)
+            if activation.by_rows:
+                x, scales = self._encode_rows(x, activation)
+            elif activation.scale is None:
+                x, scales = self._encode_samples(x if image is None else image, activation)
             else:
                 a = a * np.float32(activation.scale)
-                image = self._image(value)
                 if activation.factors is not None:
                     x = self._encode_channels(x, activation)
                 else:
@@ -194,13 +196,15 @@ class _Rewriter(MainRewriter):
         weight = relax.const(weights) if layout is None else codes_constant(weights, layout)
         constants = (weight, relax.const(a.astype(np.float32)), relax.const(bias))
         if operator == "relax.matmul":
-            result = self.builder.emit(qfp8_ops.matmul(x, *constants, row_scales=row_scales), target.name)
+            result = self.builder.emit(qfp8_ops.matmul(x, *constants, row_scales=scales), target.name)
         elif operator == "relax.nn.conv2d":
             attributes = _conv2d_attributes(value)
-            call = qfp8_ops.conv2d(x, *constants, **attributes, channels_first=image is not None)
+            call = qfp8_ops.conv2d(
+                x, *constants, **attributes, channels_first=image is not None, scales=scales
+            )
             result = self.builder.emit(call, target.name)
         else:
-            result = self._transposed(x, constants, value, target)
+            result = self._transposed(x, constants, scales, value, target)
         self.variables[target] = result
         self._done.add(target)
 
@@ -232,13 +236,13 @@ class _Rewriter(MainRewriter):
         few = shape_of(x)[-1] <= MAX_IMAGE_CHANNELS and int(value.attrs.groups) == 1
         return made.args[0] if to_nhwc and few and isinstance(made.args[0], relax.Var) else None
 
-    def _transposed(self, x, constants: tuple, value: relax.Call, target: relax.Var) -> relax.Var:
+    def _transposed(self, x, constants: tuple, scales, value: relax.Call, target: relax.Var) -> relax.Var:
         """A transposed convolution: a convolution over zeros between the pixels, in NHWC whatever the file has."""
         to_nhwc, back = [0, 2, 3, 1], [0, 3, 1, 2]
         nchw = str(value.attrs.data_layout) == "NCHW"
         if nchw:
             x = self.builder.emit(relax.op.permute_dims(x, to_nhwc))
-        call = qfp8_ops.conv2d(x, *constants, **_transposed_attributes(value))
+        call = qfp8_ops.conv2d(x, *constants, **_transposed_attributes(value), scales=scales)
         result = self.builder.emit(call, target.name)
         return self.builder.emit(relax.op.permute_dims(result, back)) if nchw else result
 
@@ -281,6 +285,18 @@ class _Rewriter(MainRewriter):
             layout = get_layout(activation.layout)
             call = qfp8_ops.encode_rows(self.expression(expr), relax.const(factors), layout)
             both = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_rows")
+            self._encoded[key] = [self.builder.emit(relax.TupleGetItem(both, part)) for part in range(2)]
+        codes, scales = self._encoded[key]
+        return codes, scales
+
+    def _encode_samples(
+        self, expr: relax.Expr, activation: ActivationQuantization
+    ) -> tuple[relax.Expr, relax.Expr]:
+        """Codes and the scale of each sample."""
+        key = (expr, activation.layout, "samples")
+        if key not in self._encoded:
+            call = qfp8_ops.encode_samples(self.expression(expr), get_layout(activation.layout))
+            both = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_samples")
             self._encoded[key] = [self.builder.emit(relax.TupleGetItem(both, part)) for part in range(2)]
         codes, scales = self._encoded[key]
         return codes, scales

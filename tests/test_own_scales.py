@@ -58,6 +58,44 @@ def test_encode_is_its_twin(isa, layout, shape):
     np.testing.assert_array_equal(scales, expected[1])
 
 
+def encoded_samples(shape, layout):
+    def emit(builder, x):
+        both = builder.emit(qfp8_ops.encode_samples(x, get_layout(layout)))
+        codes, scales = (builder.emit(relax.TupleGetItem(both, part)) for part in range(2))
+        return relax.Tuple([codes, scales])
+
+    return program([(shape, None)], emit)
+
+
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(5, 6, 7, 3), (1, 1), (2, 70_001), (2, 65_536), (0, 8, 2)])
+def test_encode_by_sample_is_its_twin(isa, threads, shape):
+    """Threads share large samples, in overlapping parts."""
+    x = rows((shape[0], int(np.prod(shape[1:])))).reshape(shape)
+    x[:1] *= np.linspace(0, 1, shape[1]).reshape(-1, *[1] * (len(shape) - 2))  # the largest come last
+    codes, scales = run(build(encoded_samples(shape, "E3M4"), TARGETS[isa], threads), x)
+    with np.errstate(all="ignore"):
+        expected = reference.encode_samples(x, get_layout("E3M4"))
+    np.testing.assert_array_equal(codes, expected[0])
+    np.testing.assert_array_equal(scales, expected[1])
+
+
+def test_cuda_encodes_samples_alike(tmp_path):
+    from tvm_qfp8.relay_passes.for_cuda import ForCuda
+    from tvm_qfp8.relay_passes.lower_groups import LowerGroups
+    from tvm_qfp8.targets import parse_target
+    from tvm_qfp8.topi.isa import instruction_set
+
+    x = rows((3, 70)).reshape(3, 5, 14)
+    with parse_target("cuda-sm80"):
+        lowered = LowerGroups(instruction_set("cuda", frozenset()), 1)(encoded_samples(x.shape, "E3M4"))
+        codes, scales = run_program(ForCuda()(lowered), [x], tmp_path)
+    expected = reference.encode_samples(x, get_layout("E3M4"))
+    np.testing.assert_array_equal(codes, expected[0])
+    np.testing.assert_array_equal(scales, expected[1])
+
+
 def test_infinity_and_nan_leave_numbers():
     x = rows((3, 20))
     x[0, 3], x[1, 4], x[2, 5] = np.inf, -np.inf, np.nan

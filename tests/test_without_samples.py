@@ -1,4 +1,4 @@
-"""Without calibration samples dense layers read rows with scales found at run time, all else reads float32."""
+"""Without calibration samples linear layers read rows or samples with scales found at run time, or float32."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from cuda_emulator import run_program
 from models import cnn, encoder, images, model
 from onnx import helper
 from quantized_programs import TARGETS, machine_runs
-from relax_programs import build, constant, random
+from relax_programs import NHWC, build, constant, random
 from tvm import relax
 from tvm.relax import op as R
 
 import tvm_qfp8 as q
 from tvm_qfp8.calibration import calibrate, evaluate_quantized
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.without_samples import IS_INPUT, values_of_inputs
+from tvm_qfp8.calibration.without_samples import FEW_MACS, IS_INPUT, values_of_inputs
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError, InputError
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.topi import reference
+from tvm_qfp8.topi.conv2d import ConvShape
 
 RUNS = [name for name in TARGETS if machine_runs(name)]
 DEPTH, COLUMNS = 70, 33
@@ -179,6 +180,74 @@ def _canonical(mod):
     from tvm_qfp8.relay_passes.prepare import prepare
 
     return prepare(load_model(mod).mod)
+
+
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "kernel, how, described",
+    [
+        ((48, 1, 1, 20), {}, "E2M5 by row"),
+        ((48, 1, 1, 20), {"padding": 1}, "E3M4 by sample"),
+        ((128, 1, 1, 20), {"strides": 2}, "E3M4 by sample"),
+        ((40, 3, 3, 20), {"padding": 1}, "E3M4 by sample"),  # by Winograd where that is faster
+        ((40, 3, 3, 10), {"padding": 1, "strides": (2, 1), "groups": 2}, "E3M4 by sample"),
+        ((20, 3, 3, 1), {"padding": 1, "groups": 20}, "float32"),
+        ((16, 1, 1, 20), {}, "float32"),
+    ],
+)
+def test_a_convolution_is_its_twin(isa, threads, kernel, how, described):
+    x = random(3, 9, 8, 20)
+    x[0] *= 1000  # samples of their own size
+    weight, bias = constant(*kernel), constant(kernel[0], seed=1)
+
+    def body(emit, x):
+        return emit(R.add(emit(R.nn.conv2d(emit(R.abs(x)), weight, **how, **NHWC)), bias))
+
+    mod = build({"x": (x.shape, "float32")}, body)
+    module = q.compile(mod, TARGETS[isa], config=Config(threads=threads))
+    (layer,) = module.report.layers
+    assert layer.activation_layout == described
+    found = module.run({"x": x})[0]
+    (chosen,) = calibrate(mod, None).linear.values()
+    if chosen.activation is None:
+        assert layer.became == "QFP8 weights" and layer.reason == FEW_MACS
+        (expected,) = evaluate_quantized(mod, calibrate(mod, None), {"x": x})
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4 * np.abs(expected).max())
+        return
+    layouts = get_layout(chosen.activation.layout), get_layout(chosen.weight.layout)
+    encode = reference.encode_rows if described == "E2M5 by row" else reference.encode_samples
+    codes, scales = encode(np.abs(x), layouts[0])
+    total = reference.conv2d(codes, chosen.weight.codes, conv_shape_of(x.shape, kernel, how, layouts))
+    scales = scales if scales.ndim == 3 else scales[:, None, None]
+    a = np.asarray(chosen.weight.scale).reshape(-1)
+    np.testing.assert_array_equal(found, reference.scale_and_bias(total, a, bias.value.numpy(), scales))
+
+
+def conv_shape_of(shape, kernel, how, layouts):
+    pair = lambda value: value if isinstance(value, tuple) else (value, value)  # noqa: E731
+    padding = (how.get("padding", 0),) * 4
+    strides, groups = pair(how.get("strides", 1)), how.get("groups", 1)
+    return ConvShape(*shape, kernel[0], kernel[1:3], strides, padding, (1, 1), groups, *layouts)
+
+
+def test_a_transposed_convolution_has_a_scale_for_each_sample():
+    x = random(2, 5, 4, 8)
+    x[0] *= 1000
+
+    def body(emit, x):
+        call = R.nn.conv2d_transpose(
+            emit(R.abs(x)), constant(24, 3, 3, 8), strides=(2, 2), data_layout="NHWC", kernel_layout="OHWI"
+        )
+        return emit(call)
+
+    mod = build({"x": (x.shape, "float32")}, body)
+    module = q.compile(mod)
+    (layer,) = module.report.layers
+    assert (layer.became, layer.activation_layout) == ("QFP8", "E3M4 by sample")
+    (expected,) = evaluate_quantized(mod, calibrate(mod, None), {"x": x})
+    for found, sample in zip(module.run({"x": x})[0], expected, strict=True):
+        np.testing.assert_allclose(found, sample, atol=1e-4 * np.abs(sample).max())
 
 
 def test_skipped_layers_and_those_that_share_a_weight():

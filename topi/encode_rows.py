@@ -67,14 +67,24 @@ def encode_rows_prim_func(
 def emit_encode_row(values, magnitudes, layout: Layout, isa: InstructionSet, write: Callable):
     """Encode one row, ``write(codes, offset, lanes)``; the scale. ``magnitudes`` is the row of absolute values."""
     largest = magnitudes.first_lane(magnitudes.largest())
+    scale, reciprocal = emit_scale(largest, like(inverse_of(layout), largest))
+    values.finish(coded(reciprocal, layout, isa), write)
+    return scale
+
+
+def inverse_of(layout: Layout) -> float:
+    """fl32(1 / largest G)."""
+    return float(np.float32(1) / np.float32(layout.max_grid))
+
+
+def emit_scale(largest, inverse) -> tuple:
+    """The scale that puts the magnitude ``largest`` on the largest grid value, and its reciprocal."""
     limits = np.finfo(np.float32)
     finite = bind(tirx.min(largest, like(float(limits.max), largest)))
-    inverse = float(np.float32(1) / np.float32(layout.max_grid))
-    scale = bind(tirx.max(bind(mul(finite, like(inverse, finite))), like(float(limits.tiny), finite)))
-    reciprocal = bind(like(1.0, scale) / scale)
+    scale = bind(tirx.max(bind(mul(finite, inverse)), like(float(limits.tiny), finite)))
+    return scale, bind(like(1.0, scale) / scale)
 
-    def code(value):
-        return encode_expr(bind(mul(value, like_scalar(reciprocal, lanes_of(value)))), layout, isa)
 
-    values.finish(code, write)
-    return scale
+def coded(reciprocal, layout: Layout, isa: InstructionSet) -> Callable:
+    """Codes of vectors of values, by the reciprocal of their scale."""
+    return lambda value: encode_expr(bind(mul(value, like_scalar(reciprocal, lanes_of(value)))), layout, isa)

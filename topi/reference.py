@@ -7,6 +7,7 @@ multiply-adds in order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -52,7 +53,7 @@ def fused_multiply_add(a: Array, b: Array, c: Array) -> Array:
 
 
 def scale_and_bias(accumulators: Array, a: Array, bias: Array, row_scales: Array | None = None) -> Array:
-    """fl32(fl32(acc) * a[c]) [* s[row]] + bias[c] over the last axis."""
+    """fl32(fl32(acc) * a[c]) [* s[row]] + bias[c] over the last axis; ``row_scales`` broadcast over the others."""
     scaled = accumulators.astype(np.float32) * a.astype(np.float32)
     if row_scales is not None:
         scaled = scaled * row_scales[..., None]
@@ -68,6 +69,12 @@ def encode_rows(x: Array, layout: Layout, factors: Array | None = None) -> tuple
     scales = np.maximum(largest * inverse, limits.tiny)
     with np.errstate(over="ignore"):
         return encode(values * (np.float32(1) / scales)[..., None], 1.0, layout), scales
+
+
+def encode_samples(x: Array, layout: Layout) -> tuple[Array, Array]:
+    """Codes of ``x (samples, ...)`` and the scale of each sample, float32 ``(samples,)`` (``encode_samples.py``)."""
+    codes, scales = encode_rows(x.reshape(len(x), math.prod(x.shape[1:])), layout)
+    return codes.reshape(x.shape), scales
 
 
 def matmul(x: Array, weight: Array, x_layout: Layout, weight_layout: Layout) -> Array:

@@ -56,15 +56,15 @@ def describe(
 
 def _note_without_samples(plan: QuantizationPlan) -> str:
     layers = len(plan.linear)
-    by_row = sum(layer.activation is not None for layer in plan.linear.values())
-    if not by_row:
+    encoded = sum(layer.activation is not None for layer in plan.linear.values())
+    if not encoded:
         return (
             "no calibration data: only weights are quantized, activations stay float32; the module is smaller, but "
             "integer kernels, which are the fast ones, need samples"
         )
     return (
-        f"no calibration data: {by_row} of {layers} linear layers read codes with a scale for each row, found at run "
-        "time; what still reads float32 activations is faster with samples"
+        f"no calibration data: {encoded} of {layers} linear layers read codes with a scale for each row or "
+        "sample, found at run time; all are faster with samples, above all those that read float32"
     )
 
 

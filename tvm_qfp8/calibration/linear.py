@@ -60,6 +60,16 @@ class Linear:
         return is_grouped and self.weight.shape[attrs.kernel_layout.index("I")] == 1
 
     @property
+    def reads_rows(self) -> bool:
+        """A dense layer, over the last axis: a matmul, or a 1x1 convolution over pixels in NHWC."""
+        if self.step.operator != "relax.nn.conv2d":
+            return self.step.operator == "relax.matmul"
+        attrs = self.step.attrs
+        window = [self.weight.shape[attrs.kernel_layout.index(axis)] for axis in "HW"]
+        plain = [*window, *map(int, attrs.strides), int(attrs.groups)] == [1] * 5
+        return plain and not any(map(int, attrs.padding)) and attrs.data_layout == attrs.out_layout == "NHWC"
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of one call."""
         outputs = int(np.prod(self.step.spec.shape))  # type: ignore[union-attr]

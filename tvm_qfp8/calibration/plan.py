@@ -19,35 +19,39 @@ class ActivationQuantization:
     ----------
     layout : str
     scale : float or None
-        float32 scale of the whole tensor; None: every row (token) gets its own when it is there, its largest
-        magnitude on the largest grid value.
+        float32 scale of the whole tensor; None: every row (token) or sample gets its own when it is there, its
+        largest magnitude on the largest grid value.
     factors : float32 array ``(channels,)`` or None
         What channels are multiplied by before they are rounded; the weights that meet them are divided by it. With a
         scale for each row outliers move from activations to weights (Xiao et al., "SmoothQuant", ICML 2023). With one
         scale they are powers of two, and make a scale for each channel; all that reads the tensor is depthwise.
+    by_samples : bool
+        Of scales found at run time: one for each sample of the batch instead of each row.
     """
 
     layout: str
     scale: float | None
     factors: np.ndarray | None = None
+    by_samples: bool = False
 
     @property
     def by_rows(self) -> bool:
         """Whether every row has its own scale."""
-        return self.scale is None
+        return self.scale is None and not self.by_samples
 
     @property
     def described(self) -> str:
         """The layout, and what has scales of its own."""
-        if self.by_rows:
-            return f"{self.layout} by row"
+        if self.scale is None:
+            return f"{self.layout} by {'sample' if self.by_samples else 'row'}"
         return self.layout if self.factors is None else f"{self.layout} by channel"
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
         """What a layer reads for ``x (..., channels)``: values on the grid, factors included."""
         x = x if self.factors is None else x * self.factors
         if self.scale is None:
-            return fake_quantize_rows(x, self.layout)
+            rows = x.reshape(len(x), -1) if self.by_samples else x
+            return fake_quantize_rows(rows, self.layout).reshape(x.shape)
         return fake_quantize(x, self.layout, self.scale)
 
     def divided(self, weight: np.ndarray, axis: int) -> np.ndarray:

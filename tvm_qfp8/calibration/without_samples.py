@@ -1,20 +1,24 @@
-"""Quantization without calibration samples: weights, and what dense layers read, by scales found at run time.
+"""Quantization without calibration samples: weights, and what linear layers read, by scales found at run time.
 
-A scale for each row (token) is decided by the row alone (``topi.encode_rows``), so it needs no data; onnxruntime and
-torch call this dynamic quantization. Nothing is known of outliers, so rows are E3M4: its grid spans 2000 to 1, and it
-keeps 5 significant bits of all but the smallest. results/accuracy.json has what that costs ("qfp8 without samples").
-E2M5 errs somewhat more where channels have outliers, as in language models, E1M6 far more; but its bytes multiply twice
-as fast.
+A scale for each row (token, pixel) of what a dense layer reads is decided by the row alone (``topi.encode_rows``), one
+for each sample of what other convolutions read by the sample (``topi.encode_samples``), so they need no data;
+onnxruntime and torch call this dynamic quantization. It is a pass over the activation, which convolutions of few
+multiply-adds for each value, such as depthwise ones, would not win back: they stay float32.
+
+Nothing is known of outliers, so activations are E3M4: its grid spans 2000 to 1, and it keeps 5 significant bits of all
+but the smallest. results/accuracy.json has what that costs ("qfp8 without samples"). E2M5 errs somewhat more where
+channels have outliers, as in language models, E1M6 far more; but its bytes multiply twice as fast. Pixels are E2M5:
+the channels of a convolution are evened out by the normalisation that it was trained with.
 
 The network's own values lie in the range that its weights were trained for. Its inputs may have columns of any units,
 years beside incomes, of which a common scale keeps the largest: they stay float32 unless a layout is asked for.
 
-Convolutions have no rows, and products of two activations and recurrent layers need one scale for a whole tensor:
-theirs stay float32.
+Products of two activations and recurrent layers keep float32 activations, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,19 +27,22 @@ from tvm_qfp8.calibration.choose_activation import FLOAT32
 from tvm_qfp8.calibration.evaluate import Name, Program
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear, LinearSteps, quantized_weight
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
-from tvm_qfp8.calibration.row_scales import can_have_row_scales
 from tvm_qfp8.data_movement import MOVES_DATA
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import QTensor
 from tvm_qfp8.topi.overflow import INT32_LIMIT, largest_sum
 
-ROW_LAYOUTS = ("E3M4", "E2M5")
+LAYOUTS, PIXEL_LAYOUTS = ("E3M4", "E2M5"), ("E2M5",)
 """The first whose sums fit int32."""
+
+LEAST_MACS = 32
+"""For each value that a convolution reads."""
 
 HOLDS_VALUES = MOVES_DATA | {"alias", "tuple_get_item", "relax.astype"}
 """Operators whose results are values of their first argument."""
 
 NO_DATA = "no calibration data"
+FEW_MACS = "too few multiply-adds for each value to find scales at run time: float32 without calibration data"
 IS_INPUT = (
     "reads an input of the module, which may have columns of any units: float32 without calibration data"
 )
@@ -65,13 +72,14 @@ def quantize_without_samples(
     """
     plan.skipped.update(dict.fromkeys(found.products, NO_DATA))
     inputs = values_of_inputs(program)
-    layouts = ROW_LAYOUTS if activations == "auto" else (activations,)
+    specs = program.inputs | {step.name: step.spec for step in program.steps}
     for name, linear in found.linear.items():
         same = plan.linear.get(linear.shares)
-        reason = _reason_for_float32(linear, activations, inputs)
+        reason = _reason_for_float32(linear, activations, inputs, specs[linear.source].shape)
         if reason is None:
+            layouts = _layouts(linear) if activations == "auto" else (activations,)
             weight = quantized_weight(linear, _weights_for(layouts)) if same is None else same.weight
-            plan.linear[name] = LinearQuantization(weight, _by_row(weight, layouts))
+            plan.linear[name] = LinearQuantization(weight, _at_run_time(linear, weight, layouts))
         else:
             weight = quantized_weight(linear) if same is None else same.weight
             plan.linear[name] = LinearQuantization(weight, note=reason)
@@ -96,13 +104,21 @@ def _names(argument: Any) -> list[str]:
     return [name for part in argument for name in _names(part)] if isinstance(argument, tuple) else []
 
 
-def _reason_for_float32(linear: Linear, activations: str, inputs: set[str]) -> str | None:
-    """Why a layer's activation stays float32, empty where that is what was asked for; None: its rows are rounded."""
-    if activations == FLOAT32 or not can_have_row_scales([linear]):
+def _reason_for_float32(
+    linear: Linear, activations: str, inputs: set[str], shape: tuple[int, ...]
+) -> str | None:
+    """Why a layer's activation stays float32, empty where that is what was asked for; None: it is rounded."""
+    if activations == FLOAT32:
         return ""
+    if linear.step.operator != "relax.matmul" and linear.macs < LEAST_MACS * math.prod(shape):
+        return FEW_MACS
     if activations == "auto":
         return IS_INPUT if linear.source in inputs else None
     return None if get_layout(activations).signed else NEVER_NEGATIVE.format(activations)
+
+
+def _layouts(linear: Linear) -> Sequence[str]:
+    return PIXEL_LAYOUTS if linear.reads_rows and linear.step.operator != "relax.matmul" else LAYOUTS
 
 
 def _weights_for(layouts: Sequence[str]) -> Sequence[str]:
@@ -110,10 +126,10 @@ def _weights_for(layouts: Sequence[str]) -> Sequence[str]:
     return LINEAR_WEIGHTS if set(layouts) <= set(LINEAR_LAYOUTS) else WEIGHTS
 
 
-def _by_row(weight: QTensor, layouts: Sequence[str]) -> ActivationQuantization:
+def _at_run_time(linear: Linear, weight: QTensor, layouts: Sequence[str]) -> ActivationQuantization:
     """The first of ``layouts`` whose sums fit int32, else the last."""
     assert weight.axis is not None
     for layout in layouts:
         if largest_sum(weight.codes, weight.axis, weight.layout, layout) < INT32_LIMIT:
             break
-    return ActivationQuantization(layout, scale=None)
+    return ActivationQuantization(layout, scale=None, by_samples=not linear.reads_rows)

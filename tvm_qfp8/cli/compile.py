@@ -26,8 +26,8 @@ def compile_model(
         typer.Option(
             "--calibration",
             "-c",
-            help="Samples of real inputs: one .npz, or a folder of them. Without samples weights and dense layers are "
-            "quantized; convolutions and attention are faster with them.",
+            help="Samples of real inputs: one .npz, or a folder of them. Without samples most layers find "
+            "scales at run time, which is slower, and attention and depthwise convolutions stay float32.",
         ),
     ] = None,
     input_shape: Annotated[
@@ -97,7 +97,7 @@ def compile_model(
     \b
     # for this machine, with calibration samples (arrays named like the model's inputs)
     tvm-qfp8 compile mobilenet.onnx -c samples.npz -o mobilenet.so
-    # a transformer without samples: dense layers find scales at run time
+    # without samples: layers find scales at run time
     tvm-qfp8 compile bert.onnx -s input_ids=1,128 -s attention_mask=1,128 -o bert.so
     # dimensions that the file leaves open
     tvm-qfp8 compile bert.onnx -s input_ids=1,128 -s attention_mask=1,128 -c samples/ -o bert.so
