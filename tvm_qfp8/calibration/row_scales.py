@@ -69,9 +69,12 @@ def with_row_scales(
     ]
     if not candidates:
         return choice
-    errors = [_expected_error(one, linears, rows, weights) for one in candidates]
+    energy = sum(row_weights(part) @ np.square(part) for part in rows())
+    plain = [_weight_error(linear, choice.activation, energy, weights[0]) for linear in linears]
+    evened = [_weight_error(linear, candidates[0], energy, weights[0]) for linear in linears]
+    errors = [_expected_error(one, linears, rows, evened) for one in candidates]
     best = int(np.argmin(errors))
-    if errors[best] * LEAST_GAIN > _expected_error(choice.activation, linears, rows, weights):
+    if errors[best] * LEAST_GAIN > _expected_error(choice.activation, linears, rows, plain):
         return choice
     observer = Observer()
     for part in rows():
@@ -97,25 +100,33 @@ def _factors(linears: Sequence[Linear], rows: Rows) -> np.ndarray | None:
 
 
 def _expected_error(
-    activation: ActivationQuantization, linears: Sequence[Linear], rows: Rows, weights: Sequence[str]
+    activation: ActivationQuantization, linears: Sequence[Linear], rows: Rows, weight_errors: Sequence[float]
 ) -> float:
     """Energy of the layers' output error relative to each row's, were all rounding errors independent."""
-    channels = linears[0].weight.shape[0]
-    factors = np.ones(channels, np.float32) if activation.factors is None else activation.factors
-    energy: np.ndarray | float = 0.0
+    factors = _factors_of(activation, linears[0])
     error: np.ndarray | float = 0.0
     for part in rows():
-        importance = row_weights(part)
         difference = activation.rounded(part) / factors - part
-        energy = energy + importance @ np.square(part)
-        error = error + importance @ np.square(difference)
+        error = error + row_weights(part) @ np.square(difference)
     total = 0.0
-    for linear in linears:
-        weight = linear.weight
-        total += float(np.square(weight).sum(axis=1, dtype=np.float64) @ error)
-        some = activation.divided(weight, 0)[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
-        off = (quantize(some, axis=1, layout=weights[0]).dequantize() - some) * factors[:, None]
-        total += (
-            float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * weight.shape[1] / some.shape[1]
-        )
+    for linear, of_weight in zip(linears, weight_errors, strict=True):
+        total += float(np.square(linear.weight).sum(axis=1, dtype=np.float64) @ error)
+        total += of_weight
     return total
+
+
+def _weight_error(
+    linear: Linear, activation: ActivationQuantization, energy: np.ndarray, layout: str
+) -> float:
+    """What rounding the weight that meets ``activation`` adds to it; ``energy`` is that of each input channel."""
+    weight = linear.weight
+    some = activation.divided(weight, 0)[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
+    off = (quantize(some, axis=1, layout=layout).dequantize() - some) * _factors_of(activation, linear)[
+        :, None
+    ]
+    return float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * weight.shape[1] / some.shape[1]
+
+
+def _factors_of(activation: ActivationQuantization, linear: Linear) -> np.ndarray:
+    channels = linear.weight.shape[0]
+    return np.ones(channels, np.float32) if activation.factors is None else activation.factors
