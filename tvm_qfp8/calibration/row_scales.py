@@ -69,12 +69,9 @@ def with_row_scales(
     ]
     if not candidates:
         return choice
-    energy = sum(row_weights(part) @ np.square(part) for part in rows())
-    plain = [_weight_error(linear, choice.activation, energy, weights[0]) for linear in linears]
-    evened = [_weight_error(linear, candidates[0], energy, weights[0]) for linear in linears]
-    errors = [_expected_error(one, linears, rows, evened) for one in candidates]
+    plain, *errors = _expected_errors([choice.activation, *candidates], linears, rows, weights[0])
     best = int(np.argmin(errors))
-    if errors[best] * LEAST_GAIN > _expected_error(choice.activation, linears, rows, plain):
+    if errors[best] * LEAST_GAIN > plain:
         return choice
     observer = Observer()
     for part in rows():
@@ -99,24 +96,33 @@ def _factors(linears: Sequence[Linear], rows: Rows) -> np.ndarray | None:
     return np.exp2(logarithm - logarithm.mean()).astype(np.float32)
 
 
-def _expected_error(
-    activation: ActivationQuantization, linears: Sequence[Linear], rows: Rows, weight_errors: Sequence[float]
-) -> float:
-    """Energy of the layers' output error relative to each row's, were all rounding errors independent."""
-    factors = _factors_of(activation, linears[0])
-    error: np.ndarray | float = 0.0
+def _expected_errors(
+    tried: Sequence[ActivationQuantization], linears: Sequence[Linear], rows: Rows, layout: str
+) -> list[float]:
+    """Energy of the layers' output error relative to each row's, were all rounding errors independent.
+
+    For each of ``tried``, of which all but the first have the same factors; weights in ``layout``.
+    """
+    energy: np.ndarray | float = 0.0
+    errors: list[np.ndarray | float] = [0.0] * len(tried)
     for part in rows():
-        difference = activation.rounded(part) / factors - part
-        error = error + row_weights(part) @ np.square(difference)
-    total = 0.0
-    for linear, of_weight in zip(linears, weight_errors, strict=True):
-        total += float(np.square(linear.weight).sum(axis=1, dtype=np.float64) @ error)
-        total += of_weight
-    return total
+        importance = row_weights(part)
+        energy = energy + importance @ np.square(part)
+        for index, activation in enumerate(tried):
+            difference = activation.rounded(part) / _factors_of(activation, linears[0]) - part
+            errors[index] = errors[index] + importance @ np.square(difference)
+    totals = [0.0] * len(tried)
+    for linear in linears:
+        gains = np.square(linear.weight).sum(axis=1, dtype=np.float64)
+        plain, evened = (_weight_error(linear, activation, energy, layout) for activation in tried[:2])
+        for index, error in enumerate(errors):
+            totals[index] += float(gains @ error)
+            totals[index] += evened if index else plain
+    return totals
 
 
 def _weight_error(
-    linear: Linear, activation: ActivationQuantization, energy: np.ndarray, layout: str
+    linear: Linear, activation: ActivationQuantization, energy: np.ndarray | float, layout: str
 ) -> float:
     """What rounding the weight that meets ``activation`` adds to it; ``energy`` is that of each input channel."""
     weight = linear.weight
