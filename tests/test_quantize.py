@@ -6,6 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from tvm_qfp8.bias_search import direct_error
 from tvm_qfp8.errors import InputError
 from tvm_qfp8.format import LAYOUTS, decode, encode
 from tvm_qfp8.quantize import QTensor, quantize, select_activation
@@ -37,6 +38,15 @@ def test_mse_is_no_worse_than_any_step(layout):
     best = min(squared_error(x, scale, layout) for scale in step_scales(x, layout))
     assert squared_error(x, found.scale, layout) <= best * (1 + 1e-12)
     assert np.array_equal(found.codes, encode(x, found.scale, layout))
+
+
+@every_layout
+def test_error_of_a_scale_is_that_of_its_codes(layout):
+    """Also of channels that are no whole number of vectors long, and where the largest values are clipped."""
+    x = np.abs(np.random.default_rng(8).standard_normal((3, 37))).astype(np.float32)
+    scales = (x.max(1) / LAYOUTS[layout].max_grid * np.array([0.7, 1, 1.3])).astype(np.float32)
+    expected = [squared_error(row, scale, layout) for row, scale in zip(x, scales, strict=True)]
+    np.testing.assert_allclose(direct_error(x, LAYOUTS[layout])(scales), expected, rtol=1e-4)
 
 
 def test_mse_reaches_a_fine_search():

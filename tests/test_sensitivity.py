@@ -7,6 +7,8 @@ from onnx import helper, numpy_helper
 
 import tvm_qfp8 as q
 from tvm_qfp8.calibration import calibrate, layer_effects
+from tvm_qfp8.calibration.evaluate import Program
+from tvm_qfp8.calibration.propagate import values_with
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.importers import load_model
 from tvm_qfp8.relay_passes.prepare import prepare
@@ -49,6 +51,24 @@ def test_the_harmful_layer_comes_first():
     assert effects[0].operator == "matmul"
     assert effects[0].output_sqnr_db < effects[1].output_sqnr_db
     assert [e.output_sqnr_db for e in effects] == sorted(e.output_sqnr_db for e in effects)
+
+
+def test_a_change_reaches_what_follows_and_the_rest_is_given_up():
+    program = Program(prepare(load_model(cnn()).mod))
+    (sample,) = images(1)
+    values = dict(sample)
+    for step in program.steps:
+        values[step.name] = step.run(values)
+    first, last = program.steps[0], program.steps[-1]
+    again = dict(sample)
+    for step in program.steps:
+        again[step.name] = values[first.name] + 1 if step is first else step.run(again)
+    seen = values_with(
+        program, {first.name: lambda _step, _seen: values[first.name] + 1}, values, {last.name}
+    )
+    assert np.array_equal(seen[last.name], again[last.name])
+    assert not np.array_equal(seen[last.name], values[last.name])
+    assert seen[first.name] is values[first.name]  # the changed one was given up
 
 
 def test_max_drop_leaves_the_harmful_layer_in_float32():

@@ -102,6 +102,11 @@ def add(a, b):
     return a + b
 
 
+def rounded_by(a, magic):
+    """fl32(fl32(a + magic) - magic): ``a`` rounded to the step of ``magic``. Nothing takes the two for no operation."""
+    return bind(_as_it_stands(a + magic)) - magic
+
+
 def sub(a, b):
     """fl32(a - b)."""
     return a - b

@@ -7,12 +7,13 @@ clipping the few largest values costs less than the finer steps gain. Channels o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tvm_qfp8.format import Layout, round_to_grid
+from tvm_qfp8.format import Layout
 
 STEPS_PER_OCTAVE = 16
 STEPS = np.arange(-16, 41)
@@ -22,8 +23,11 @@ GOLDEN_STEPS = 12
 MIN_SCALE = np.float32(2.0**-126)
 """Smallest normal float32; its reciprocal is finite."""
 
-BLOCK = 1 << 14
-"""Values of a block: its four or five float arrays stay in the second-level cache through all scales."""
+BLOCK = 1 << 17
+"""Values of a block, which stay in the second-level cache through all scales."""
+
+LANES = 16
+"""Values that are rounded at once."""
 
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -33,23 +37,27 @@ Error = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 
 def direct_error(magnitude: NDArray[np.float32], layout: Layout) -> Error:
     """Squared error of rounding every value of ``(channels, values)``, summed in float64."""
+    channels, length = magnitude.shape
+    padded = np.zeros((channels, -(-length // LANES) * LANES), np.float32)  # zeros have no error
+    padded[:, :length] = magnitude
+    kernel, mantissa = _rounding_error(), layout.mantissa_bits
+    numbers = float(layout.max_grid), (127 + mantissa) << 23, (23 - mantissa) << 23
 
     def error(scales: NDArray[np.float32]) -> NDArray[np.float64]:
-        total = np.zeros(len(scales))
-        column = scales[:, None]
-        factor = np.float32(1) / column
-        for start in range(0, magnitude.shape[1], BLOCK):
-            part = magnitude[:, start : start + BLOCK]
-            scaled = part * factor
-            np.minimum(scaled, np.float32(layout.max_grid), out=scaled)
-            rounded = round_to_grid(scaled, layout)
-            rounded *= column
-            rounded -= part
-            exact = rounded.astype(np.float64)
-            total += np.einsum("ij,ij->i", exact, exact)
+        total = np.empty(channels)
+        kernel(*numbers, padded, scales, total)
         return total
 
     return error
+
+
+@functools.cache
+def _rounding_error() -> Callable:
+    """The kernel; compiled when it is first needed."""
+    from tvm_qfp8.native_kernel import compile_native
+    from tvm_qfp8.topi.rounding_error import rounding_error
+
+    return compile_native(lambda _isa: rounding_error())
 
 
 def sorted_error(magnitude: NDArray[np.float64], layout: Layout) -> Error:

@@ -134,8 +134,10 @@ def _bulk_limit(values: np.ndarray, counts: np.ndarray, widest: int) -> float | 
     return float(below[places[0]]) if len(places) else None
 
 
-def _squared_error(values: np.ndarray, counts: np.ndarray, layout: str) -> Callable[[float], float]:
-    """Squared error of a layout as a function of the scale, for sorted magnitudes and their counts.
+def _squared_errors(
+    values: np.ndarray, counts: np.ndarray, layout: str
+) -> Callable[[Sequence[float]], list[float]]:
+    """Squared errors of a layout as a function of the scales, for sorted magnitudes and their counts.
 
     With n, s1 the count and sum of what rounds to grid value g, and S2 the sum of all squares, the error at
     scale s is ``S2 + sum((g s)^2 n - 2 g s s1)``: one binary search per grid value, no rounding of values.
@@ -146,34 +148,43 @@ def _squared_error(values: np.ndarray, counts: np.ndarray, layout: str) -> Calla
     cumulated_sums = np.concatenate([[0.0], np.cumsum(counts * values)])
     squares = float(np.dot(counts, values * values))
 
-    def error(scale: float) -> float:
-        edges = np.concatenate([[0], np.searchsorted(values, middles * scale), [len(values)]])
-        levels = grid * scale
-        n, s1 = np.diff(cumulated_counts[edges]), np.diff(cumulated_sums[edges])
-        return squares + float(np.dot(levels, levels * n - 2 * s1))
+    def errors(scales: Sequence[float]) -> list[float]:
+        column = np.array(scales)[:, None]
+        edges = np.zeros((len(scales), len(grid) + 1), np.intp)
+        edges[:, 1:-1], edges[:, -1] = np.searchsorted(values, middles * column), len(values)
+        levels = grid * column
+        n, s1 = (
+            cumulated[edges[:, 1:]] - cumulated[edges[:, :-1]]
+            for cumulated in (cumulated_counts, cumulated_sums)
+        )
+        changes = levels * n - 2 * s1
+        return [squares + float(np.dot(*pair)) for pair in zip(levels, changes, strict=True)]
 
-    return error
+    return errors
 
 
 def _error_at(values: np.ndarray, counts: np.ndarray, layout: str, largest: float) -> tuple[float, float]:
     """Squared error and scale with ``largest`` on the largest grid value."""
     scale = float(np.float32(max(largest / get_layout(layout).max_grid, _MIN_SCALE)))
-    return _squared_error(values, counts, layout)(scale), scale
+    return _squared_errors(values, counts, layout)([scale])[0], scale
 
 
 def _least_error(values: np.ndarray, counts: np.ndarray, layout: str) -> tuple[float, float]:
     """Squared error and scale at the best scale of a layout, for sorted magnitudes and their counts."""
     found = get_layout(layout)
-    error = _squared_error(values, counts, layout)
+    errors = _squared_errors(values, counts, layout)
 
     def scale_at(step: float) -> float:
         return float(np.float32(max(values[-1] / found.max_grid * 2 ** (-step / 16), _MIN_SCALE)))
 
-    tried = [(error(scale_at(step)), step) for step in map(float, _STEPS)]
+    def errors_at(*steps: float) -> list[tuple[float, float]]:
+        return list(zip(errors([scale_at(step) for step in steps]), steps, strict=True))
+
+    tried = errors_at(*map(float, _STEPS))
     low, high = min(tried)[1] - 1, min(tried)[1] + 1
     for _ in range(12):
         left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        tried += [(error(scale_at(left)), left), (error(scale_at(right)), right)]
+        tried += errors_at(left, right)
         low, high = (low, right) if tried[-2][0] <= tried[-1][0] else (left, high)
     least, step = min(tried)
     return least, scale_at(step)

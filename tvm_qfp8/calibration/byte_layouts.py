@@ -10,7 +10,7 @@ the network. The choice does not look at the target: a module gives the same bit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,27 +123,33 @@ class _Comparison:
         self.samples = 0
         self.best, self.linear = dict.fromkeys(readers, 0.0), dict.fromkeys(readers, 0.0)
 
-    def _values(self, sample: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        values: dict[str, Any] = dict(sample)
-        for step in self.program.steps:
-            values[step.name] = step.run(values)
-        return values
-
     def observe(self, sample: Mapping[str, np.ndarray]) -> None:
         """Statistics of one sample's tensors."""
-        values, mask = self._values(sample), sample.get(self.token_mask)
-        for name, observer in self.observers.items():
-            observer.record(_valid_rows(_read(self.readers[name], name, values), mask))
+        values, mask = dict(sample), sample.get(self.token_mask)
+
+        def record(name: str) -> None:
+            if name in self.observers:
+                self.observers[name].record(_valid_rows(_read(self.readers[name], name, values), mask))
+
+        for name in sample:
+            record(name)
+        for step in self.program.steps:
+            values[step.name] = step.run(values)
+            record(step.name)
+            for name in self.program.last_reads[step.name]:
+                del values[name]
 
     def add(self, sample: Mapping[str, np.ndarray]) -> Iterator[int]:
         """Compare outputs on one sample, after all were observed; yields how many tensors are done."""
         self.samples += 1
-        values = self._values(sample)
+        values: dict[str, Any] = dict(sample)
+        for step in self.program.steps:
+            values[step.name] = step.run(values)
         mask = sample.get(self.token_mask)
-        exact = self.compared.values(values)
+        exact, wanted = self.compared.values(values), self.compared.names
 
         def lost(name: str, rounding: _Rounding) -> float:
-            seen = _values_with(self.program, self.readers[name], values, rounding)
+            seen = _values_with(self.program, self.readers[name], values, rounding, wanted)
             if seen is None:
                 return np.inf
             found = self.compared.values(seen)
@@ -225,24 +231,28 @@ def _weights(
 
 
 def _values_with(
-    program: Program, readers: Readers, values: Mapping[str, Any], rounding: _Rounding
+    program: Program,
+    readers: Readers,
+    values: Mapping[str, Any],
+    rounding: _Rounding,
+    wanted: Collection[str],
 ) -> Mapping[str, Any] | None:
-    """All values with a tensor and the weights that meet it rounded; None where there is no layout for it."""
+    """The values ``wanted`` with a tensor and the weights that meet it rounded; None where no layout holds it."""
     activation = rounding.activation
     if activation is None:
         return None
     if isinstance(readers, Recurrent):
-        return _with_rounded_state(program, readers, values, activation, rounding.weights)
+        return _with_rounded_state(program, readers, values, activation, rounding.weights, wanted)
     linears = readers
     rounded = activation.rounded(values[linears[0].source])
     by_name = {linear.step.name: linear for linear in linears}
 
     def change(step, _seen):
         linear, weight = by_name[step.name], rounding.weights.get(step.name)
-        exact = linear.meeting(activation).weight
-        return linear.output(rounded, exact if weight is None else weight.dequantize())
+        met = linear.meeting(activation).weight if weight is None else weight.dequantize()
+        return linear.output(rounded, met)
 
-    return values_with(program, dict.fromkeys(by_name, change), values)
+    return values_with(program, dict.fromkeys(by_name, change), values, wanted)
 
 
 def _with_rounded_state(
@@ -251,12 +261,13 @@ def _with_rounded_state(
     values: Mapping[str, Any],
     activation: ActivationQuantization,
     weights: Mapping[str, QTensor],
+    wanted: Collection[str],
 ) -> Mapping[str, Any]:
-    """All values with the hidden state and the weight of a recurrent layer rounded."""
+    """The values ``wanted`` with the hidden state and the weight of a recurrent layer rounded."""
     name = layer.step.name
     weight = weights[name].dequantize() if name in weights else layer.weight
 
     def change(_step, seen):
         return layer.rounded_outputs([seen], activation, weight)[0]
 
-    return values_with(program, {name: change}, values)
+    return values_with(program, {name: change}, values, wanted)

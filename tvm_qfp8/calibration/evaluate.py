@@ -139,6 +139,8 @@ class Program:
     steps : list of Step
     result : Name, array or tuple of these
         What ``main`` returns.
+    last_reads : dict of str to list of str
+        For each step the variables that no later one reads.
     """
 
     def __init__(self, mod: tvm.IRModule) -> None:
@@ -146,6 +148,10 @@ class Program:
         self.inputs: dict[str, Any] = {var.name: _spec(var.ty) for var in main.params}
         self.steps = [_step(mod, binding) for block in main.body.blocks for binding in block.bindings]
         self.result = _argument(main.body.body)
+        last_reader = {name: step.name for step in self.steps for name in step.reads}
+        self.last_reads: dict[str, list[str]] = {step.name: [] for step in self.steps}
+        for name, reader in last_reader.items():
+            self.last_reads[reader].append(name)
 
     def outputs(self, values: Mapping[str, Any]) -> list[np.ndarray]:
         """The module's results as a list, from the values of all variables."""

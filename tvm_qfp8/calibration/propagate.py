@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,13 @@ Change = Callable[[Step, Mapping[str, Any]], Any]
 
 
 def values_with(
-    program: Program, changes: Mapping[str, Change], values: Mapping[str, Any]
+    program: Program, changes: Mapping[str, Change], values: Mapping[str, Any], wanted: Collection[str]
 ) -> Mapping[str, Any]:
-    """All values with some steps changed, by variable name; ``values`` are those of the float32 program."""
+    """The values of the variables ``wanted`` with some steps changed; ``values`` are all of the float32 program.
+
+    Others are given up after their last reader, so that what follows finds their memory, which is in cache and costs
+    the system no new pages.
+    """
     changed: dict[str, Any] = {}
     seen = _Overlay(changed, values)
     for step in program.steps:
@@ -28,6 +32,9 @@ def values_with(
             changed[step.name] = changes[step.name](step, seen)
         elif any(read in changed for read in step.reads):
             changed[step.name] = step.run(seen)
+        for name in program.last_reads[step.name]:
+            if name not in wanted:
+                changed.pop(name, None)
     return seen
 
 
@@ -54,8 +61,13 @@ class Compared:
             step = self._made.get(source)
         return name, False
 
+    @property
+    def names(self) -> set[str]:
+        """The variables that are looked at."""
+        return {name for name, _ in self._results}
+
     def values(self, values: Mapping[str, Any]) -> list[np.ndarray]:
-        """From the values of all variables; integers and booleans have no error to speak of."""
+        """From the values of ``names``; integers and booleans have no error to speak of."""
         found: list[np.ndarray] = []
         for name, is_logits in self._results:
             value = values[name]

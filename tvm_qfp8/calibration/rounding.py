@@ -33,6 +33,9 @@ LARGEST_DEPTH = 4096
 SHALLOW_DEPTH = 64
 """Up to so many weights to a channel the error jumps from scale to scale, and many scales are tried."""
 
+VALUES_AT_ONCE = 1 << 18
+"""Weights times scales that are tried together."""
+
 ONE_SCALE = np.ones(1, np.float32)
 SCALES = np.exp2(np.linspace(-0.5, 0.75, 81)).astype(np.float32)
 """Of that of least squared error of the weights."""
@@ -112,10 +115,13 @@ def least_output_error(
     energy = output_error(exact, covariance, np.zeros_like(pull))
     used = energy > 0
     best, least = (0, candidates[0]), np.inf
+
+    def error_of(values: np.ndarray) -> np.ndarray:
+        repeated = (1, values.shape[1] // exact.shape[1], 1)
+        return output_error(values - np.tile(exact, repeated), covariance, np.tile(pull, repeated))
+
     for index, candidate in enumerate(candidates):
-        rows, error = _least_of_channels(
-            columns, aim, candidate, factors, lambda values: output_error(values - exact, covariance, pull)
-        )
+        rows, error = _least_of_channels(columns, aim, candidate, factors, error_of)
         relative = float((error[used] / energy[used]).sum())
         if relative < least:
             best, least = (index, rows), relative
@@ -129,15 +135,26 @@ def _least_of_channels(
     factors: np.ndarray,
     error_of: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[RoundedRows, np.ndarray]:
-    """The best of every channel, and its error: as it starts, or ``aim`` rounded at one of the scales."""
+    """The best of every channel, and its error: as it starts, or ``aim`` rounded at one of the scales.
+
+    ``error_of(values)`` has all channels, or all of them again and again.
+    """
     values, scale, least = start.values, start.scale, error_of(start.values)
-    for factor in factors:
-        tried = np.maximum(start.scale * factor, MIN_SCALE)
-        found = columns.rounded(aim, tried, start.nearest)
-        error = error_of(found)
+    groups, channels, depth = aim.shape
+    at_once = max(1, VALUES_AT_ONCE // aim.size)
+    for first in range(0, len(factors), at_once):
+        some = factors[first : first + at_once]
+        tried = np.maximum(start.scale[:, None] * some[:, None], MIN_SCALE)
+        # All scales side by side, as if they were channels.
+        found = columns.rounded(np.tile(aim, (1, len(some), 1)), tried.reshape(groups, -1), start.nearest)
+        errors = error_of(found).reshape(tried.shape)
+        index = np.argmin(np.where(np.isnan(errors), np.inf, errors), axis=1)[:, None]
+        error, its_scale = (np.take_along_axis(a, index, 1)[:, 0] for a in (errors, tried))
+        rows = found.reshape(groups, len(some), channels, depth)
+        rows = np.take_along_axis(rows, index[..., None], 1)[:, 0]
         better = error < least
-        least, scale = np.where(better, error, least), np.where(better, tried, scale)
-        values = np.where(better[..., None], found, values)
+        least, scale = np.where(better, error, least), np.where(better, its_scale, scale)
+        values = np.where(better[..., None], rows, values)
     return replace(start, values=values, scale=scale), least
 
 
@@ -191,21 +208,19 @@ class ColumnRounding:
         float32 in the shape of ``weight``.
         """
         upper, depth = self.upper, weight.shape[-1]
-        left = np.take_along_axis(weight, self.order[:, None, :], axis=2)
-        result = np.empty_like(left)
+        # Columns first, so that one lies together; each becomes its rounded values in place.
+        left = np.take_along_axis(weight.transpose(0, 2, 1), self.order[:, :, None], axis=1)
         for start in range(0, depth, LAZY_COLUMNS):
             end = min(start + LAZY_COLUMNS, depth)
-            block = left[:, :, start:end].copy()
-            errors = np.empty_like(block)
-            for i in range(end - start):
-                column = start + i
-                result[:, :, column] = nearest(block[:, :, i], scale)
-                error = (block[:, :, i] - result[:, :, column]) / upper[:, column, column][:, None]
-                block[:, :, i:] -= error[:, :, None] * upper[:, None, column, column:end]
-                errors[:, :, i] = error
-            left[:, :, end:] -= errors @ upper[:, start:end, end:]
+            errors = np.empty_like(left[:, start:end])
+            for i in range(start, end):
+                values = nearest(left[:, i], scale)
+                errors[:, i - start] = error = (left[:, i] - values) / upper[:, i, i, None]
+                left[:, i] = values
+                left[:, i + 1 : end] -= upper[:, i, i + 1 : end, None] * error[:, None]
+            left[:, end:] -= upper[:, start:end, end:].transpose(0, 2, 1) @ errors
         back = np.argsort(self.order, axis=1)
-        return np.take_along_axis(result, back[:, None, :], axis=2)
+        return np.take_along_axis(left, back[:, :, None], axis=1).transpose(0, 2, 1)
 
 
 def _nearest(values: np.ndarray, scale: np.ndarray, layout: Layout) -> np.ndarray:

@@ -69,9 +69,9 @@ def with_row_scales(
     ]
     if not candidates:
         return choice
-    errors = [_expected_error(one, linears, rows, weights) for one in candidates]
+    plain, *errors = _expected_errors([choice.activation, *candidates], linears, rows, weights[0])
     best = int(np.argmin(errors))
-    if errors[best] * LEAST_GAIN > _expected_error(choice.activation, linears, rows, weights):
+    if errors[best] * LEAST_GAIN > plain:
         return choice
     observer = Observer()
     for part in rows():
@@ -96,26 +96,43 @@ def _factors(linears: Sequence[Linear], rows: Rows) -> np.ndarray | None:
     return np.exp2(logarithm - logarithm.mean()).astype(np.float32)
 
 
-def _expected_error(
-    activation: ActivationQuantization, linears: Sequence[Linear], rows: Rows, weights: Sequence[str]
-) -> float:
-    """Energy of the layers' output error relative to each row's, were all rounding errors independent."""
-    channels = linears[0].weight.shape[0]
-    factors = np.ones(channels, np.float32) if activation.factors is None else activation.factors
+def _expected_errors(
+    tried: Sequence[ActivationQuantization], linears: Sequence[Linear], rows: Rows, layout: str
+) -> list[float]:
+    """Energy of the layers' output error relative to each row's, were all rounding errors independent.
+
+    For each of ``tried``, of which all but the first have the same factors; weights in ``layout``.
+    """
     energy: np.ndarray | float = 0.0
-    error: np.ndarray | float = 0.0
+    errors: list[np.ndarray | float] = [0.0] * len(tried)
     for part in rows():
         importance = row_weights(part)
-        difference = activation.rounded(part) / factors - part
         energy = energy + importance @ np.square(part)
-        error = error + importance @ np.square(difference)
-    total = 0.0
+        for index, activation in enumerate(tried):
+            difference = activation.rounded(part) / _factors_of(activation, linears[0]) - part
+            errors[index] = errors[index] + importance @ np.square(difference)
+    totals = [0.0] * len(tried)
     for linear in linears:
-        weight = linear.weight
-        total += float(np.square(weight).sum(axis=1, dtype=np.float64) @ error)
-        some = activation.divided(weight, 0)[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
-        off = (quantize(some, axis=1, layout=weights[0]).dequantize() - some) * factors[:, None]
-        total += (
-            float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * weight.shape[1] / some.shape[1]
-        )
-    return total
+        gains = np.square(linear.weight).sum(axis=1, dtype=np.float64)
+        plain, evened = (_weight_error(linear, activation, energy, layout) for activation in tried[:2])
+        for index, error in enumerate(errors):
+            totals[index] += float(gains @ error)
+            totals[index] += evened if index else plain
+    return totals
+
+
+def _weight_error(
+    linear: Linear, activation: ActivationQuantization, energy: np.ndarray | float, layout: str
+) -> float:
+    """What rounding the weight that meets ``activation`` adds to it; ``energy`` is that of each input channel."""
+    weight = linear.weight
+    some = activation.divided(weight, 0)[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
+    off = (quantize(some, axis=1, layout=layout).dequantize() - some) * _factors_of(activation, linear)[
+        :, None
+    ]
+    return float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * weight.shape[1] / some.shape[1]
+
+
+def _factors_of(activation: ActivationQuantization, linear: Linear) -> np.ndarray:
+    channels = linear.weight.shape[0]
+    return np.ones(channels, np.float32) if activation.factors is None else activation.factors

@@ -46,6 +46,7 @@ def layer_effects(
     errors = dict.fromkeys(names, 0.0)
     signal = 0.0
     report = progress or (lambda stage, done, total: None)
+    wanted = program.program.result_names()
     for index, sample in enumerate(samples):
         values: dict[str, Any] = dict(sample)
         with np.errstate(all="ignore"):
@@ -55,7 +56,8 @@ def layer_effects(
             mask = sample.get(token_mask)
             signal += energy(outputs, mask)
             for done, name in enumerate(names, 1):
-                found = program.program.outputs(values_with(program.program, {name: program.value}, values))
+                seen = values_with(program.program, {name: program.value}, values, wanted)
+                found = program.program.outputs(seen)
                 errors[name] += energy([a - b for a, b in zip(found, outputs, strict=True)], mask)
                 report("sensitivity", index * len(names) + done, len(samples) * len(names))
     operators = {step.name: _operator(step) for step in steps}

@@ -6,13 +6,11 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-import tvm
 
 from tvm_qfp8.errors import InputError
+from tvm_qfp8.native_kernel import compile_native
 from tvm_qfp8.tables import build_table
-from tvm_qfp8.targets import cpu_features, isa, parse_target
 from tvm_qfp8.topi.apply_table import ApplyTable
-from tvm_qfp8.topi.isa import InstructionSet, instruction_set
 
 MIN_PARALLEL_ELEMENTS = 65_536
 _STORAGE = {torch.float32: "float32", torch.bfloat16: "uint16"}
@@ -69,10 +67,3 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 def _kernel(function: str, max_error: float, gradient: bool, storage: str, parallel: bool) -> Callable:
     table = build_table(function, max_error)
     return compile_native(ApplyTable(table, gradient, storage, parallel).prim_func)
-
-
-def compile_native(emit: Callable[[InstructionSet], tvm.tirx.PrimFunc]) -> Callable:
-    """The kernel ``emit(instruction set)``, compiled for this machine."""
-    target = parse_target("native")
-    kernel = emit(instruction_set(isa(target), cpu_features(target)))
-    return tvm.compile(tvm.IRModule({"main": kernel}), target=target).mod["main"]

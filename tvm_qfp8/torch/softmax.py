@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from tvm_qfp8.native_kernel import compile_native
 from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
 from tvm_qfp8.topi.softmax_rows import SoftmaxRows
-from tvm_qfp8.torch.kernels import MIN_PARALLEL_ELEMENTS, check, compile_native
+from tvm_qfp8.torch.kernels import MIN_PARALLEL_ELEMENTS, check
 from tvm_qfp8.torch.operators import refuse_second_derivative
 
 
