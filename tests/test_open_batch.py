@@ -67,7 +67,8 @@ def test_what_else_is_open_has_to_be_given():
     from models import encoder
 
     with pytest.raises(
-        ModelError, match=r"\(n, m\); .* input_shapes=\{'ids': \(1, \[32, 64, 128\]\)\}.* ids=1,32/64/128"
+        ModelError,
+        match=r"'mask' .* \(n, m\); .* input_shapes=\{'ids': \(1, \[32, 64, 128\]\), .* ids=1,32/64/128",
     ):
         q.compile(encoder())
     with pytest.raises(ModelError, match="output 'y' has shape .*no batch in front"):

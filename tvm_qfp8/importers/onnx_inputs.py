@@ -5,12 +5,52 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 from tvm_qfp8.errors import ModelError
 
 BATCH = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
 """What exporters call a batch. An open first dimension of another name may be time, which is no batch."""
+NUMBERED = re.compile(r"^(unk__|(p2o\.)?DynamicDimension\.)\d+$")
+"""What tf2onnx and paddle2onnx call an open dimension, each another; their frameworks have the batch first."""
+
+
+def bind_inputs(
+    model: onnx.ModelProto,
+    values: Mapping[str, np.ndarray | float],
+    input_shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, tuple[int, ...]]:
+    """Make constants of inputs, in place. A number stands for every element.
+
+    Returns
+    -------
+    dict
+        The shapes of the inputs that are left.
+
+    Raises
+    ------
+    ModelError
+        A name is unknown, or an array has another shape than the input.
+    """
+    inputs = {value.name: value for value in model.graph.input}
+    for name, given in values.items():
+        if name not in inputs:
+            raise ModelError(f"the model has no input {name!r}; its inputs are {', '.join(inputs)}")
+        tensor_type = inputs[name].type.tensor_type
+        array = np.asarray(given).astype(helper.tensor_dtype_to_np_dtype(tensor_type.elem_type))
+        if name in input_shapes:
+            _write(inputs[name], input_shapes[name])
+        dims = tensor_type.shape.dim
+        if array.ndim == 0 and any(_is_open(dim) for dim in dims):
+            raise ModelError(f"input {name!r} is given a number and has open dimensions; give its shape, too")
+        if array.ndim == 0:
+            array = np.full([dim.dim_value for dim in dims], array)
+        _write(inputs[name], array.shape)  # checks it
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+        model.graph.input.remove(inputs[name])
+    return {name: shape for name, shape in input_shapes.items() if name not in values}
 
 
 def fix_input_shapes(model: onnx.ModelProto, input_shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -44,7 +84,7 @@ def fix_input_shapes(model: onnx.ModelProto, input_shapes: Mapping[str, tuple[in
             _write(value, input_shapes[value.name])
         elif batch is not None:
             value.type.tensor_type.shape.dim[0].dim_value = 1
-        _refuse_open(value)
+    _refuse_open(model.graph.input)
     forget_shapes(model)
     return batch
 
@@ -56,7 +96,7 @@ def _open_batch(inputs: Iterable[onnx.ValueInfoProto]) -> str | None:
         dims = value.type.tensor_type.shape.dim
         if not dims or not _is_open(dims[0]) or any(_is_open(dim) for dim in dims[1:]):
             return None
-        names.add(dims[0].dim_param)
+        names.add("batch" if NUMBERED.search(dims[0].dim_param) else dims[0].dim_param)
     name = names.pop() if len(names) == 1 else ""
     return name if BATCH.search(name) else None
 
@@ -91,25 +131,39 @@ def _write(value: onnx.ValueInfoProto, given: tuple[int, ...]) -> None:
     dims.extend(onnx.TensorShapeProto.Dimension(dim_value=int(extent)) for extent in given)
 
 
-def _refuse_open(value: onnx.ValueInfoProto) -> None:
-    tensor_type = value.type.tensor_type
-    if not tensor_type.HasField("shape"):
+def _refuse_open(inputs: Iterable[onnx.ValueInfoProto]) -> None:
+    found, python, options = [], [], []
+    for value in inputs:
+        tensor_type = value.type.tensor_type
+        if not tensor_type.HasField("shape"):
+            raise ModelError(
+                f"input {value.name!r} has no shape in the file; give it: input_shapes={{{value.name!r}: (...)}}"
+            )
+        dims = tensor_type.shape.dim
+        if not any(_is_open(dim) for dim in dims):
+            continue
+        shown = ", ".join(dim.dim_param or ("?" if _is_open(dim) else str(dim.dim_value)) for dim in dims)
+        example = _example(value)
+        extents = ("/".join(map(str, part)) if isinstance(part, list) else str(part) for part in example)
+        found.append(f"input {value.name!r} has open dimensions ({shown})")
+        python.append(f"{value.name!r}: {example}")
+        options.append(f"--input-shape {value.name}={','.join(extents)}")
+    if found:
         raise ModelError(
-            f"input {value.name!r} has no shape in the file; give it: input_shapes={{{value.name!r}: (...)}}"
+            f"{', '.join(found)}; give them, for example input_shapes={{{', '.join(python)}}}, "
+            f"on the command line {' '.join(options)}"
         )
+
+
+def _example(value: onnx.ValueInfoProto) -> tuple:
+    """A shape that such an input may have: of a text with a list of lengths, which a user would like to keep open."""
+    tensor_type = value.type.tensor_type
     dims = tensor_type.shape.dim
-    if not any(_is_open(dim) for dim in dims):
-        return
-    shown = ", ".join(dim.dim_param or ("?" if _is_open(dim) else str(dim.dim_value)) for dim in dims)
-    opened = [axis for axis, dim in enumerate(dims) if _is_open(dim)]
-    # A text's inputs are integers: their length is what a user would like to keep open.
     is_text = tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-    example = tuple(
-        dim.dim_value if axis not in opened else [32, 64, 128] if axis and is_text and len(opened) == 2 else 1
-        for axis, dim in enumerate(dims)
-    )
-    option = ",".join("/".join(map(str, part)) if isinstance(part, list) else str(part) for part in example)
-    raise ModelError(
-        f"input {value.name!r} has open dimensions ({shown}); give them, for example "
-        f"input_shapes={{{value.name!r}: {example}}}, on the command line --input-shape {value.name}={option}"
+    lengths = [
+        axis for axis, dim in enumerate(dims) if axis and _is_open(dim) and not BATCH.search(dim.dim_param)
+    ]
+    length = [32, 64, 128] if is_text and len(lengths) == 1 else 224 if len(dims) == 4 else 128
+    return tuple(
+        length if axis in lengths else 1 if _is_open(dim) else dim.dim_value for axis, dim in enumerate(dims)
     )
