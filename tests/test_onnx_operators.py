@@ -202,3 +202,16 @@ def test_a_switch_is_to_be_given():
         load_model(made)
     imported = load_model(made, params={"sr": 16000})
     assert imported.input_names == ["x"] and "nn.relu" in imported.mod.script()
+
+
+@pytest.mark.parametrize("operator", ["Max", "Min", "Sum", "Mean"])
+def test_operators_of_several_inputs_make_no_stack(operator):
+    made = model(
+        [node(operator, ["a", "b", "c"], ["y"])],
+        {"a": (2, 3), "b": (1, 3)},
+        {"y": (2, 3)},
+        {"c": np.float32([1, 2, 0])},
+    )
+    values = np.arange(9, dtype=np.float32) - 4
+    imported = check(made, {"a": values[:6].reshape(2, 3), "b": values[None, 6:]})
+    assert "stack" not in imported.mod.script()

@@ -17,6 +17,7 @@ from onnx import numpy_helper, version_converter
 from tvm import relax
 
 from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
+from tvm_qfp8.importers import onnx_pairwise, onnx_recurrent
 from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported, result_types
 from tvm_qfp8.importers.onnx_adapt import adapt_operators
@@ -33,7 +34,6 @@ from tvm_qfp8.importers.onnx_operators import (
 )
 from tvm_qfp8.importers.onnx_padding import explicit_padding
 from tvm_qfp8.importers.onnx_qdq import constant_tensors, strip_quantization
-from tvm_qfp8.importers.onnx_recurrent import CONVERTERS
 
 WEIGHTED = (
     "Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear", "RNN", "GRU", "LSTM",
@@ -142,7 +142,7 @@ def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]]) -> tvm.IRMo
 def _more_converters(front_end: Any) -> Iterator[None]:
     """Our converters beside those of TVM's front end, which looks them up by a function of its own."""
     look_up = front_end._get_convert_map
-    front_end._get_convert_map = lambda: look_up() | CONVERTERS
+    front_end._get_convert_map = lambda: look_up() | onnx_recurrent.CONVERTERS | onnx_pairwise.CONVERTERS
     try:
         yield
     finally:
