@@ -111,6 +111,46 @@ def test_open_dimensions_in_every_spelling(tmp_path):
         load_model(cnn(batch="N"), input_shapes={"image": (0, 3, 16, 16)})
 
 
+def test_inputs_become_constants():
+    nodes = [node("Mul", ["x", "gain"], ["z"]), node("Add", ["z", "bias"], ["y"])]
+    made = model(nodes, {"x": ("n", 4), "gain": (), "bias": ("n", 4)}, {"y": ("n", 4)}, {})
+    params = {"gain": 3, "bias": np.arange(8).reshape(2, 4)}
+    imported = load_model(made, params=params, input_shapes={"x": (2, 4)})
+    assert imported.input_names == ["x"]
+    x = np.ones((2, 4), np.float32)
+    np.testing.assert_array_equal(evaluate(prepare(imported.mod), {"x": x})[0], 3 * x + params["bias"])
+    with pytest.raises(ModelError, match="no input 'sr'"):
+        load_model(made, params={"sr": 16000})
+    with pytest.raises(ModelError, match="'bias' is given a number and has open dimensions"):
+        load_model(made, params={"bias": 0})
+    with pytest.raises(ModelError, match="'bias' has 4 in dimension 1"):
+        load_model(made, params={"bias": np.zeros((2, 3))})
+
+
+def test_all_open_inputs_are_named_with_likely_shapes():
+    made = model(
+        [node("Mul", ["x", "s"], ["y"])],
+        {"x": ("t", 3, "h", "w"), "s": (2, "batch", "k")},
+        {"y": ("a", "b", "c", "d")},
+        {},
+    )
+    with pytest.raises(
+        ModelError, match=r"'x' .*, input 's' .*--input-shape x=1,3,224,224 --input-shape s=2,1,128"
+    ):
+        load_model(made)
+
+
+def test_exporters_that_number_open_dimensions():
+    def named(first, second):
+        nodes = [node("Add", ["a", "b"], ["y"])]
+        return model(nodes, {"a": (first, 4), "b": (second, 4)}, {"y": (first, 4)}, {})
+
+    assert load_model(named("unk__7", "unk__8")).batch == "batch"
+    assert load_model(named("p2o.DynamicDimension.0", "p2o.DynamicDimension.1")).batch == "batch"
+    with pytest.raises(ModelError, match="open dimensions"):
+        load_model(named("unk__7", "time"))
+
+
 def test_half_precision_becomes_float32():
     constants = {"w": np.eye(4, dtype=np.float32)}
     made = model([node("MatMul", ["x", "w"], ["y"])], {"x": (1, 4)}, {"y": (1, 4)}, constants)

@@ -1,6 +1,7 @@
 """ONNX operators in the forms that TVM's importer lacks or reads in another way."""
 
 import numpy as np
+import onnx
 import pytest
 from import_checks import check
 from models import model
@@ -139,13 +140,78 @@ def test_old_slices(given):
     np.testing.assert_array_equal(evaluate(prepare(load_model(made).mod), {"x": x})[0], expected)
 
 
-def test_a_constant_condition_is_decided():
-    def branch(name, operator):
-        return helper.make_graph(
-            [node(operator, ["x"], [name])], name, [], [helper.make_empty_tensor_value_info(name)]
-        )
+def branch(name, *nodes):
+    return helper.make_graph(list(nodes), name, [], [helper.make_empty_tensor_value_info(name)])
 
-    nodes = [node("If", ["c"], ["y"], then_branch=branch("t", "Relu"), else_branch=branch("f", "Neg"))]
-    made = model(nodes, {"x": (2, 3)}, {"y": (2, 3)}, {"c": np.array(True)})
+
+def test_a_constant_condition_is_decided():
+    branches = {
+        "then_branch": branch("t", node("Relu", ["x"], ["t"])),
+        "else_branch": branch("f", node("Neg", ["x"], ["f"])),
+    }
+    made = model([node("If", ["c"], ["y"], **branches)], {"x": (2, 3)}, {"y": (2, 3)}, {"c": np.array(True)})
     imported = load_model(made)
     assert "nn.relu" in imported.mod.script()
+
+
+def test_a_condition_that_values_decide_chooses():
+    """Names of the branches' own values may be those of the other branch, what they read is outside."""
+    inner = {
+        "then_branch": branch("p", node("Abs", ["x"], ["p"])),
+        "else_branch": branch("q", node("Neg", ["v"], ["q"])),
+    }
+    branches = {
+        "then_branch": branch("t", node("Add", ["x", "m"], ["v"]), node("If", ["c"], ["t"], **inner)),
+        "else_branch": branch("f", node("Relu", ["x"], ["v"]), node("Sub", ["v", "m"], ["f"])),
+    }
+    nodes = [
+        node("ReduceMean", ["x"], ["m"], axes=[0, 1], keepdims=1),
+        node("Greater", ["m", "zero"], ["c"]),
+        node("If", ["c"], ["y"], **branches),
+    ]
+    made = model(nodes, {"x": (2, 3)}, {"y": (2, 3)}, {"zero": np.zeros((1, 1), np.float32)})
+    for x in (np.arange(6, dtype=np.float32), np.arange(6, dtype=np.float32) - 4):
+        check(made, {"x": x.reshape(2, 3)})
+
+
+def test_branches_of_different_shapes_are_refused():
+    branches = {
+        "then_branch": branch("t", node("Relu", ["x"], ["t"])),
+        "else_branch": branch("f", node("ReduceSum", ["x"], ["f"])),
+    }
+    nodes = [
+        node("ReduceMax", ["x"], ["m"]),
+        node("Cast", ["m"], ["c"], to=9),
+        node("If", ["c"], ["y"], **branches),
+    ]
+    with pytest.raises(
+        UnsupportedOperatorError, match=r"If \(output 'y'\) has branches of the shapes \[2, 3\] and \[1, 1\]"
+    ):
+        load_model(model(nodes, {"x": (2, 3)}, {"y": ("a", "b")}, {}))
+
+
+def test_a_switch_is_to_be_given():
+    branches = {
+        "then_branch": branch("t", node("Relu", ["x"], ["t"])),
+        "else_branch": branch("f", node("Neg", ["x"], ["f"])),
+    }
+    nodes = [node("Equal", ["sr", "rate"], ["c"]), node("If", ["c"], ["y"], **branches)]
+    made = model(nodes, {"x": (2, 3), "sr": ()}, {"y": (2, 3)}, {"rate": np.array(16000)})
+    made.graph.input[1].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    with pytest.raises(UnsupportedOperatorError, match="value of input 'sr'; .* --param sr=VALUE"):
+        load_model(made)
+    imported = load_model(made, params={"sr": 16000})
+    assert imported.input_names == ["x"] and "nn.relu" in imported.mod.script()
+
+
+@pytest.mark.parametrize("operator", ["Max", "Min", "Sum", "Mean"])
+def test_operators_of_several_inputs_make_no_stack(operator):
+    made = model(
+        [node(operator, ["a", "b", "c"], ["y"])],
+        {"a": (2, 3), "b": (1, 3)},
+        {"y": (2, 3)},
+        {"c": np.float32([1, 2, 0])},
+    )
+    values = np.arange(9, dtype=np.float32) - 4
+    imported = check(made, {"a": values[:6].reshape(2, 3), "b": values[None, 6:]})
+    assert "stack" not in imported.mod.script()

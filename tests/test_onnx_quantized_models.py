@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from import_checks import check
-from models import model
+from models import model, run_reference
 from onnx import helper
 
 from tvm_qfp8.calibration import evaluate
@@ -76,3 +76,38 @@ def test_saturation_of_a_quantized_model_stays():
     imported = load_model(model(nodes, {"x": (1, 4)}, {"y": (1, 4)}, constants))
     x = np.array([[-2, 0.5, 3, 9]], np.float32)
     np.testing.assert_allclose(evaluate(prepare(imported.mod), {"x": x})[0], np.clip(x, 0, 6), rtol=1e-6)
+
+
+def test_a_dynamically_quantized_lstm_becomes_an_lstm():
+    """onnxruntime's: weights (directions, inputs, gates), a scale for each direction or each of its gates."""
+    rng = np.random.default_rng(0)
+    codes = {
+        "W": rng.integers(-9, 9, (2, 3, 16)).astype(np.int8),
+        "R": rng.integers(0, 9, (2, 4, 16)).astype(np.uint8),
+    }
+    scales = {"W": np.array([0.1, 0.2], np.float32), "R": rng.uniform(0.01, 0.1, (2, 16)).astype(np.float32)}
+    zeros = {"W": np.array([1, -1], np.int8), "R": np.full((2, 16), 4, np.uint8)}
+    attributes = {"hidden_size": 4, "direction": "bidirectional"}
+    shapes = {"x": (5, 1, 3)}, {"y": (5, 2, 1, 4)}
+
+    def floats(name):
+        zero, scale = (part[name].reshape(2, 1, -1) for part in (zeros, scales))
+        return ((codes[name].astype(np.float32) - zero) * scale).transpose(0, 2, 1)
+
+    plain = model(
+        [node("LSTM", ["x", "W", "R"], ["y"], **attributes)], *shapes, {n: floats(n) for n in codes}
+    )
+    names = [f"{name}_{part}" for name in codes for part in ("scale", "zero")]
+    inputs = ["x", "W", "R", "", "", "", "", "", *names]
+    constants = (
+        codes | {f"{n}_scale": v for n, v in scales.items()} | {f"{n}_zero": v for n, v in zeros.items()}
+    )
+    made = model([node("Identity", ["x"], ["y"])], *shapes, constants)
+    made.graph.node[0].CopyFrom(
+        helper.make_node("DynamicQuantizeLSTM", inputs, ["y"], domain="com.microsoft", **attributes)
+    )
+    x = rng.standard_normal((5, 1, 3)).astype(np.float32)
+    imported = load_model(made)
+    assert imported.notes == ["1 DynamicQuantizeLSTM nodes are imported as float32"]
+    expected = run_reference(plain, {"x": x})[0]
+    np.testing.assert_allclose(evaluate(prepare(imported.mod), {"x": x})[0], expected, rtol=1e-4, atol=1e-5)

@@ -34,7 +34,7 @@ def recalibrate_batchnorm(
     mod: Any,
     calibration: Batches,
     *,
-    params: Mapping[str, np.ndarray] | None = None,
+    params: Mapping[str, np.ndarray | float] | None = None,
     input_shapes: Shapes | None = None,
     config: Config | None = None,
     metric: Metric | None = None,

@@ -124,7 +124,7 @@ def compile(  # noqa: A001 - the public name
     mod: Any,
     target: Any = "llvm",
     *,
-    params: Mapping[str, np.ndarray] | None = None,
+    params: Mapping[str, np.ndarray | float] | None = None,
     input_shapes: Shapes | None = None,
     calibration: Calibration = None,
     config: Config | None = None,
@@ -141,7 +141,8 @@ def compile(  # noqa: A001 - the public name
     target : str, dict or tvm.target.Target
         ``"llvm"`` is this machine; see ``tvm-qfp8 targets``.
     params : dict of name to array
-        Parameters of a Relax module that are not bound yet.
+        Inputs that become constants: parameters of a Relax module that are not bound yet, switches and masks that are
+        always the same. For an ONNX model's a number stands for every element.
     input_shapes : dict of name to shape
         Needed where the model leaves dimensions open. A name instead of the first extent of every input leaves the
         batch open: ``run`` then takes any number of samples, one after the other. A list instead of an extent, such as

@@ -142,6 +142,7 @@ class CompiledModule:
         self.lengths = None if data["lengths"] is None else Lengths.from_json(data["lengths"])
         self.device = tvm.device(data["device"], 0)
         self._module, self._executable, self._target = module, executable, target
+        self._arguments: dict[str, list[Any]] = {}
 
     @functools.cached_property
     def virtual_machine(self) -> Any:
@@ -219,7 +220,7 @@ class CompiledModule:
         machine = self.virtual_machine
         function, tensors, length = self._prepared(arrays)
         result = machine[function](*tensors)
-        results = [result.numpy()] if hasattr(result, "numpy") else [tensor.numpy() for tensor in result]
+        results = [self._array(tensor) for tensor in ([result] if hasattr(result, "numpy") else result)]
         return results if self.lengths is None or length is None else self.lengths.cut(results, length)
 
     def _prepared(self, arrays: Sequence[np.ndarray]) -> tuple[str, list[Any], int | None]:
@@ -232,8 +233,24 @@ class CompiledModule:
             if variant.length != length:
                 padded_from, named = length, self.lengths.pad(named, variant.length)
             function, infos, arrays = variant.function, variant.inputs, list(named.values())
-        tensors = [self._check(info, array) for info, array in zip(infos, arrays, strict=True)]
-        return function, tensors, padded_from
+        checked = [self._check(info, array) for info, array in zip(infos, arrays, strict=True)]
+        return function, self._tensors(function, checked), padded_from
+
+    def _tensors(self, function: str, arrays: list[np.ndarray]) -> list[Any]:
+        """Arguments with these values: on a CPU in the same memory at every call."""
+        if self.device.type != "cpu":
+            return [tvm.runtime.tensor(array, self.device) for array in arrays]
+        if function not in self._arguments:  # to make a tensor takes longer than a small network
+            self._arguments[function] = [
+                tvm.runtime.empty(array.shape, str(array.dtype), self.device) for array in arrays
+            ]
+        tensors = self._arguments[function]
+        for tensor, array in zip(tensors, arrays, strict=True):
+            np.copyto(np.from_dlpack(tensor), array)
+        return tensors
+
+    def _array(self, tensor: Any) -> np.ndarray:
+        return np.array(np.from_dlpack(tensor)) if self.device.type == "cpu" else tensor.numpy()
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Run on named arrays, see ``__call__``."""
@@ -246,7 +263,7 @@ class CompiledModule:
             raise InputError(f"input {missing[0]!r} is missing; the module needs {', '.join(known)}")
         return self(*(inputs[name] for name in known))
 
-    def _check(self, info: TensorInfo, value: np.ndarray):
+    def _check(self, info: TensorInfo, value: np.ndarray) -> np.ndarray:
         array = np.asarray(value)
         self._check_kind(info, array.shape, array.dtype)
         if self.check_finite and array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -254,7 +271,7 @@ class CompiledModule:
             raise InputError(
                 f"input {info.name!r} is {array[index]} at index {index}; quantized layers need finite values"
             )
-        return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(info.shape), self.device)
+        return array
 
     @staticmethod
     def _check_kind(info: TensorInfo, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvm_qfp8.cli.console import StageProgress, reports_errors
-from tvm_qfp8.cli.options import calibration_data, parse_shapes, read_inputs
+from tvm_qfp8.cli.options import calibration_data, parse_params, parse_shapes, read_inputs
 from tvm_qfp8.errors import ModelError
 
 if TYPE_CHECKING:
@@ -33,6 +33,14 @@ def bench(
     input_shape: Annotated[
         list[str] | None,
         typer.Option("--input-shape", "-s", help="NAME=1,3,224,224 where an .onnx leaves dimensions open."),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            "-p",
+            help="NAME=NUMBER or NAME=FILE.npy: an input that becomes a constant of the module.",
+        ),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option("--calibration", "-c", help="Samples to compile an .onnx with.")
@@ -58,6 +66,7 @@ def bench(
     tvm-qfp8 bench mobilenet.so --profile
     """
     shapes = parse_shapes(input_shape or [])
+    params = parse_params(param or [])
     given = read_inputs(inputs or [])
     if not model.is_file():
         raise ModelError(f"no such file: {model}")
@@ -72,9 +81,14 @@ def bench(
         config = tvm_qfp8.Config(threads=threads)
         with StageProgress(f"compiling {model.name}", as_json) as progress:
             module = tvm_qfp8.compile(
-                str(model), input_shapes=shapes or None, calibration=samples, config=config, progress=progress
+                str(model),
+                params=params,
+                input_shapes=shapes or None,
+                calibration=samples,
+                config=config,
+                progress=progress,
             )
-        session = _onnxruntime(model, threads)
+        session = _onnxruntime(model, threads, params, shapes)
         if session is not None:
             contestants["onnxruntime float32"] = lambda arrays: session.run(None, arrays)
     else:
@@ -150,12 +164,21 @@ def random_input(info: Any) -> np.ndarray:
     return generator.integers(0, 2, info.shape).astype(info.dtype)
 
 
-def _onnxruntime(model: Path, threads: int) -> Any:
+def _onnxruntime(model: Path, threads: int, params: dict[str, Any], shapes: dict[str, Any]) -> Any:
     try:
         import onnxruntime
     except ImportError:
         return None
+    source: str | bytes = str(model)
+    if params:
+        import onnx
+
+        from tvm_qfp8.importers.onnx_inputs import bind_inputs
+
+        bound = onnx.load(source)
+        bind_inputs(bound, params, shapes)
+        source = bound.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tvm_qfp8.cli.console import StageProgress, check_writable, reports_errors
-from tvm_qfp8.cli.options import calibration_data, parse_shapes
+from tvm_qfp8.cli.options import calibration_data, parse_params, parse_shapes
 from tvm_qfp8.errors import ModelError
 
 
@@ -37,6 +37,14 @@ def compile_model(
             "-s",
             help="NAME=1,3,224,224 where the model leaves dimensions open; NAME=N,... for any batch, NAME=1,..128 "
             "for lengths up to 128, NAME=1,32/64/128 for these.",
+        ),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            "-p",
+            help="NAME=NUMBER or NAME=FILE.npy: an input that becomes a constant of the module.",
         ),
     ] = None,
     max_error: Annotated[
@@ -101,10 +109,13 @@ def compile_model(
     tvm-qfp8 compile bert.onnx -s input_ids=1,128 -s attention_mask=1,128 -o bert.so
     # dimensions that the file leaves open
     tvm-qfp8 compile bert.onnx -s input_ids=1,128 -s attention_mask=1,128 -c samples/ -o bert.so
+    # an input that is always the same
+    tvm-qfp8 compile vad.onnx -s input=1,576 -s state=2,1,128 -p sr=16000 -o vad.so
     # for a Raspberry Pi 4
     tvm-qfp8 compile mobilenet.onnx -c samples.npz --target rpi4 -o mobilenet-rpi4.so
     """
     shapes = parse_shapes(input_shape or [])
+    params = parse_params(param or [])
     check_writable(output)
     if not model.is_file():
         raise ModelError(f"no such model: {model}")
@@ -131,6 +142,7 @@ def compile_model(
         module = tvm_qfp8.compile(
             str(model),
             parsed,
+            params=params,
             input_shapes=shapes or None,
             calibration=samples,
             config=config,

@@ -50,6 +50,28 @@ def _extent(text: str) -> Extent:
     return [int(length) for length in text.split("/")] if "/" in text else int(text)
 
 
+def parse_params(texts: list[str]) -> dict[str, float | np.ndarray]:
+    """``["sr=16000", "mask=mask.npy"]`` as ``{"sr": 16000.0, "mask": array}``.
+
+    Raises
+    ------
+    typer.BadParameter
+        Anything else.
+    InputError
+        A file is missing or is no array file.
+    """
+    params: dict[str, float | np.ndarray] = {}
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{text!r} is not NAME=NUMBER or NAME=FILE.npy, as in sr=16000")
+        try:
+            params[name] = float(value)
+        except ValueError:
+            params[name] = _read_one(Path(value))
+    return params
+
+
 def read_inputs(texts: list[str]) -> dict[str, np.ndarray]:
     """Arrays from ``NAME=FILE.npy`` or ``FILE.npz`` (all arrays of the file under their names).
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tvm_qfp8.cli.console import StageProgress, check_writable, reports_errors, write_whole
-from tvm_qfp8.cli.options import calibration_data, parse_shapes
+from tvm_qfp8.cli.options import calibration_data, parse_params, parse_shapes
 from tvm_qfp8.errors import InputError, ModelError
 from tvm_qfp8.layer_effect import LayerEffect
 
@@ -35,6 +35,10 @@ def report(
     input_shape: Annotated[
         list[str] | None,
         typer.Option("--input-shape", "-s", help="NAME=1,3,224,224 where an .onnx leaves dimensions open."),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", "-p", help="NAME=NUMBER or NAME=FILE.npy: an input that becomes a constant."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     html: Annotated[
@@ -69,7 +73,7 @@ def report(
     if sensitivity and profile:
         raise InputError("--profile runs a compiled module; give it without --sensitivity")
     if sensitivity:
-        _sensitivity(module, calibration, input_shape or [], as_json, html)
+        _sensitivity(module, calibration, input_shape or [], param or [], as_json, html)
         return
     if module.suffix == ".onnx":
         raise ModelError(f"{module} is not compiled yet; report reads a module, or takes --sensitivity")
@@ -98,18 +102,26 @@ def _kernel_times(module: Any) -> list[Any]:
 
 
 def _sensitivity(
-    model: Path, calibration: Path | None, input_shape: list[str], as_json: bool, html: Path | None
+    model: Path,
+    calibration: Path | None,
+    input_shape: list[str],
+    param: list[str],
+    as_json: bool,
+    html: Path | None,
 ) -> None:
     if not model.is_file():
         raise ModelError(f"no such model: {model}")
     if html is not None:
         check_writable(html)
     shapes = parse_shapes(input_shape)
+    params = parse_params(param)
     samples = calibration_data(calibration)
     from tvm_qfp8.analysis import analyse
 
     with StageProgress(f"analysing {model.name}", as_json) as progress:
-        found = analyse(str(model), calibration=samples, input_shapes=shapes or None, progress=progress)
+        found = analyse(
+            str(model), calibration=samples, params=params, input_shapes=shapes or None, progress=progress
+        )
     if html is not None:
         _write_page(html, found.to_html())
     elif as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tvm_qfp8.cli.console import StageProgress, reports_errors
-from tvm_qfp8.cli.options import calibration_data, parse_shapes
+from tvm_qfp8.cli.options import calibration_data, parse_params, parse_shapes
 from tvm_qfp8.errors import ModelError
 
 if TYPE_CHECKING:
@@ -37,6 +37,14 @@ def tune(
     trials: Annotated[
         int, typer.Option("--trials", min=1, help="Schedules to try per kernel, those in the log included.")
     ] = 200,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            "-p",
+            help="NAME=NUMBER or NAME=FILE.npy: an input that becomes a constant of the module.",
+        ),
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.1, help="Stop after so many minutes.")
     ] = None,
@@ -65,6 +73,7 @@ def tune(
     tvm-qfp8 tune mobilenet.onnx -c samples.npz -t rpi4 --tracker 127.0.0.1:9190 --key rpi4
     """
     shapes = parse_shapes(input_shape or [])
+    params = parse_params(param or [])
     if not model.is_file():
         raise ModelError(f"no such model: {model}")
     if (tracker is None) != (key is None):
@@ -86,6 +95,7 @@ def tune(
         workloads = collect_workloads(
             str(model),
             parsed,
+            params=params,
             input_shapes=shapes or None,
             calibration=samples,
             config=tvm_qfp8.Config(threads=threads),

@@ -21,7 +21,7 @@ __all__ = ["Extent", "Imported", "Shapes", "load_model"]
 
 def load_model(
     mod: Any,
-    params: Mapping[str, np.ndarray] | None = None,
+    params: Mapping[str, np.ndarray | float] | None = None,
     input_shapes: Shapes | None = None,
 ) -> Imported:
     """Import a model.
@@ -30,7 +30,7 @@ def load_model(
     ----------
     mod : Relax IRModule, onnx.ModelProto, path to an .onnx file, or torch.export.ExportedProgram
     params : dict of name to array
-        Values of a Relax module's parameters.
+        Values of inputs that become constants. For an ONNX model's a number stands for every element.
     input_shapes : dict of name to shape
         For inputs whose dimensions the model leaves open. A name instead of the first extent leaves the batch open, as
         an ONNX file does without this argument if it opens the batch only; of a list of lengths the longest is taken.
@@ -49,7 +49,7 @@ def load_model(
         given = length.shapes_at(input_shapes or {}, length.lengths[-1])
     shapes, batch = close_batch(given)
     imported = _load(mod, params or {}, shapes)
-    imported.length = length
+    imported.length = None if length is None else length.of_inputs(imported.input_names)
     parameters = [parameter.ty for parameter in imported.mod["main"].params]
     if imported.batch is not None:
         batch = imported.batch
@@ -75,7 +75,7 @@ def _extents(names: Sequence[str], types: Sequence[Any]) -> dict[str, tuple[int,
 
 
 def _load(
-    mod: Any, params: Mapping[str, np.ndarray], input_shapes: Mapping[str, tuple[int, ...]]
+    mod: Any, params: Mapping[str, np.ndarray | float], input_shapes: Mapping[str, tuple[int, ...]]
 ) -> Imported:
     if isinstance(mod, tvm.IRModule):
         return from_relax(mod, params, input_shapes)
@@ -87,16 +87,16 @@ def _load(
             )
         from tvm_qfp8.importers.onnx_model import from_onnx_path
 
-        return from_onnx_path(path, input_shapes)
+        return from_onnx_path(path, params, input_shapes)
     kind = type(mod).__module__.split(".")[0]
     if kind == "onnx":
         from tvm_qfp8.importers.onnx_model import from_onnx_model
 
-        return from_onnx_model(mod, input_shapes)
+        return from_onnx_model(mod, params, input_shapes)
     if kind == "torch":
         from tvm_qfp8.importers.torch_export import from_exported_program
 
-        return from_exported_program(mod, input_shapes)
+        return from_exported_program(mod, params, input_shapes)
     raise ModelError(
         f"a model of type {type(mod).__name__} is not known; give an .onnx path, onnx.ModelProto, "
         "torch.export.ExportedProgram or Relax IRModule"

@@ -9,7 +9,7 @@ After, with a scale of 1 for ``x``::
 
     product = Cast(MatMul(x, weight_codes - weight_zero)) * (1 * weight_scale)
 
-ConvInteger is a Conv likewise.
+ConvInteger is a Conv likewise, onnxruntime's DynamicQuantizeLSTM an LSTM.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def strip_dynamic_quantization(model: onnx.ModelProto) -> list[str]:
     graph = model.graph
     constants = constant_tensors(model)
     source: dict[str, str] = {}
+    recurrent = 0
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.op_type == "DynamicQuantizeLinear":
@@ -35,15 +36,23 @@ def strip_dynamic_quantization(model: onnx.ModelProto) -> list[str]:
             source[codes] = node.input[0]
             graph.initializer.append(numpy_helper.from_array(np.float32(1), scale))
             graph.initializer.append(numpy_helper.from_array(np.uint8(0), zero))
+        elif node.op_type == "DynamicQuantizeLSTM" and {node.input[1], node.input[2]} <= set(constants):
+            nodes.append(_lstm(graph, node, constants))
+            recurrent += 1
         elif _is_product(node, source, constants):
             nodes.append(_in_floats(graph, node, source[node.input[0]], constants))
         else:
             nodes.append(node)
-    if not source:
-        return []
     del graph.node[:]
     graph.node.extend(nodes)
-    return [f"{len(source)} DynamicQuantizeLinear nodes were removed: their products are imported as float32"]
+    notes = []
+    if source:
+        notes.append(
+            f"{len(source)} DynamicQuantizeLinear nodes were removed: their products are imported as float32"
+        )
+    if recurrent:
+        notes.append(f"{recurrent} DynamicQuantizeLSTM nodes are imported as float32")
+    return notes
 
 
 def _is_product(node: onnx.NodeProto, source: dict[str, str], constants: dict[str, onnx.TensorProto]) -> bool:
@@ -62,5 +71,26 @@ def _in_floats(
     name = f"{node.output[0]}_weight"
     graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), name))
     made = helper.make_node(PRODUCTS[node.op_type], [x, name], node.output, name=node.name)
+    made.attribute.extend(node.attribute)
+    return made
+
+
+def _lstm(
+    graph: onnx.GraphProto, node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]
+) -> onnx.NodeProto:
+    """Its weights are codes ``(directions, inputs, gates)``, scale and zero are of each direction, or of each gate."""
+    inputs = list(node.input[:8])
+    for position, name in ((1, "W"), (2, "R")):
+        codes, scale, zero = (
+            numpy_helper.to_array(constants[node.input[i]]).astype(np.float32)
+            for i in (position, 6 + 2 * position, 7 + 2 * position)
+        )
+        directions = len(codes)
+        weight = (codes - zero.reshape(directions, 1, -1)) * scale.reshape(directions, 1, -1)
+        inputs[position] = f"{node.output[0]}_{name}"
+        graph.initializer.append(
+            numpy_helper.from_array(np.ascontiguousarray(weight.transpose(0, 2, 1)), inputs[position])
+        )
+    made = helper.make_node("LSTM", inputs, node.output, name=node.name)
     made.attribute.extend(node.attribute)
     return made

@@ -3,14 +3,55 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 from tvm_qfp8.errors import ModelError
 
 BATCH = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
 """What exporters call a batch. An open first dimension of another name may be time, which is no batch."""
+NUMBERED = re.compile(r"^(unk__|(p2o\.)?DynamicDimension\.)\d+$")
+"""What tf2onnx and paddle2onnx call an open dimension, each another; their frameworks have the batch first."""
+
+
+def bind_inputs(
+    model: onnx.ModelProto,
+    values: Mapping[str, np.ndarray | float],
+    input_shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, tuple[int, ...]]:
+    """Make constants of inputs, in place. A number stands for every element.
+
+    Returns
+    -------
+    dict
+        The shapes of the inputs that are left.
+
+    Raises
+    ------
+    ModelError
+        A name is unknown, or an array has another shape than the input.
+    """
+    inputs = {value.name: value for value in model.graph.input}
+    for name, given in values.items():
+        if name not in inputs:
+            raise ModelError(f"the model has no input {name!r}; its inputs are {', '.join(inputs)}")
+        tensor_type = inputs[name].type.tensor_type
+        array = np.asarray(given).astype(helper.tensor_dtype_to_np_dtype(tensor_type.elem_type))
+        if name in input_shapes:
+            _write(inputs[name], input_shapes[name])
+        dims = tensor_type.shape.dim
+        if array.ndim == 0 and any(_is_open(dim) for dim in dims):
+            raise ModelError(f"input {name!r} is given a number and has open dimensions; give its shape, too")
+        if array.ndim == 0:
+            array = np.full([dim.dim_value for dim in dims], array)
+        _write(inputs[name], array.shape)  # checks it
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+        model.graph.input.remove(inputs[name])
+    return {name: shape for name, shape in input_shapes.items() if name not in values}
+
 
 TEXT, TEXT_OPTION = "lengths_up_to(128)", "..128"
 """What to give for the length of a text."""
@@ -59,7 +100,7 @@ def _open_batch(inputs: Iterable[onnx.ValueInfoProto]) -> str | None:
         dims = value.type.tensor_type.shape.dim
         if not dims or not _is_open(dims[0]) or any(_is_open(dim) for dim in dims[1:]):
             return None
-        names.add(dims[0].dim_param)
+        names.add("batch" if NUMBERED.search(dims[0].dim_param) else dims[0].dim_param)
     name = names.pop() if len(names) == 1 else ""
     return name if BATCH.search(name) else None
 
@@ -109,8 +150,10 @@ def _refuse_open(values: Iterable[onnx.ValueInfoProto]) -> None:
         for value in still_open
     )
     # The length of a text, which all inputs that have it name alike, is what a user would like to keep open.
-    texts = [_dims(value)[1].dim_param for value in still_open if _is_text(value)]
-    examples = {value.name: [_example(dim, texts) for dim in _dims(value)] for value in still_open}
+    texts = {
+        _dims(value)[axis].dim_param for value in still_open if _is_integer(value) for axis in _lengths(value)
+    }
+    examples = {value.name: _example(value, texts) for value in still_open}
     shapes = ", ".join(f"{name!r}: ({', '.join(shape)})" for name, shape in examples.items())
     options = " ".join(
         f"--input-shape {name}={','.join(shape).replace(TEXT, TEXT_OPTION)}"
@@ -129,11 +172,23 @@ def _extent(dim: onnx.TensorShapeProto.Dimension) -> str:
     return dim.dim_param or ("?" if _is_open(dim) else str(dim.dim_value))
 
 
-def _is_text(value: onnx.ValueInfoProto) -> bool:
-    """Integers, a batch of them, open in both."""
-    integers = value.type.tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-    return integers and len(_dims(value)) == 2 and all(map(_is_open, _dims(value)))
+def _is_integer(value: onnx.ValueInfoProto) -> bool:
+    return value.type.tensor_type.elem_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
 
-def _example(dim: onnx.TensorShapeProto.Dimension, texts: Sequence[str]) -> str:
-    return str(dim.dim_value) if not _is_open(dim) else TEXT if dim.dim_param in texts else "1"
+def _lengths(value: onnx.ValueInfoProto) -> list[int]:
+    """The axes of open dimensions that are no batch."""
+    dims = enumerate(_dims(value))
+    return [axis for axis, dim in dims if axis and _is_open(dim) and not BATCH.search(dim.dim_param)]
+
+
+def _example(value: onnx.ValueInfoProto, texts: Container[str]) -> list[str]:
+    """A shape that such an input may have; ``texts`` are the names of dimensions that are the length of a text."""
+    lengths = _lengths(value)
+    length = "224" if len(_dims(value)) == 4 else "128"
+    if len(lengths) == 1 and _dims(value)[lengths[0]].dim_param in texts:
+        length = TEXT
+    return [
+        length if axis in lengths else "1" if _is_open(dim) else str(dim.dim_value)
+        for axis, dim in enumerate(_dims(value))
+    ]

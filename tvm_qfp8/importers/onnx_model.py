@@ -10,19 +10,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import tvm
 from onnx import numpy_helper, version_converter
 from tvm import relax
 
 from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
+from tvm_qfp8.importers import onnx_pairwise, onnx_recurrent
 from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported, result_types
 from tvm_qfp8.importers.onnx_adapt import adapt_operators
 from tvm_qfp8.importers.onnx_dynamic import strip_dynamic_quantization
 from tvm_qfp8.importers.onnx_float32 import to_float32
-from tvm_qfp8.importers.onnx_if import fold_if
-from tvm_qfp8.importers.onnx_inputs import fix_input_shapes, forget_shapes
+from tvm_qfp8.importers.onnx_if import check_choices, choose_branches, fold_if
+from tvm_qfp8.importers.onnx_inputs import bind_inputs, fix_input_shapes, forget_shapes
 from tvm_qfp8.importers.onnx_operators import (
     check_operators,
     describe,
@@ -32,7 +34,6 @@ from tvm_qfp8.importers.onnx_operators import (
 )
 from tvm_qfp8.importers.onnx_padding import explicit_padding
 from tvm_qfp8.importers.onnx_qdq import constant_tensors, strip_quantization
-from tvm_qfp8.importers.onnx_recurrent import CONVERTERS
 
 WEIGHTED = (
     "Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear", "RNN", "GRU", "LSTM",
@@ -40,9 +41,11 @@ WEIGHTED = (
 KEPT_APART = ["FusionConvBN", "FusionConvTransposeBN"]
 """Fusions left to our own passes: BatchNorm may be recalibrated before it is folded, and is folded in float64."""
 Shapes = Mapping[str, tuple[int, ...]]
+Params = Mapping[str, np.ndarray | float]
+"""Values of inputs that become constants."""
 
 
-def from_onnx_path(path: Path, input_shapes: Shapes) -> Imported:
+def from_onnx_path(path: Path, params: Params, input_shapes: Shapes) -> Imported:
     """Import a file."""
     if not path.is_file():
         raise ModelError(f"no such file: {path}")
@@ -53,30 +56,31 @@ def from_onnx_path(path: Path, input_shapes: Shapes) -> Imported:
         raise ModelError(f"{path} is not a readable ONNX file (truncated?): {reason}") from error
     if not model.graph.node:
         raise ModelError(f"{path} holds no operators (empty or truncated file)")
-    return _import(model, input_shapes)
+    return _import(model, params, input_shapes)
 
 
-def from_onnx_model(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
+def from_onnx_model(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imported:
     """Import a model; it is not changed."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    return _import(copy, input_shapes)
+    return _import(copy, params, input_shapes)
 
 
-def _import(model: onnx.ModelProto, input_shapes: Shapes) -> Imported:
+def _import(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imported:
     """Import a model that is not needed afterwards: it is changed, then emptied."""
     _check_weights(model)
-    batch = fix_input_shapes(model, input_shapes)
+    batch = fix_input_shapes(model, bind_inputs(model, params, input_shapes))
     notes = [*strip_dynamic_quantization(model), *strip_quantization(model), *to_float32(model)]
     simple = _simplified(expand_operators(model))
     if simple is not model:
         model.Clear()
     gc.collect()  # the simplifier leaves cycles that hold all weights
-    while fold_if(simple):  # a branch may hold the condition of the next one
+    while fold_if(simple) or choose_branches(simple):  # a branch may hold the condition of the next one
         simple = _simplified(expand_operators(simple))
     adapt_operators(simple)
     explicit_padding(simple)
     check_operators(simple)
+    check_choices(simple)
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in simple.graph.input}
     mod = _converted(simple, shapes)
     _check_output_shapes(simple, mod)
@@ -138,7 +142,7 @@ def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]]) -> tvm.IRMo
 def _more_converters(front_end: Any) -> Iterator[None]:
     """Our converters beside those of TVM's front end, which looks them up by a function of its own."""
     look_up = front_end._get_convert_map
-    front_end._get_convert_map = lambda: look_up() | CONVERTERS
+    front_end._get_convert_map = lambda: look_up() | onnx_recurrent.CONVERTERS | onnx_pairwise.CONVERTERS
     try:
         yield
     finally:

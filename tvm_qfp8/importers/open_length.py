@@ -32,6 +32,10 @@ class OpenLength:
         """``input_shapes`` with ``length`` in the place of the list."""
         return {name: tuple(_at(extent, length) for extent in shape) for name, shape in input_shapes.items()}
 
+    def of_inputs(self, names: Iterable[str]) -> OpenLength:
+        """The same for these inputs."""
+        return OpenLength(self.lengths, {name: self.axes[name] for name in names if name in self.axes})
+
 
 def open_length(input_shapes: Shapes) -> OpenLength | None:
     """The lengths that ``input_shapes`` list; None without a list.

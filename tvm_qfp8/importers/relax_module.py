@@ -16,7 +16,7 @@ from tvm_qfp8.importers.imported import Imported, result_types
 
 
 def from_relax(
-    mod: tvm.IRModule, params: Mapping[str, np.ndarray], input_shapes: Mapping[str, tuple[int, ...]]
+    mod: tvm.IRModule, params: Mapping[str, np.ndarray | float], input_shapes: Mapping[str, tuple[int, ...]]
 ) -> Imported:
     """A Relax module with ``main``; ``params`` are bound by name, open dimensions by ``input_shapes``."""
     if "main" not in [var.name_hint for var in mod.get_global_vars()]:

@@ -16,8 +16,10 @@ from tvm_qfp8.importers.torch_decompositions import decompose
 from tvm_qfp8.importers.torch_recurrent import recurrent_converters
 
 
-def from_exported_program(program: Any, input_shapes: Mapping[str, tuple[int, ...]]) -> Imported:
-    """An ``ExportedProgram``; dimensions that it leaves open are given by ``input_shapes``."""
+def from_exported_program(
+    program: Any, params: Mapping[str, np.ndarray | float], input_shapes: Mapping[str, tuple[int, ...]]
+) -> Imported:
+    """An ``ExportedProgram``; ``params`` bind inputs, dimensions that it leaves open are given by ``input_shapes``."""
     from torch.export import ExportedProgram
     from tvm.relax.frontend.torch import from_exported_program as convert
 
@@ -43,7 +45,7 @@ def from_exported_program(program: Any, input_shapes: Mapping[str, tuple[int, ..
         raise UnsupportedOperatorError(
             f"TVM cannot import the exported program: {reason}; replace that operator in the model and export again"
         ) from error
-    return from_relax(mod, {}, input_shapes)
+    return from_relax(mod, params, input_shapes)
 
 
 def _array(tensor: Any) -> np.ndarray:
