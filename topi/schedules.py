@@ -114,6 +114,11 @@ class GemmSchedule:
             },
         )
 
+    def for_vectors(self, vectors: int, isa: InstructionSet, rows: int) -> GemmSchedule:
+        """The schedule for weights that are packed for other tiles; no more rows to a tile than fit then."""
+        most = next(most for most in range(self.tile_rows, 0, -isa.row_group) if isa.fits(most, vectors))
+        return replace(self, tile_rows=most, vectors=vectors).for_rows(rows, isa.row_group)
+
     def for_rows(self, rows: int, row_group: int) -> GemmSchedule:
         """The schedule for another number of rows: weights packed alike, and tiles that leave no short one."""
         tiles = -(-rows // self.tile_rows)

@@ -33,7 +33,13 @@ from tvm_qfp8.cuda_code import register_compiler
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.importers import Imported, Shapes, load_model
 from tvm_qfp8.importers.imported import result_types
-from tvm_qfp8.length_programs import check_same_layers, function_at, joined, padding_is_unseen
+from tvm_qfp8.length_programs import (
+    SharedPanels,
+    check_same_layers,
+    function_at,
+    joined,
+    padding_is_unseen,
+)
 from tvm_qfp8.lengths import Lengths, Variant
 from tvm_qfp8.linker import architecture
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
@@ -251,12 +257,15 @@ def compile(  # noqa: A001 - the public name
         choose = LoggedSchedules(parsed, default_roots() if tuning_logs is None else [Path(tuning_logs)])
     with parsed:
         memory = StaticMemory() if config.winograd and not on_gpu else None
+        shared = SharedPanels(choose) if shorter else choose
 
         def lower(program: tvm.IRModule, own: QuantizationPlan) -> tvm.IRModule:
-            passes = lowering_passes(own, config, isa, threads, choose, memory)
+            passes = lowering_passes(own, config, isa, threads, shared, memory)
             return tvm.transform.Sequential(passes)(program)
 
-        others = {length: lower(program, own or plan) for length, (program, own) in shorter.items()}
+        # From the longest down: its tiles suit the most work.
+        descending = sorted(shorter.items(), reverse=True)
+        others = {length: lower(program, own or plan) for length, (program, own) in descending}
         lowered = tvm.transform.Sequential([ShareConstants()])(joined(lower(canonical, plan), others))
         if isinstance(choose, LoggedSchedules):
             report.totals["tuned kernels"] = f"{len(choose.used)} of {len(choose.asked)}"

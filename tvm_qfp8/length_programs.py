@@ -7,6 +7,7 @@ same codes, scales and biases.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,27 @@ from tvm_qfp8.calibration import Program, QuantizationPlan
 from tvm_qfp8.calibration.evaluate import evaluate
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.lengths import cut, padded, varying_axes
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.schedules import GemmSchedule, ScheduleChooser
 from tvm_qfp8.topi.static_memory import FUNCTION
 
 TOLERANCE = 1e-4
 """Of the largest output: what float32 sums in another order may differ by."""
+
+
+class SharedPanels:
+    """Chooses schedules for all lengths so that they read the same packed weights: the first asked for decides."""
+
+    def __init__(self, choose: ScheduleChooser) -> None:
+        self._choose = choose
+        self._vectors: dict[tuple, int] = {}
+
+    def __call__(self, schedules: Any, isa: InstructionSet, shape: Any, threads: int) -> Any:
+        chosen = self._choose(schedules, isa, shape, threads)
+        if not isinstance(chosen, GemmSchedule):
+            return chosen
+        vectors = self._vectors.setdefault((isa.label, replace(shape, rows=0)), chosen.vectors)
+        return chosen if vectors == chosen.vectors else chosen.for_vectors(vectors, isa, shape.rows)
 
 
 def function_at(length: int) -> str:
