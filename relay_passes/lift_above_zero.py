@@ -103,7 +103,8 @@ def _dip(value: relax.Expr) -> float:
     name = called_function(value)
     if name is None:
         return 0.0
-    least = float(np.min(find_function(name).reference(_ARGUMENTS)))
+    with np.errstate(all="ignore"):  # a logarithm has no value at some
+        least = float(np.min(find_function(name).reference(_ARGUMENTS)))
     return -least if -DEEPEST <= least < 0 else 0.0
 
 

@@ -192,6 +192,23 @@ def test_configuration_skips_layers_and_fixes_the_layout():
     assert {q.activation.layout for q in plan.linear.values()} == {"E3M4"}
 
 
+def test_what_a_logarithm_reads_stays_in_float32():
+    """A mel spectrogram: both transforms and the filters; not what is before them or behind the logarithm."""
+
+    def body(emit, x):
+        signal = emit(R.nn.relu(emit(R.matmul(x, constant(16, 32)))))
+        parts = [emit(R.matmul(signal, constant(32, 12, seed=seed))) for seed in (1, 2)]
+        power = emit(R.add(*(emit(R.power(part, relax.const(2.0))) for part in parts)))
+        mel = emit(R.maximum(emit(R.matmul(power, constant(12, 5, seed=3))), relax.const(1e-5)))
+        return emit(R.matmul(emit(R.log(mel)), constant(5, 4, seed=4)))
+
+    mod = build({"x": ((8, 16), "float32")}, body)
+    for samples in (None, [{"x": random(8, 16)}]):
+        plan = calibrate(mod, samples)
+        assert len(plan.linear) == 2 and len(plan.skipped) == 3
+        assert all("logarithm" in reason for reason in plan.skipped.values())
+
+
 def test_layers_of_one_weight_keep_one_weight():
     """Row scales are found for each of them; channels are not evened out, which would change the weight."""
 

@@ -9,7 +9,8 @@ After, with a scale of 1 for ``x``::
 
     product = Cast(MatMul(x, weight_codes - weight_zero)) * (1 * weight_scale)
 
-ConvInteger is a Conv likewise, onnxruntime's DynamicQuantizeLSTM an LSTM.
+ConvInteger is a Conv likewise, onnxruntime's DynamicQuantizeLSTM an LSTM. A bias that is rounded to the product's codes
+before it is added is added as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def strip_dynamic_quantization(model: onnx.ModelProto) -> list[str]:
     graph = model.graph
     constants = constant_tensors(model)
     source: dict[str, str] = {}
+    products: set[str] = set()
     recurrent = 0
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -41,8 +43,10 @@ def strip_dynamic_quantization(model: onnx.ModelProto) -> list[str]:
             recurrent += 1
         elif _is_product(node, source, constants):
             nodes.append(_in_floats(graph, node, source[node.input[0]], constants))
+            products.update(node.output)
         else:
             nodes.append(node)
+    _keep_biases(nodes, products)
     del graph.node[:]
     graph.node.extend(nodes)
     notes = []
@@ -53,6 +57,22 @@ def strip_dynamic_quantization(model: onnx.ModelProto) -> list[str]:
     if recurrent:
         notes.append(f"{recurrent} DynamicQuantizeLSTM nodes are imported as float32")
     return notes
+
+
+def _keep_biases(nodes: list[onnx.NodeProto], products: set[str]) -> None:
+    """Takes the rounding from what is added to products."""
+    producers = {name: node for node in nodes for name in node.output}
+    for node in nodes:
+        if node.op_type != "Add" or products.isdisjoint(node.input):
+            continue
+        for name in node.input:
+            step = producers.get(name)
+            while step is not None and step.op_type in ("Reshape", "Unsqueeze", "Cast", "Floor", "Round"):
+                if step.op_type == "Cast":
+                    step.attribute[0].i = onnx.TensorProto.FLOAT
+                elif step.op_type in ("Floor", "Round"):
+                    step.op_type = "Identity"
+                step = producers.get(step.input[0])
 
 
 def _is_product(node: onnx.NodeProto, source: dict[str, str], constants: dict[str, onnx.TensorProto]) -> bool:

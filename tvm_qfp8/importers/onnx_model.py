@@ -34,6 +34,7 @@ from tvm_qfp8.importers.onnx_operators import (
 )
 from tvm_qfp8.importers.onnx_padding import explicit_padding
 from tvm_qfp8.importers.onnx_qdq import constant_tensors, strip_quantization
+from tvm_qfp8.importers.onnx_qlinear import write_out_qlinear
 
 WEIGHTED = (
     "Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear", "RNN", "GRU", "LSTM",
@@ -70,6 +71,7 @@ def _import(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imp
     """Import a model that is not needed afterwards: it is changed, then emptied."""
     _check_weights(model)
     batch = fix_input_shapes(model, bind_inputs(model, params, input_shapes))
+    write_out_qlinear(model)
     notes = [*strip_dynamic_quantization(model), *strip_quantization(model), *to_float32(model)]
     simple = _simplified(expand_operators(model))
     if simple is not model:
