@@ -31,6 +31,34 @@ def test_matmul(rows, depth, columns, activation):
     np.testing.assert_array_equal(found, expected.astype(np.float32))
 
 
+@pytest.mark.parametrize("activation", ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"])
+def test_greatest_sums(activation):
+    layouts = get_layout(activation), get_layout("E2M5")
+    greatest = int(layouts[1].max_grid) * int(layouts[0].max_grid)
+    # The bound counts the parts of an activation, which are a little more than itself.
+    depth = int(0.98 * 2**31 / greatest)
+    weight = np.full((20, depth), 0x7F, np.uint8)
+    weight[1] |= 0x80
+    weight[2, ::2] |= 0x80
+    weight[3:, 1::3] = 0
+    largest = np.uint8(0x7F if layouts[0].signed else 0xFF)
+    target = parse_target("icelake-server")
+    instructions = instruction_set(isa(target), cpu_features(target))
+    assert multiplies_magnitudes(instructions, GemmShape(2, 20, depth, *layouts), weight)
+
+    def emit(builder, x):
+        ones, zeros = np.ones(20, np.float32), np.zeros(20, np.float32)
+        call = qfp8_ops.matmul(x, codes_constant(weight, "E2M5"), relax.const(ones), relax.const(zeros))
+        return builder.emit(call)
+
+    compiled = build(program([((2, depth), activation)], emit), "native")
+    x = np.full((2, depth), largest)
+    x[1] = 0x80 | largest if layouts[0].signed else 0
+    for codes in (x, np.zeros_like(x)):
+        expected = reference.matmul(codes, weight, *layouts)
+        np.testing.assert_array_equal(run(compiled, codes)[0], expected.astype(np.float32))
+
+
 def test_magnitudes_are_for_vnni_and_for_sums_that_fit():
     target = parse_target("icelake-server")
     instructions = instruction_set(isa(target), cpu_features(target))

@@ -87,12 +87,10 @@ class RegisterTile:
                 total = self.isa.multiply_add(load(self._buffer, at, lanes), repeated, weight)
                 store(self._buffer, at, total, lanes)
 
-    def accumulate_vector(self, row: int, activation, weight) -> None:
-        """Multiply two vectors of operands lane by lane into the row's first accumulator (depthwise)."""
-        lanes, at = self.isa.lanes, self._at(row, 0)
-        store(
-            self._buffer, at, self.isa.multiply_add(load(self._buffer, at, lanes), activation, weight), lanes
-        )
+    def accumulate_vector(self, row: int, a, b, vector: int = 0) -> None:
+        """Multiply two vectors of operands lane by lane into one accumulator of the row."""
+        lanes, at = self.isa.lanes, self._at(row, vector)
+        store(self._buffer, at, self.isa.multiply_add(load(self._buffer, at, lanes), a, b), lanes)
 
     def value(self, row: int, vector: int):
         """The dot products of one row."""
