@@ -83,7 +83,13 @@ def output_error(change: np.ndarray, covariance: np.ndarray, pull: np.ndarray) -
 
 def compensated(weight: np.ndarray, even: Moments, odd: Moments) -> np.ndarray:
     """Weights ``(groups, channels, depth)`` with the ridge of least error across folds, fitted on both."""
-    folds = [(fold.covariance(), fold.pull(weight)) for fold in (even, odd)]
+    pulls = [fold.pull(weight) for fold in (even, odd)]
+    # Ridges lie far apart: float32 tells which is best, of numbers near 1.
+    unit = even.covariance().max() or 1.0
+    folds = [
+        ((fold.covariance() / unit).astype(np.float32), (pull / unit).astype(np.float32))
+        for fold, pull in zip((even, odd), pulls, strict=True)
+    ]
     best, least = None, 0.0
     for ridge in RIDGES:
         error = _held_out_error(folds, ridge)
@@ -92,7 +98,7 @@ def compensated(weight: np.ndarray, even: Moments, odd: Moments) -> np.ndarray:
         best, least = ridge, error
     if best is None:
         return weight
-    change = _change(folds[0][0] + folds[1][0], folds[0][1] + folds[1][1], best)
+    change = _change(even.covariance() + odd.covariance(), pulls[0] + pulls[1], best)
     return weight if change is None else (weight + change).astype(np.float32)
 
 
@@ -112,6 +118,6 @@ def _change(covariance: np.ndarray, pull: np.ndarray, ridge: float) -> np.ndarra
     mean = np.einsum("gii->g", covariance) / covariance.shape[1]
     if not np.isfinite(mean).all() or mean.max() <= 0:
         return None
-    damping = ridge * np.maximum(mean, mean.max() * 1e-9)
-    damped = covariance + np.eye(covariance.shape[1]) * damping[:, None, None]
+    damped = covariance.copy()
+    np.einsum("gii->gi", damped)[:] += ridge * np.maximum(mean, mean.max() * 1e-9)[:, None]
     return np.linalg.solve(damped, pull.transpose(0, 2, 1)).transpose(0, 2, 1)

@@ -27,13 +27,16 @@ DAMPING = 0.01
 """Of the mean of the covariance's diagonal, added to it."""
 
 LAZY_COLUMNS = 128
+INVERTED_WHOLE = 64
+"""Smaller triangles are not halved."""
+
 LARGEST_DEPTH = 4096
 """Deeper layers are rounded to nearest: the covariance is inverted at a cost of depth^3."""
 
 SHALLOW_DEPTH = 64
 """Up to so many weights to a channel the error jumps from scale to scale, and many scales are tried."""
 
-VALUES_AT_ONCE = 1 << 18
+VALUES_AT_ONCE = 1 << 17
 """Weights times scales that are tried together."""
 
 ONE_SCALE = np.ones(1, np.float32)
@@ -107,6 +110,7 @@ def least_output_error(
     exact = as_rows(linear, linear.weight)
     total = inputs.even + inputs.odd
     covariance, pull = total.covariance(), total.pull(exact)
+    del total  # the largest arrays of all
     columns = ColumnRounding.of(covariance)
     if columns is None:
         return None
@@ -176,23 +180,20 @@ class ColumnRounding:
     @classmethod
     def of(cls, covariance: np.ndarray) -> ColumnRounding | None:
         """For a float64 covariance ``(groups, depth, depth)``; None where it is degenerate."""
-        groups, depth, _ = covariance.shape
         diagonal = np.einsum("gii->gi", covariance)
         order = np.argsort(-diagonal, axis=1, kind="stable")
         mean = diagonal.mean(axis=1)
         if not (np.isfinite(mean).all() and (mean > 0).any()):
             return None
-        pick = np.arange(groups)[:, None]
-        sorted_covariance = covariance[pick[:, :, None], order[:, :, None], order[:, None, :]]
-        damped = (
-            sorted_covariance + np.eye(depth) * (DAMPING * np.maximum(mean, mean.max() * 1e-9))[:, None, None]
-        )
+        pick = np.arange(len(covariance))[:, None]
+        damped = covariance[pick[:, :, None], order[:, :, None], order[:, None, :]]
+        np.einsum("gii->gi", damped)[:] += DAMPING * np.maximum(mean, mean.max() * 1e-9)[:, None]
+        # H = R R^T with R upper triangular, a Cholesky factor from the last column to the first: H^-1 = R^-T R^-1.
         try:
-            inverse = np.linalg.inv(damped)
-            upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
+            reverse = np.linalg.cholesky(damped[:, ::-1, ::-1])
         except np.linalg.LinAlgError:
             return None
-        return cls(order, upper.astype(np.float32))
+        return cls(order, np.triu(_triangular_inverse(reverse)[:, ::-1, ::-1].astype(np.float32)))
 
     def rounded(self, weight: np.ndarray, scale: np.ndarray, nearest: Nearest) -> np.ndarray:
         """Values on the grid times the scale.
@@ -221,6 +222,18 @@ class ColumnRounding:
             left[:, end:] -= upper[:, start:end, end:].transpose(0, 2, 1) @ errors
         back = np.argsort(self.order, axis=1)
         return np.take_along_axis(left, back[:, :, None], axis=1).transpose(0, 2, 1)
+
+
+def _triangular_inverse(lower: np.ndarray) -> np.ndarray:
+    """Of lower triangular matrices ``(groups, depth, depth)``, by halves; above the diagonal it is not quite zero."""
+    half = lower.shape[1] // 2
+    if half < INVERTED_WHOLE:
+        return np.linalg.inv(lower)
+    result = np.zeros_like(lower)
+    first, last = _triangular_inverse(lower[:, :half, :half]), _triangular_inverse(lower[:, half:, half:])
+    result[:, :half, :half], result[:, half:, half:] = first, last
+    result[:, half:, :half] = -last @ (lower[:, half:, :half] @ first)
+    return result
 
 
 def _nearest(values: np.ndarray, scale: np.ndarray, layout: Layout) -> np.ndarray:
