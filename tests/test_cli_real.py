@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -83,7 +84,8 @@ def test_run_is_close_to_float32(project, module):
 def test_report_names_the_layer(project, module):
     report = json.loads(_tvm_qfp8("report", module, "--json", folder=project).stdout)
     assert [layer["became"] for layer in report["layers"] if layer["operator"] == "matmul"] == ["QFP8"]
-    assert "matmul" in _tvm_qfp8("report", module, folder=project).stdout
+    text = _tvm_qfp8("report", module, folder=project).stdout
+    assert "matmul" in text and re.search(r"signal to error of outputs, dB: y \d\d\.\d \(4 samples\)", text)
 
 
 def test_bench(project, module):
@@ -91,9 +93,28 @@ def test_bench(project, module):
     assert found["results"][0]["median_ms"] > 0
 
 
+def test_bench_of_a_file_of_half_precision_with_an_input_that_is_given(tmp_path):
+    pytest.importorskip("onnxruntime")
+    half = TensorProto.FLOAT16
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Mul", ["m", "gain"], ["y"])]
+    inputs = [
+        helper.make_tensor_value_info("x", half, (4, 8)),
+        helper.make_tensor_value_info("gain", half, ()),
+    ]
+    weight = numpy_helper.from_array(np.eye(8, dtype=np.float16), "w")
+    graph = helper.make_graph(
+        nodes, "half", inputs, [helper.make_tensor_value_info("y", half, (4, 8))], [weight]
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(made, tmp_path / "half.onnx")
+    done = _tvm_qfp8("bench", "half.onnx", "--param", "gain=2", "-n", "1", "--json", folder=tmp_path)
+    assert [row["name"] for row in json.loads(done.stdout)["results"]] == ["onnxruntime float32", "QFP8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
+        (("compile", "open.onnx", "-s", "x=4,48", "-p", "gain=2", "-o", "bad.so"), "no input 'gain'"),
         (("compile", "x.npy", "-o", "bad.so"), "x.npy"),
         (("compile", "cut.onnx", "-o", "bad.so"), "cut.onnx"),
         (("compile", "nan.onnx", "-s", "x=4,48", "-o", "bad.so"), "'w'"),

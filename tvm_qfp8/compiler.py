@@ -25,6 +25,7 @@ from tvm_qfp8.calibration import (
     calibrate,
     first_samples,
     keep_within,
+    output_sqnr,
     padded_samples,
 )
 from tvm_qfp8.config import Config
@@ -239,6 +240,14 @@ def compile(  # noqa: A001 - the public name
             keep_sums_in_int32(own)
     threads = config.threads or int(parsed.attrs.get("num-cores", 0)) or 1
     report = describe(canonical, plan, config, parsed, imported.notes)
+    if first:
+        found = output_sqnr(canonical, plan, first, config.max_error)
+        shown = [
+            f"{name} {db:.1f}"
+            for name, db in zip(imported.output_names, found, strict=True)
+            if db is not None
+        ]
+        report.totals["signal to error of outputs, dB"] = f"{', '.join(shown)} ({len(first)} samples)"
     inputs, outputs = _tensor_infos(canonical, imported)
     several = None
     if imported.length is not None:

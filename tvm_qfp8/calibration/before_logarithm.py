@@ -10,10 +10,10 @@ sums and squares of the results of others: transforms of a signal, no activation
 from __future__ import annotations
 
 from tvm_qfp8.calibration.evaluate import Program
+from tvm_qfp8.calibration.linear import LINEAR, LinearSteps
 from tvm_qfp8.data_movement import MOVES_DATA
 
 REASON = "a logarithm reads its values, where errors beside the small ones count as much"
-LINEAR = {"relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose"}
 SUMS = MOVES_DATA | {
     "alias", "tuple_get_item", "relax.abs", "relax.add", "relax.divide", "relax.mean", "relax.multiply",
     "relax.negative", "relax.power", "relax.sqrt", "relax.square", "relax.subtract", "relax.sum",
@@ -22,7 +22,14 @@ BOUNDS = {"relax.clip", "relax.maximum", "relax.minimum"}
 """Between a logarithm and the layer before it; further back they are activation functions."""
 
 
-def before_logarithm(program: Program) -> set[str]:
+def keep_in_float32(program: Program, found: LinearSteps) -> None:
+    """Move these layers from what is quantized to what is skipped, in place."""
+    for name in _before_logarithm(program):
+        if found.linear.pop(name, None) or found.products.pop(name, None):
+            found.skipped[name] = REASON
+
+
+def _before_logarithm(program: Program) -> set[str]:
     """Names of the linear steps."""
     steps = {step.name: step for step in program.steps}
     found: set[str] = set()

@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from tvm_qfp8.calibration.before_logarithm import REASON, before_logarithm
 from tvm_qfp8.calibration.contents import Contents, contents
 from tvm_qfp8.calibration.evaluate import Name, Program, Step, TensorSpec
 from tvm_qfp8.calibration.fake_quantize import fake_quantize
@@ -189,15 +188,12 @@ def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
     """
     patterns = tuple(skip)
     found = LinearSteps()
-    spectra = before_logarithm(program)
     for step in program.steps:
         if step.operator not in (*LINEAR, RECURRENT):
             continue
         name, (activation, weight) = step.name, step.arguments[:2]
         recurrent = step.operator == RECURRENT
         reason = _skipped_by_name(step, patterns) if recurrent else _reason_to_skip(step, patterns)
-        if reason is None and name in spectra:
-            reason = REASON
         if reason is not None:
             found.skipped[name] = reason
         elif recurrent:

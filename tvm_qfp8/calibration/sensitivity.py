@@ -62,7 +62,7 @@ def layer_effects(
                 report("sensitivity", index * len(names) + done, len(samples) * len(names))
     operators = {step.name: _operator(step) for step in steps}
     own = {name: chosen.sqnr_db for name, chosen in plan.linear.items()}
-    effects = [LayerEffect(n, operators[n], own.get(n), _decibel(signal, errors[n])) for n in names]
+    effects = [LayerEffect(n, operators[n], own.get(n), decibel(signal, errors[n])) for n in names]
     return sorted(effects, key=lambda effect: effect.output_sqnr_db)
 
 
@@ -71,5 +71,8 @@ def _operator(step: Step) -> str:
     return step.attrs.kind.lower() if step.operator == RECURRENT else step.operator.removeprefix("relax.")
 
 
-def _decibel(signal: float, error: float) -> float:
-    return INFINITE_DB if error == 0.0 else min(INFINITE_DB, 10 * float(np.log10(signal / error)))
+def decibel(signal: float, error: float) -> float:
+    """Signal to error, finite."""
+    if signal == 0.0 or error == 0.0:
+        return -INFINITE_DB if error else INFINITE_DB
+    return min(INFINITE_DB, 10 * float(np.log10(signal / error)))

@@ -18,6 +18,9 @@ from tvm_qfp8.errors import ModelError
 if TYPE_CHECKING:
     import numpy as np
 
+OTHER_FLOATS = {"tensor(float16)": "float16", "tensor(double)": "float64"}
+"""Inputs of a file that are float32 in its module."""
+
 
 @reports_errors
 def bench(
@@ -88,9 +91,9 @@ def bench(
                 config=config,
                 progress=progress,
             )
-        session = _onnxruntime(model, threads, params, shapes)
-        if session is not None:
-            contestants["onnxruntime float32"] = lambda arrays: session.run(None, arrays)
+        float_model = _onnxruntime(model, threads, params, shapes)
+        if float_model is not None:
+            contestants["onnxruntime float32"] = float_model
     else:
         module = tvm_qfp8.load(model)
     contestants["QFP8"] = module.run
@@ -181,4 +184,13 @@ def _onnxruntime(model: Path, threads: int, params: dict[str, Any], shapes: dict
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    kinds = {value.name: OTHER_FLOATS.get(value.type) for value in session.get_inputs()}
+
+    def run(arrays: dict[str, np.ndarray]) -> Any:
+        return session.run(
+            None,
+            {name: array.astype(kinds[name] or array.dtype, copy=False) for name, array in arrays.items()},
+        )
+
+    return run
