@@ -1,7 +1,7 @@
-"""The squared error of rounding channels to a layout at given scales: the inner loop of the search for scales.
+"""The squared error of rounding channels to a layout at given scales: the inner loop of ``bias_search``.
 
-What NumPy does in a dozen passes (``bias_search.direct_error``) is one here, in the same float32 arithmetic; errors are
-summed in float64 in another order.
+NumPy would take a dozen passes over the values. The arithmetic is that of ``format.round_to_grid``, in float32; errors
+are summed in float64.
 """
 
 from __future__ import annotations
