@@ -215,3 +215,18 @@ def test_operators_of_several_inputs_make_no_stack(operator):
     values = np.arange(9, dtype=np.float32) - 4
     imported = check(made, {"a": values[:6].reshape(2, 3), "b": values[None, 6:]})
     assert "stack" not in imported.mod.script()
+
+
+@pytest.mark.parametrize(("onesided", "with_window"), [(1, True), (0, False)])
+def test_fourier_transforms_become_convolutions(onesided, with_window):
+    constants = {"step": np.array(8), "length": np.array(16)}
+    if with_window:
+        constants["window"] = np.hanning(16).astype(np.float32)
+    given = ["x", "step", "window" if with_window else "", "length"]
+    made = model(
+        [node("STFT", given, ["y"], onesided=onesided)],
+        {"x": (2, 64, 1)},
+        {"y": ("a", "b", "c", 2)},
+        constants,
+    )
+    check(made, {"x": np.random.default_rng(0).standard_normal((2, 64, 1)).astype(np.float32)})

@@ -195,6 +195,8 @@ def test_onnxruntimes_operators_on_codes_become_float():
     np.testing.assert_allclose(
         run("QLinearLeakyRelu", [*code, "s", "z"], alpha=0.5), np.where(x < 0, x / 2, x)
     )
+    soft = run("QLinearSoftmax", [*code, "s", "z"], axis=3, opset=17)
+    np.testing.assert_allclose(soft, np.exp(x) / np.exp(x).sum(-1, keepdims=True), rtol=1e-5)
     mean = run("QLinearGlobalAveragePool", [*code, "s", "z"], channels_last=0)
     np.testing.assert_allclose(mean, x.mean((2, 3), keepdims=True))
     weight = (constants["w"] - np.float32([[1], [0]])) * constants["ws"][:, None]

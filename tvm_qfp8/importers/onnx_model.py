@@ -35,6 +35,7 @@ from tvm_qfp8.importers.onnx_operators import (
 from tvm_qfp8.importers.onnx_padding import explicit_padding
 from tvm_qfp8.importers.onnx_qdq import constant_tensors, strip_quantization
 from tvm_qfp8.importers.onnx_qlinear import write_out_qlinear
+from tvm_qfp8.importers.onnx_stft import write_out_stft
 
 WEIGHTED = (
     "Conv", "ConvTranspose", "MatMul", "Gemm", "BatchNormalization", "DequantizeLinear", "RNN", "GRU", "LSTM",
@@ -80,6 +81,7 @@ def _import(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imp
     while fold_if(simple) or choose_branches(simple):  # a branch may hold the condition of the next one
         simple = _simplified(expand_operators(simple))
     adapt_operators(simple)
+    write_out_stft(simple)
     explicit_padding(simple)
     check_operators(simple)
     check_choices(simple)

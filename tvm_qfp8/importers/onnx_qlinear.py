@@ -35,7 +35,11 @@ FORMS = {
     "QLinearGlobalAveragePool": _Form("GlobalAveragePool", UNARY, 3),
     "QLinearLeakyRelu": _Form("LeakyRelu", UNARY, 3),
     "QLinearSigmoid": _Form("Sigmoid", UNARY, 3),
+    "QLinearSoftmax": _Form("Softmax", UNARY, 3),
 }
+
+OWN = ("channels_last", "opset")
+"""Attributes that the float operators do not have; ``opset`` is the file's."""
 
 
 def write_out_qlinear(model: onnx.ModelProto) -> None:
@@ -48,7 +52,7 @@ def write_out_qlinear(model: onnx.ModelProto) -> None:
         if form is None or not _is_constant(node, form.bias, constants):
             nodes.append(node)
             continue
-        given = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name != "channels_last"}
+        given = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name not in OWN}
         name = node.output[0]
         floats = []
         for position in form.inputs:
