@@ -235,6 +235,19 @@ def test_outputs_of_integers_and_booleans():
     assert len(plan.linear) == 2
 
 
+def test_of_a_softmax_its_input_is_compared():
+    """Probabilities near 0 and 1 say nothing."""
+
+    def body(emit, x):
+        y = emit(R.matmul(emit(R.tanh(x)), constant(16, 8, scale=20)))
+        return relax.Tuple([emit(R.nn.softmax(y)), constant(3)])
+
+    mod = build({"x": ((4, 16), "float32")}, body)
+    samples = [{"x": random(4, 16, seed=i)} for i in range(3)]
+    logits, fixed = output_sqnr(mod, calibrate(mod, samples), samples)
+    assert 25 < logits < 50 and fixed == 200.0
+
+
 def test_what_the_outputs_lose():
     """Over all samples, without rows of missing tokens; integers have no such figure."""
 

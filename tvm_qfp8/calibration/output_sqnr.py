@@ -8,7 +8,7 @@ import numpy as np
 import tvm
 
 from tvm_qfp8.calibration.plan import QuantizationPlan
-from tvm_qfp8.calibration.propagate import energy
+from tvm_qfp8.calibration.propagate import Compared, energy
 from tvm_qfp8.calibration.quantized import QuantizedProgram
 from tvm_qfp8.calibration.sensitivity import decibel
 
@@ -20,7 +20,7 @@ def output_sqnr(
     max_error: float = 1e-3,
     token_mask: str = "attention_mask",
 ) -> list[float | None]:
-    """Signal to error of each output over the samples, in dB; None for integers.
+    """Signal to error of each output over the samples, in dB; of a softmax that of its input, None for integers.
 
     Parameters
     ----------
@@ -47,13 +47,14 @@ def _both_outputs(
     network: QuantizedProgram, sample: Mapping[str, np.ndarray]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """In float32 and quantized; what no later step reads is let go."""
-    steps, results = network.program.steps, network.program.result_names()
+    steps, compared = network.program.steps, Compared(network.program)
+    kept = compared.names | network.program.result_names()
     last_reader = {name: step.name for step in steps for name in step.reads}
     exact, rounded = dict(sample), dict(sample)
     with np.errstate(all="ignore"):
         for step in steps:
             exact[step.name], rounded[step.name] = step.run(exact), network.value(step, rounded)
-            for name in {*step.reads, step.name} - results:
+            for name in {*step.reads, step.name} - kept:
                 if last_reader.get(name, step.name) == step.name:
                     del exact[name], rounded[name]
-    return network.program.outputs(exact), network.program.outputs(rounded)
+        return compared.of_outputs(exact), compared.of_outputs(rounded)

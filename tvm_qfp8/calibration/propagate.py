@@ -47,7 +47,7 @@ class Compared:
     def __init__(self, program: Program) -> None:
         self._made = {step.name: step for step in program.steps}
         results = program.result if isinstance(program.result, tuple) else (program.result,)
-        self._results = [self._source(part.name) for part in results if isinstance(part, Name)]
+        self._results = [self._source(part.name) if isinstance(part, Name) else part for part in results]
 
     def _source(self, name: str) -> tuple[str, bool]:
         """The variable to look at, and whether it holds logits."""
@@ -64,18 +64,26 @@ class Compared:
     @property
     def names(self) -> set[str]:
         """The variables that are looked at."""
-        return {name for name, _ in self._results}
+        return {result[0] for result in self._results if isinstance(result, tuple)}
 
     def values(self, values: Mapping[str, Any]) -> list[np.ndarray]:
         """From the values of ``names``; integers and booleans have no error to speak of."""
+        return [array for array in self.of_outputs(values) if array.dtype.kind == "f"]
+
+    def of_outputs(self, values: Mapping[str, Any]) -> list[np.ndarray]:
+        """The same of all outputs."""
         found: list[np.ndarray] = []
-        for name, is_logits in self._results:
+        for result in self._results:
+            if not isinstance(result, tuple):
+                found.append(result)
+                continue
+            name, is_logits = result
             value = values[name]
             if isinstance(value, tuple):
                 found += value
             else:
                 found.append(value - value.mean(-1, keepdims=True) if is_logits else value)
-        return [array for array in found if array.dtype.kind == "f"]
+        return found
 
 
 class _Overlay(Mapping[str, Any]):
