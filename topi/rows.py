@@ -13,9 +13,12 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, lanes_of, like, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start
 from tvm_qfp8.topi.prim_func import load, store, stores_last
 
 MIN_PARALLEL_ELEMENTS = 65_536
+BLOCKS_OF_THREAD = 4
+"""So that fewer threads than compiled for share them evenly, too."""
 
 
 class Row:
@@ -183,9 +186,16 @@ def _rotated(vector, distance: int):
 
 def for_each_row(rows: int, length: int, threads: int, body: Callable) -> None:
     """``body(row)`` over all rows, in parallel where it pays."""
-    parallel = threads > 1 and rows > 1 and rows * length >= MIN_PARALLEL_ELEMENTS
-    with (T.parallel if parallel else T.serial)(0, rows) as row:
-        body(row)
+    if threads == 1 or rows == 1 or rows * length < MIN_PARALLEL_ELEMENTS:
+        with T.serial(0, rows) as row:
+            body(row)
+        return
+    # Each turn of a parallel loop takes its scratch from the heap, which short rows would wait for.
+    size, blocks = balanced_blocks(rows, -(-rows // (BLOCKS_OF_THREAD * threads)), 1)
+    with T.parallel(0, blocks) as block:
+        start = overlapped_start(block, size, rows)
+        with T.serial(0, size) as row:
+            body(T.bind(start + row))
 
 
 def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
