@@ -154,6 +154,8 @@ def cut(array: np.ndarray, axes: Sequence[int], length: int) -> np.ndarray:
 
 def padded(array: np.ndarray, axis: int, length: int) -> np.ndarray:
     """``array`` with zeros behind ``axis``'s values, up to ``length``."""
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, length - array.shape[axis])
-    return np.pad(array, widths)
+    shape = list(array.shape)
+    shape[axis] = length
+    result = np.zeros(shape, array.dtype)  # np.pad takes 20 us more
+    result[tuple(map(slice, array.shape))] = array
+    return result
