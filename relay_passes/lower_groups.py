@@ -18,6 +18,8 @@ Equal kernels are written once. Operators that belong to no group stay for ``Leg
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import tvm
 from tvm import relax
@@ -122,27 +124,25 @@ class _Rewriter(MainRewriter):
 
     def encode_rows(self, var: relax.Var, value: relax.Call) -> None:
         x, factors = value.args
-        shape, layout = shape_of(x), get_layout(str(value.attrs["layout"]))
-        key = repr(("encode_rows", shape, layout))
-        if key not in self._written:
-            function = encode_rows_prim_func(self.options.isa, self.options.threads, shape, layout)
-            self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), "encode_rows")
-        types = [relax.TensorType(shape, "uint8"), relax.TensorType(shape[:-1], "float32")]
-        call = relax.call_tir(self._written[key], [self.expression(x), factors], types)
-        self.variables[var] = self.builder.emit(call, var.name)
+        self._encode(var, value, encode_rows_prim_func, factors, shape_of(x)[:-1])
 
     def encode_samples(self, var: relax.Var, value: relax.Call) -> None:
-        (x,) = value.args
+        inverse = inverse_of(get_layout(str(value.attrs["layout"])))
+        constant = relax.const(np.array([inverse], np.float32))
+        self._encode(var, value, encode_samples_prim_func, constant, shape_of(value.args[0])[:1])
+
+    def _encode(
+        self, var: relax.Var, value: relax.Call, make: Callable, constant: relax.Expr, scales: tuple[int, ...]
+    ) -> None:
+        """Codes and scales of the shape ``scales``, found at run time."""
+        x, name = value.args[0], op_name(value).removeprefix("relax.qfp8.")
         shape, layout = shape_of(x), get_layout(str(value.attrs["layout"]))
-        key = repr(("encode_samples", shape, layout))
+        key = repr((name, shape, layout))
         if key not in self._written:
-            function = encode_samples_prim_func(self.options.isa, self.options.threads, shape, layout)
-            self._written[key] = self.builder.add_func(
-                function.without_attr("global_symbol"), "encode_samples"
-            )
-        types = [relax.TensorType(shape, "uint8"), relax.TensorType(shape[:1], "float32")]
-        inverse = relax.const(np.array([inverse_of(layout)], np.float32))
-        call = relax.call_tir(self._written[key], [self.expression(x), inverse], types)
+            function = make(self.options.isa, self.options.threads, shape, layout)
+            self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), name)
+        types = [relax.TensorType(shape, "uint8"), relax.TensorType(scales, "float32")]
+        call = relax.call_tir(self._written[key], [self.expression(x), constant], types)
         self.variables[var] = self.builder.emit(call, var.name)
 
     def step(self, step: Group | Single) -> None:

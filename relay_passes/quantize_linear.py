@@ -182,10 +182,8 @@ class _Rewriter(MainRewriter):
             x = self.expression(x)
         else:
             image = None if activation.by_rows else self._image(value)
-            if activation.by_rows:
-                x, scales = self._encode_rows(x, activation)
-            elif activation.scale is None:
-                x, scales = self._encode_samples(x if image is None else image, activation)
+            if activation.scale is None:
+                x, scales = self._encode_at_run_time(x if image is None else image, activation)
             else:
                 a = a * np.float32(activation.scale)
                 if activation.factors is not None:
@@ -274,29 +272,20 @@ class _Rewriter(MainRewriter):
         rows_stay = rank >= 2 and straight[-1] == rank - 1
         return (value.args[0], straight) if rows_stay and isinstance(value.args[0], relax.Var) else None
 
-    def _encode_rows(
+    def _encode_at_run_time(
         self, expr: relax.Expr, activation: ActivationQuantization
     ) -> tuple[relax.Expr, relax.Expr]:
-        """Codes and the scale of each row; layers that read one tensor have the same factors."""
-        key = (expr, activation.layout, None)
+        """Codes and the scale of each row or sample; layers that read one tensor by row have the same factors."""
+        key = (expr, activation.layout, "rows" if activation.by_rows else "samples")
         if key not in self._encoded:
-            channels = shape_of(expr)[-1]
-            factors = np.ones(channels, np.float32) if activation.factors is None else activation.factors
-            layout = get_layout(activation.layout)
-            call = qfp8_ops.encode_rows(self.expression(expr), relax.const(factors), layout)
-            both = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_rows")
-            self._encoded[key] = [self.builder.emit(relax.TupleGetItem(both, part)) for part in range(2)]
-        codes, scales = self._encoded[key]
-        return codes, scales
-
-    def _encode_samples(
-        self, expr: relax.Expr, activation: ActivationQuantization
-    ) -> tuple[relax.Expr, relax.Expr]:
-        """Codes and the scale of each sample."""
-        key = (expr, activation.layout, "samples")
-        if key not in self._encoded:
-            call = qfp8_ops.encode_samples(self.expression(expr), get_layout(activation.layout))
-            both = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_samples")
+            x, layout = self.expression(expr), get_layout(activation.layout)
+            if activation.by_rows:
+                ones = np.ones(shape_of(expr)[-1], np.float32)
+                factors = ones if activation.factors is None else activation.factors
+                call = qfp8_ops.encode_rows(x, relax.const(factors), layout)
+            else:
+                call = qfp8_ops.encode_samples(x, layout)
+            both = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_{key[-1]}")
             self._encoded[key] = [self.builder.emit(relax.TupleGetItem(both, part)) for part in range(2)]
         codes, scales = self._encoded[key]
         return codes, scales

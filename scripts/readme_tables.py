@@ -97,7 +97,7 @@ def latency() -> str:
         ]
         ours = f"{row['milliseconds']['qfp8']:.1f}"
         rows.append([row["model"], str(row["threads"]), ours, *cells])
-    return _table(["model", "threads", "QFP8", *peers], rows)
+    return _table(["model", "threads", "QFP8", *(SCORED.get(p, p) for p in peers)], rows)
 
 
 def recurrent() -> str:

@@ -10,9 +10,11 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.bias_search import LANES
 from tvm_qfp8.topi.float_contract import bind, mul, rounded_by, with_lanes
 from tvm_qfp8.topi.prim_func import load, store
+
+LANES = 16
+"""Values that are rounded at once."""
 
 _EXPONENT = 0x7F800000
 

@@ -26,9 +26,6 @@ MIN_SCALE = np.float32(2.0**-126)
 BLOCK = 1 << 17
 """Values of a block, which stay in the second-level cache through all scales."""
 
-LANES = 16
-"""Values that are rounded at once."""
-
 _GOLDEN = (5**0.5 - 1) / 2
 
 Error = Callable[[NDArray[np.float32]], NDArray[np.float64]]
@@ -37,10 +34,11 @@ Error = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 
 def direct_error(magnitude: NDArray[np.float32], layout: Layout) -> Error:
     """Squared error of rounding every value of ``(channels, values)``, summed in float64."""
+    kernel, lanes = _rounding_error()
     channels, length = magnitude.shape
-    padded = np.zeros((channels, -(-length // LANES) * LANES), np.float32)  # zeros have no error
+    padded = np.zeros((channels, -(-length // lanes) * lanes), np.float32)  # zeros have no error
     padded[:, :length] = magnitude
-    kernel, mantissa = _rounding_error(), layout.mantissa_bits
+    mantissa = layout.mantissa_bits
     numbers = float(layout.max_grid), (127 + mantissa) << 23, (23 - mantissa) << 23
 
     def error(scales: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -52,12 +50,12 @@ def direct_error(magnitude: NDArray[np.float32], layout: Layout) -> Error:
 
 
 @functools.cache
-def _rounding_error() -> Callable:
-    """The kernel; compiled when it is first needed."""
+def _rounding_error() -> tuple[Callable, int]:
+    """The kernel, compiled when it is first needed, and the number that divides the lengths it takes."""
     from tvm_qfp8.native_kernel import compile_native
-    from tvm_qfp8.topi.rounding_error import rounding_error
+    from tvm_qfp8.topi.rounding_error import LANES, rounding_error
 
-    return compile_native(lambda _isa: rounding_error())
+    return compile_native(lambda _isa: rounding_error()), LANES
 
 
 def sorted_error(magnitude: NDArray[np.float64], layout: Layout) -> Error:

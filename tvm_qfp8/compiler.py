@@ -247,7 +247,7 @@ def compile(  # noqa: A001 - the public name
             for name, db in zip(imported.output_names, found, strict=True)
             if db is not None
         ]
-        report.totals["signal to error of outputs, dB"] = f"{', '.join(shown)} ({len(first)} samples)"
+        report.totals["signal to error of outputs, dB"] = f"{', '.join(shown)} ({len(first)} of the samples)"
     inputs, outputs = _tensor_infos(canonical, imported)
     several = None
     if imported.length is not None:
@@ -272,7 +272,7 @@ def compile(  # noqa: A001 - the public name
             passes = lowering_passes(own, config, isa, threads, shared, memory)
             return tvm.transform.Sequential(passes)(program)
 
-        # From the longest down: its tiles suit the most work.
+        # Long ones first: their tiles suit the most work. What is joined stands in the longest, the last.
         descending = sorted(shorter.items(), reverse=True)
         others = {length: lower(program, own or plan) for length, (program, own) in descending}
         lowered = tvm.transform.Sequential([ShareConstants()])(joined(lower(canonical, plan), others))

@@ -156,6 +156,6 @@ def padded(array: np.ndarray, axis: int, length: int) -> np.ndarray:
     """``array`` with zeros behind ``axis``'s values, up to ``length``."""
     shape = list(array.shape)
     shape[axis] = length
-    result = np.zeros(shape, array.dtype)  # np.pad takes 20 us more
+    result = np.zeros(shape, array.dtype)  # np.pad takes ten times as long
     result[tuple(map(slice, array.shape))] = array
     return result

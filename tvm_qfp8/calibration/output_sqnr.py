@@ -49,12 +49,11 @@ def _both_outputs(
     """In float32 and quantized; what no later step reads is let go."""
     steps, compared = network.program.steps, Compared(network.program)
     kept = compared.names | network.program.result_names()
-    last_reader = {name: step.name for step in steps for name in step.reads}
     exact, rounded = dict(sample), dict(sample)
     with np.errstate(all="ignore"):
         for step in steps:
             exact[step.name], rounded[step.name] = step.run(exact), network.value(step, rounded)
-            for name in {*step.reads, step.name} - kept:
-                if last_reader.get(name, step.name) == step.name:
+            for name in network.program.last_reads[step.name]:
+                if name not in kept:
                     del exact[name], rounded[name]
         return compared.of_outputs(exact), compared.of_outputs(rounded)

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tvm_qfp8.cli.console import StageProgress, reports_errors
-from tvm_qfp8.cli.options import calibration_data, parse_params, parse_shapes, read_inputs
+from tvm_qfp8.cli.options import (
+    ParamOption,
+    ShapeOption,
+    calibration_data,
+    parse_params,
+    parse_shapes,
+    read_inputs,
+)
 from tvm_qfp8.errors import ModelError
 
 if TYPE_CHECKING:
@@ -33,18 +40,8 @@ def bench(
             "--input", "-i", help="NAME=FILE.npy or FILE.npz; random values without.", show_default=False
         ),
     ] = None,
-    input_shape: Annotated[
-        list[str] | None,
-        typer.Option("--input-shape", "-s", help="NAME=1,3,224,224 where an .onnx leaves dimensions open."),
-    ] = None,
-    param: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--param",
-            "-p",
-            help="NAME=NUMBER or NAME=FILE.npy: an input that becomes a constant of the module.",
-        ),
-    ] = None,
+    input_shape: ShapeOption = None,
+    param: ParamOption = None,
     calibration: Annotated[
         Path | None, typer.Option("--calibration", "-c", help="Samples to compile an .onnx with.")
     ] = None,

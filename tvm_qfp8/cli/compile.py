@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tvm_qfp8.cli.console import StageProgress, check_writable, reports_errors
-from tvm_qfp8.cli.options import calibration_data, parse_params, parse_shapes
+from tvm_qfp8.cli.options import ParamOption, calibration_data, parse_params, parse_shapes
 from tvm_qfp8.errors import ModelError
 
 
@@ -39,14 +39,7 @@ def compile_model(
             "for lengths up to 128, NAME=1,32/64/128 for these.",
         ),
     ] = None,
-    param: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--param",
-            "-p",
-            help="NAME=NUMBER or NAME=FILE.npy: an input that becomes a constant of the module.",
-        ),
-    ] = None,
+    param: ParamOption = None,
     max_error: Annotated[
         float,
         typer.Option("--max-error", min=1e-7, max=0.5, help="Bound on the error of each nonlinear layer."),

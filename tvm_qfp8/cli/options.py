@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tvm_qfp8.importers import Extent
+
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option("--input-shape", "-s", help="NAME=1,3,224,224 where an .onnx leaves dimensions open."),
+]
+ParamOption = Annotated[
+    list[str] | None,
+    typer.Option("--param", "-p", help="NAME=NUMBER or NAME=FILE.npy: an input that becomes a constant."),
+]
 
 EXTENT = re.compile(r"(\.\.)?[1-9]\d*|[1-9]\d*(/[1-9]\d*)+")
 """``16``, ``..64`` or ``16/32/64``."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tvm_qfp8.cli.console import StageProgress, check_writable, reports_errors, write_whole
-from tvm_qfp8.cli.options import calibration_data, parse_params, parse_shapes
+from tvm_qfp8.cli.options import ParamOption, ShapeOption, calibration_data, parse_params, parse_shapes
 from tvm_qfp8.errors import InputError, ModelError
 from tvm_qfp8.layer_effect import LayerEffect
 
@@ -32,14 +32,8 @@ def report(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", "-c", help="Samples, for --sensitivity.")
     ] = None,
-    input_shape: Annotated[
-        list[str] | None,
-        typer.Option("--input-shape", "-s", help="NAME=1,3,224,224 where an .onnx leaves dimensions open."),
-    ] = None,
-    param: Annotated[
-        list[str] | None,
-        typer.Option("--param", "-p", help="NAME=NUMBER or NAME=FILE.npy: an input that becomes a constant."),
-    ] = None,
+    input_shape: ShapeOption = None,
+    param: ParamOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     html: Annotated[
         Path | None,

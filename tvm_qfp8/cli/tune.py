@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tvm_qfp8.cli.console import StageProgress, reports_errors
-from tvm_qfp8.cli.options import calibration_data, parse_params, parse_shapes
+from tvm_qfp8.cli.options import ParamOption, ShapeOption, calibration_data, parse_params, parse_shapes
 from tvm_qfp8.errors import ModelError
 
 if TYPE_CHECKING:
@@ -30,21 +30,11 @@ def tune(
             "--calibration", "-c", help="Samples, as for [bold]compile[/bold]: they decide the layouts."
         ),
     ] = None,
-    input_shape: Annotated[
-        list[str] | None,
-        typer.Option("--input-shape", "-s", help="NAME=1,3,224,224 where the model leaves dimensions open."),
-    ] = None,
+    input_shape: ShapeOption = None,
+    param: ParamOption = None,
     trials: Annotated[
         int, typer.Option("--trials", min=1, help="Schedules to try per kernel, those in the log included.")
     ] = 200,
-    param: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--param",
-            "-p",
-            help="NAME=NUMBER or NAME=FILE.npy: an input that becomes a constant of the module.",
-        ),
-    ] = None,
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0.1, help="Stop after so many minutes.")
     ] = None,
