@@ -50,8 +50,8 @@ class _Rewriter(MainRewriter):
         else:
             flat, place = (math.prod(before), shape[axis], inner), 1
         x = self.builder.emit(relax.op.reshape(self.expression(value.args[0]), flat))
-        call = self.builder.emit(_over(value, x, place))
-        self.variables[var] = self.builder.emit(relax.op.reshape(call, shape), var.name)
+        call = self.builder.emit(_over(value, x, place), var.name)
+        self.variables[var] = self.builder.emit(relax.op.reshape(call, shape), f"{var.name}_reshaped")
 
 
 def _over(value: relax.Call, x: relax.Expr, axis: int) -> relax.Call:

@@ -36,6 +36,7 @@ from tvm_qfp8.calibration.recurrent_layer import RECURRENT
 from tvm_qfp8.data_movement import KEEPS_ELEMENTS
 from tvm_qfp8.dtype import codes_tensor
 from tvm_qfp8.format import get_layout
+from tvm_qfp8.layer_names import layer_name
 from tvm_qfp8.recurrent_cell import Cell
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
@@ -124,21 +125,21 @@ class _Rewriter(MainRewriter):
             channels = shape_of(linear)[-1]
             data = constant.value.numpy()
             per_channel = data.size == channels and data.shape[-1:] == (channels,)
-            if linear.name in self.plan.linear and self.uses[linear] == 1 and per_channel:
+            if layer_name(linear) in self.plan.linear and self.uses[linear] == 1 and per_channel:
                 self.next_add[linear] = (var, data.reshape(-1).astype(np.float32))
 
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         if var in self._done:
             return
         if op_name(value) in LINEAR and isinstance(value.args[1], GenericConst) and self._can_lower(value):
-            self._linear(var, value, self.plan.linear.get(var.name))
-        elif var.name in self.plan.embeddings:
-            table = self.plan.embeddings[var.name]
+            self._linear(var, value, self.plan.linear.get(layer_name(var)))
+        elif layer_name(var) in self.plan.embeddings:
+            table = self.plan.embeddings[layer_name(var)]
             rows = codes_constant(table.codes, table.layout)
             call = qfp8_ops.take(rows, relax.const(table.scale), self.expression(value.args[1]))
             self.variables[var] = self.builder.emit(call, var.name)
-        elif op_name(value) == RECURRENT and var.name in self.plan.linear:
-            self._recurrent(var, value, self.plan.linear[var.name])
+        elif op_name(value) == RECURRENT and layer_name(var) in self.plan.linear:
+            self._recurrent(var, value, self.plan.linear[layer_name(var)])
         elif op_name(value) == "relax.matmul" and self._is_batched(value):
             self._product(var, value)
         else:
@@ -247,8 +248,8 @@ class _Rewriter(MainRewriter):
     def _product(self, var: relax.Var, value: relax.Call) -> None:
         x, y = value.args
         source, axes = self._last_two_swapped(y) or (y, None)
-        if var.name in self.plan.products:
-            (x_layout, x_scale), (y_layout, y_scale) = self.plan.products[var.name]
+        if layer_name(var) in self.plan.products:
+            (x_layout, x_scale), (y_layout, y_scale) = self.plan.products[layer_name(var)]
             left, right = self._encode(x, x_layout, x_scale), self._encode(source, y_layout, y_scale)
             scale = float(np.float32(x_scale) * np.float32(y_scale))
         else:

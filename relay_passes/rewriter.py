@@ -48,8 +48,10 @@ class MainRewriter:
         self.keep(var, value)
 
     def keep(self, var: relax.Var, value: relax.Expr) -> None:
-        """Emit the binding unchanged."""
-        self.variables[var] = self.builder.emit(self.expression(value), var.name)
+        """Emit the binding unchanged; a second name for a variable is dropped."""
+        expression = self.expression(value)
+        second = isinstance(value, relax.Var)
+        self.variables[var] = expression if second else self.builder.emit(expression, var.name)
 
     def expression(self, expr: relax.Expr) -> relax.Expr:
         """The expression over the new program's variables."""
@@ -74,6 +76,14 @@ class MainRewriter:
             for binding in block.bindings:
                 self.binding(binding.var, binding.value)
 
+    def _output(self, result: relax.Expr) -> relax.Var:
+        """The block's output; of one tensor it keeps the name, which is its layer's."""
+        if not isinstance(result, relax.DataflowVar):
+            return self.builder.emit_output(result)
+        output = relax.Var(result.name, result.ty)
+        self.builder.emit_normalized(relax.VarBinding(output, result))
+        return output
+
     def rewrite(self) -> tvm.IRModule:
         """The new module: the rewritten ``main`` and the other functions as they were."""
         parameters = [self.parameter(old) for old in self.main.params]
@@ -84,6 +94,6 @@ class MainRewriter:
         with self.builder.function("main", parameters, attrs={"num_input": len(parameters)}):
             with self.builder.dataflow():
                 self.body()
-                output = self.builder.emit_output(self.expression(self.main.body.body))
+                output = self._output(self.expression(self.main.body.body))
             self.builder.emit_func_output(output)
         return self.builder.get()

@@ -32,6 +32,7 @@ from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization
 from tvm_qfp8.data_movement import KEEPS_ELEMENTS
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.format import decode, encode, get_layout
+from tvm_qfp8.layer_names import layer_name
 from tvm_qfp8.quantize import QTensor
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
@@ -188,7 +189,7 @@ class _Take(MainRewriter):
             return
         layer = self.expression(value.args[0])
         self.variables[var] = layer
-        self.marks[layer.name] = value.args[1].value.numpy(), value.attrs
+        self.marks[layer_name(layer)] = value.args[1].value.numpy(), value.attrs
 
 
 def _linear(weight: np.ndarray, axis: int, scale: np.ndarray, attrs: tvm.ir.Attrs) -> LinearQuantization:

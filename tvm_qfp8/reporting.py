@@ -16,6 +16,7 @@ from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.recurrent_layer import RECURRENT
 from tvm_qfp8.config import Config
 from tvm_qfp8.distribution import distribution_of
+from tvm_qfp8.layer_names import layer_name
 from tvm_qfp8.relay_passes.fuse import ROW, is_row_operator, op_name
 from tvm_qfp8.relay_passes.interpolate import called_function
 from tvm_qfp8.relay_passes.tabulate_codes import code_chains, is_tabulated
@@ -100,36 +101,38 @@ def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Co
         return _linear(var, value, short, plan)
     if name == RECURRENT:
         return _linear(var, value, str(value.attrs["kind"]).lower(), plan)
-    if var.name in plan.embeddings:
-        codes, scale = plan.embeddings[var.name].codes, plan.embeddings[var.name].scale
+    if layer_name(var) in plan.embeddings:
+        codes, scale = plan.embeddings[layer_name(var)].codes, plan.embeddings[layer_name(var)].scale
         after = codes.nbytes + scale.nbytes
         return LayerReport(
-            var.name, short, "QFP8 table", "E2M5", bytes_before=4 * codes.size, bytes_after=after
+            layer_name(var), short, "QFP8 table", "E2M5", bytes_before=4 * codes.size, bytes_after=after
         )
     function = called_function(value)
     if function is not None:
         table = build_table(function, max_error=config.max_error)
         kind = "relative error" if table.relative else "error"
         became = f"table {function}, {kind} <= {table.max_error:.1e}"
-        return LayerReport(var.name, short, became, function=function)
+        return LayerReport(layer_name(var), short, became, function=function)
     if name in ROW and is_row_operator(value):
         inside = "exact root inside"
         if "softmax" in name:
             inside = f"exp table inside, error <= {config.max_error:.1e}"
-        return LayerReport(var.name, short, f"fused row kernel, {inside}")
+        return LayerReport(layer_name(var), short, f"fused row kernel, {inside}")
     return None
 
 
 def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPlan) -> LayerReport:
-    if var.name in plan.products:
-        (x_layout, _), (y_layout, _) = plan.products[var.name]
-        return LayerReport(var.name, short, f"QFP8 {x_layout} x {y_layout}", y_layout, x_layout)
-    quantization = plan.linear.get(var.name)
+    if layer_name(var) in plan.products:
+        (x_layout, _), (y_layout, _) = plan.products[layer_name(var)]
+        return LayerReport(layer_name(var), short, f"QFP8 {x_layout} x {y_layout}", y_layout, x_layout)
+    quantization = plan.linear.get(layer_name(var))
     constants = [weight.value.numpy() for weight in _weights(value)]
     before = sum(array.nbytes for array in constants)
     if quantization is None:
-        reason = plan.skipped.get(var.name, "no constant weight")
-        return LayerReport(var.name, short, "float32", bytes_before=before, bytes_after=before, reason=reason)
+        reason = plan.skipped.get(layer_name(var), "no constant weight")
+        return LayerReport(
+            layer_name(var), short, "float32", bytes_before=before, bytes_after=before, reason=reason
+        )
     activation = quantization.activation
     scale = None if activation is None else activation.scale
     weight = quantization.weight
@@ -143,7 +146,7 @@ def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPla
     kind = "QFP8 weights" if activation is None else "QFP8"
     activation_layout = "float32" if activation is None else activation.described
     return LayerReport(
-        var.name,
+        layer_name(var),
         short,
         kind,
         quantization.weight.layout,

@@ -6,6 +6,7 @@ import tvm
 from tvm import relax
 
 from tvm_qfp8.errors import UnsupportedOperatorError
+from tvm_qfp8.layer_names import layer_name
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
 
 
@@ -22,6 +23,6 @@ def check_static_shapes(mod: tvm.IRModule) -> None:
             if isinstance(binding.var.ty, relax.TensorType) and static_shape(binding.var) is None:
                 name = op_name(binding.value).removeprefix("relax.") or type(binding.value).__name__
                 raise UnsupportedOperatorError(
-                    f"the shape of {binding.var.name!r} (operator {name}) depends on the values of an input; "
+                    f"the shape of {layer_name(binding.var)!r} (operator {name}) depends on the values of an input; "
                     "shapes are static: make that input a constant of the model, or cut the model before it"
                 )

@@ -17,6 +17,7 @@ from tvm import relax
 from tvm_qfp8.calibration.fallback import compile_call
 from tvm_qfp8.calibration.operators import TABLE
 from tvm_qfp8.errors import ModelError
+from tvm_qfp8.layer_names import layer_name
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _spec(type_: Any) -> Spec:
 def _argument(expr: Any) -> Any:
     """An argument as a Name or as a Python value, tuples of these included."""
     if isinstance(expr, relax.Var):
-        return Name(expr.name)
+        return Name(layer_name(expr))
     if isinstance(expr, tvm.ir.GenericConst):
         return expr.value.numpy()
     if isinstance(expr, relax.ShapeExpr):
@@ -102,8 +103,8 @@ def resolve(argument: Any, values: Mapping[str, Any]) -> Any:
 
 def _step(mod: tvm.IRModule, binding: Any) -> Step:
     value = binding.value
-    name, spec = binding.var.name, _spec(binding.var.ty)
-    reads = tuple(var.name for var in relax.analysis.free_vars(value))
+    name, spec = layer_name(binding.var), _spec(binding.var.ty)
+    reads = tuple(layer_name(var) for var in relax.analysis.free_vars(value))
     attrs = SimpleNamespace()
     arguments: tuple[Any, ...]
     run: Callable[[Mapping[str, Any]], Any]
@@ -129,6 +130,11 @@ def _step(mod: tvm.IRModule, binding: Any) -> Step:
     return Step(name, operator, attrs, arguments, reads, spec, run)
 
 
+def _repeats_name(binding: Any) -> bool:
+    """Whether this only makes an output of the block of a variable that is called the same (``MainRewriter``)."""
+    return isinstance(binding.value, relax.Var) and binding.value.name == binding.var.name
+
+
 class Program:
     """The steps of ``mod["main"]`` in binding order.
 
@@ -145,8 +151,13 @@ class Program:
 
     def __init__(self, mod: tvm.IRModule) -> None:
         main = mod["main"]
-        self.inputs: dict[str, Any] = {var.name: _spec(var.ty) for var in main.params}
-        self.steps = [_step(mod, binding) for block in main.body.blocks for binding in block.bindings]
+        self.inputs: dict[str, Any] = {layer_name(var): _spec(var.ty) for var in main.params}
+        self.steps = [
+            _step(mod, binding)
+            for block in main.body.blocks
+            for binding in block.bindings
+            if not _repeats_name(binding)
+        ]
         self.result = _argument(main.body.body)
         last_reader = {name: step.name for step in self.steps for name in step.reads}
         self.last_reads: dict[str, list[str]] = {step.name: [] for step in self.steps}

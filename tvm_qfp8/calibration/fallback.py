@@ -11,12 +11,13 @@ import tvm
 from tvm import relax
 
 from tvm_qfp8.errors import ModelError
+from tvm_qfp8.layer_names import layer_name
 
 
 def _renamed(expr: Any, parameters: dict[str, relax.Var]) -> Any:
     """``expr`` with the compiled function's parameters in place of the module's variables."""
     if isinstance(expr, relax.Var):
-        return parameters[expr.name]
+        return parameters[layer_name(expr)]
     if isinstance(expr, relax.Tuple):
         return relax.Tuple([_renamed(part, parameters) for part in expr.fields])
     return expr
@@ -64,7 +65,7 @@ def compile_call(mod: tvm.IRModule, call: tvm.ir.Call) -> Callable[[Mapping[str,
             ) from error
 
     def run(values: Mapping[str, Any]) -> Any:
-        arguments = [_to_tensor(values[var.name]) for var in variables]
+        arguments = [_to_tensor(values[layer_name(var)]) for var in variables]
         return _to_numpy(machine()["main"](*arguments))
 
     return run
@@ -72,7 +73,7 @@ def compile_call(mod: tvm.IRModule, call: tvm.ir.Call) -> Callable[[Mapping[str,
 
 def _alone(mod: tvm.IRModule, call: tvm.ir.Call, variables: list[relax.Var]) -> tvm.IRModule:
     """A module whose ``main`` is the call, with the module's TIR functions."""
-    parameters = {var.name: relax.Var(var.name, var.ty) for var in variables}
+    parameters = {layer_name(var): relax.Var(var.name, var.ty) for var in variables}
     builder = relax.BlockBuilder()
     with builder.function("main", list(parameters.values())):
         arguments = [_renamed(argument, parameters) for argument in call.args]

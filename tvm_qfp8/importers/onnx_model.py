@@ -20,6 +20,7 @@ from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
 from tvm_qfp8.importers import onnx_pairwise, onnx_recurrent
 from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported, result_types
+from tvm_qfp8.importers.name_layers import LayerNames, node_names
 from tvm_qfp8.importers.onnx_adapt import adapt_operators
 from tvm_qfp8.importers.onnx_dynamic import strip_dynamic_quantization
 from tvm_qfp8.importers.onnx_float32 import to_float32
@@ -71,6 +72,7 @@ def from_onnx_model(model: onnx.ModelProto, params: Params, input_shapes: Shapes
 def _import(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imported:
     """Import a model that is not needed afterwards: it is changed, then emptied."""
     _check_weights(model)
+    layers = node_names(model)  # the simplifier drops some
     batch = fix_input_shapes(model, bind_inputs(model, params, input_shapes))
     write_out_qlinear(model)
     notes = [*strip_dynamic_quantization(model), *strip_quantization(model), *to_float32(model)]
@@ -86,7 +88,7 @@ def _import(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imp
     check_operators(simple)
     check_choices(simple)
     shapes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in simple.graph.input}
-    mod = _converted(simple, shapes)
+    mod = _converted(simple, shapes, layers)
     _check_output_shapes(simple, mod)
     return Imported(mod, list(shapes), [o.name for o in simple.graph.output], notes, batch)
 
@@ -122,24 +124,51 @@ def _slimmed(model: onnx.ModelProto) -> onnx.ModelProto:
         return model  # TVM may still import it as it is, or name the operator that it cannot
 
 
-def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]]) -> tvm.IRModule:
+def _converted(model: onnx.ModelProto, shapes: dict[str, list[int]], layers: dict[str, str]) -> tvm.IRModule:
     from tvm.relax.frontend.onnx import from_onnx, onnx_frontend
 
+    names = LayerNames()
+    for node in model.graph.node:
+        # The simplifier calls what it fused after a result, that of the linear node.
+        known = (name for name in (node.name, *node.output) if name in layers)
+        node.name = next((layers[name] for name in known), node.name or node.output[0])
     try:
         # The front end prints what it then raises, and warns of outputs without a recorded shape.
         with (
             contextlib.redirect_stdout(io.StringIO()),
             warnings.catch_warnings(),
             _more_converters(onnx_frontend),
+            _noting_names(onnx_frontend.ONNXGraphImporter, names),
         ):
             warnings.simplefilter("ignore")
-            return from_onnx(model, shape_dict=shapes, keep_params_in_input=False, sanitize_input_names=False)
+            mod = from_onnx(model, shape_dict=shapes, keep_params_in_input=False, sanitize_input_names=False)
     except Exception as error:  # the front end raises whatever its converters do
         node = failed_node(error.__traceback__)
         where = "the model" if node is None else describe(node)
         raise UnsupportedOperatorError(
             f"TVM cannot import {where}: {_last_line(error)}; change it in the model or export with another opset"
         ) from error
+    return names.given_to(mod)
+
+
+@contextlib.contextmanager
+def _noting_names(importer: Any, names: LayerNames) -> Iterator[None]:
+    """Emits what a node becomes, so that it can be named, when it is converted; TVM's front end leaves it for later."""
+    convert = importer._convert_operator
+
+    def named(self: Any, operator: str, inputs: Any, attributes: dict, opset: int) -> Any:
+        result = convert(self, operator, inputs, attributes, opset)
+        if isinstance(result, relax.Call) and isinstance(result.ty, relax.TensorType):
+            result = self.bb.emit(result)
+        fields = result.fields if isinstance(result, relax.Tuple) else [result]
+        names.note(self.bb, fields, attributes["tvm_custom"]["name"])
+        return result
+
+    importer._convert_operator = named
+    try:
+        yield
+    finally:
+        importer._convert_operator = convert
 
 
 @contextlib.contextmanager
