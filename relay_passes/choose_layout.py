@@ -52,7 +52,7 @@ class _Rewriter(MainRewriter):
     def expression(self, expr: relax.Expr) -> relax.Expr:
         """In the file's own layout: turned back where only the NHWC form exists."""
         if isinstance(expr, relax.Var) and expr not in self.variables and expr in self.nhwc:
-            self.variables[expr] = self.builder.emit(self._turned_back(expr), expr.name)
+            self.variables[expr] = self.builder.emit(self._turned_back(expr), f"{expr.name}_nchw")
         return super().expression(expr)
 
     def _turned_back(self, var: relax.Var) -> relax.Expr:

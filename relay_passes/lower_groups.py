@@ -164,7 +164,7 @@ class _Rewriter(MainRewriter):
         kernel = write_kernel(
             step, options.isa, options.threads, options.max_error, options.choose, options.memory
         )
-        result = self.kernel_call(kernel, step.outputs[0].name)
+        result = self.kernel_call(kernel, step.members[0][0].name)
         for index, var in enumerate(step.outputs):
             self.variables[var] = (
                 result

@@ -195,15 +195,15 @@ class _Rewriter(MainRewriter):
         weight = relax.const(weights) if layout is None else codes_constant(weights, layout)
         constants = (weight, relax.const(a.astype(np.float32)), relax.const(bias))
         if operator == "relax.matmul":
-            result = self.builder.emit(qfp8_ops.matmul(x, *constants, row_scales=scales), target.name)
+            result = self.builder.emit(qfp8_ops.matmul(x, *constants, row_scales=scales), var.name)
         elif operator == "relax.nn.conv2d":
             attributes = _conv2d_attributes(value)
             call = qfp8_ops.conv2d(
                 x, *constants, **attributes, channels_first=image is not None, scales=scales
             )
-            result = self.builder.emit(call, target.name)
+            result = self.builder.emit(call, var.name)
         else:
-            result = self._transposed(x, constants, scales, value, target)
+            result = self._transposed(x, constants, scales, value, var)
         self.variables[target] = result
         self._done.add(target)
 
@@ -235,14 +235,14 @@ class _Rewriter(MainRewriter):
         few = shape_of(x)[-1] <= MAX_IMAGE_CHANNELS and int(value.attrs.groups) == 1
         return made.args[0] if to_nhwc and few and isinstance(made.args[0], relax.Var) else None
 
-    def _transposed(self, x, constants: tuple, scales, value: relax.Call, target: relax.Var) -> relax.Var:
+    def _transposed(self, x, constants: tuple, scales, value: relax.Call, var: relax.Var) -> relax.Var:
         """A transposed convolution: a convolution over zeros between the pixels, in NHWC whatever the file has."""
         to_nhwc, back = [0, 2, 3, 1], [0, 3, 1, 2]
         nchw = str(value.attrs.data_layout) == "NCHW"
         if nchw:
             x = self.builder.emit(relax.op.permute_dims(x, to_nhwc))
         call = qfp8_ops.conv2d(x, *constants, **_transposed_attributes(value), scales=scales)
-        result = self.builder.emit(call, target.name)
+        result = self.builder.emit(call, var.name)
         return self.builder.emit(relax.op.permute_dims(result, back)) if nchw else result
 
     def _product(self, var: relax.Var, value: relax.Call) -> None:

@@ -73,8 +73,8 @@ def test_page_needs_no_network():
 
 def test_times_are_shown_where_given():
     kernels = [
-        KernelTime("conv2d_encode", 20.0, 2048, ["uint8[1,2]"]),
-        KernelTime("softmax", 5.0, 1024, []),
+        KernelTime("conv2d_encode", "stem", 20.0, 2048, ["uint8[1,2]"]),
+        KernelTime("softmax", "head", 5.0, 1024, []),
     ]
     page = _report().to_html(kernels)
     assert "Time by kernel" in page and "conv2d_encode" in page and "0.025 ms in 2 kernel calls" in page

@@ -34,6 +34,7 @@ from tvm_qfp8.cuda_code import register_compiler
 from tvm_qfp8.errors import CalibrationError
 from tvm_qfp8.importers import Imported, Shapes, load_model
 from tvm_qfp8.importers.imported import result_types
+from tvm_qfp8.kernel_calls import kernel_calls
 from tvm_qfp8.length_programs import (
     SharedPanels,
     check_same_layers,
@@ -287,8 +288,9 @@ def compile(  # noqa: A001 - the public name
         cpu = {"architecture": architecture(parsed), "features": used_features(host)}
         check_finite = config.check_finite and quantized
         device = str(parsed.kind.name).replace("llvm", "cpu")
+        calls = kernel_calls(lowered)
         metadata = encode_metadata(
-            inputs, outputs, report, versions, check_finite, cpu, device, imported.batch, several
+            inputs, outputs, report, versions, check_finite, cpu, device, imported.batch, several, calls
         )
         lowered = _add_metadata(lowered, metadata)
         stage("build kernels", 1, 2)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tvm_qfp8.kernel_calls import layers_of
 from tvm_qfp8.runtime import CompiledModule
 
 
@@ -19,6 +20,8 @@ class KernelTime:
 
     kernel: str
     """The members of the kernel, such as ``conv2d_add_clip_encode``; the builder numbers equal names."""
+    layer: str
+    """The layer that the kernel computes, with what is fused to it: a name of the report, or of a tensor on the way."""
     microseconds: float
     """Median over the runs; the timer itself adds about a microsecond."""
     bytes: int
@@ -63,9 +66,10 @@ def profile(module: CompiledModule, inputs: Mapping[str, np.ndarray], runs: int 
             module.run(inputs)
     finally:
         machine.set_instrument(lambda *_: 0)
+    layers = layers_of(module.calls, [name for name, _ in calls])
     return [
-        KernelTime(name, statistics.median(times) * 1e6, *_traffic(tensors))
-        for (name, tensors), times in zip(calls, seconds, strict=True)
+        KernelTime(name, layer, statistics.median(times) * 1e6, *_traffic(tensors))
+        for (name, tensors), layer, times in zip(calls, layers, seconds, strict=True)
     ]
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import tvm
 
 from tvm_qfp8.errors import InputError, ModelError
+from tvm_qfp8.kernel_calls import Calls
 from tvm_qfp8.lengths import Lengths
 from tvm_qfp8.report import Report
 from tvm_qfp8.shared_object import check_shared_object
@@ -61,12 +62,13 @@ def encode_metadata(
     device: str = "cpu",
     batch: str | None = None,
     lengths: Lengths | None = None,
+    calls: Calls | None = None,
 ) -> np.ndarray:
     """Metadata as UTF-8 JSON bytes ``(n,)`` uint8, embedded in the module as a constant.
 
     ``cpu`` is ``{"architecture": str, "features": [LLVM's names]}`` of the CPU that the module may run on,
     ``device`` what runs its kernels, ``"cpu"`` or ``"cuda"``, ``batch`` the name of an open batch, ``lengths`` those of
-    a dimension that has several.
+    a dimension that has several, ``calls`` for each function its kernel calls and their layers.
     """
     data = {
         "format": METADATA_FORMAT,
@@ -79,6 +81,7 @@ def encode_metadata(
         "device": device,
         "batch": batch,
         "lengths": None if lengths is None else lengths.to_json(),
+        "calls": dict(calls or {}),
     }
     return np.frombuffer(json.dumps(data).encode(), np.uint8).copy()
 
@@ -122,6 +125,8 @@ class CompiledModule:
     lengths : Lengths or None
         The lengths of a dimension that has several.
     report : Report
+    calls : dict
+        For each function the kernels that it calls, with the layer that each is for.
     """
 
     def __init__(
@@ -140,6 +145,7 @@ class CompiledModule:
         self.cpu: dict[str, Any] = data["cpu"]
         self.batch: str | None = data["batch"]
         self.lengths = None if data["lengths"] is None else Lengths.from_json(data["lengths"])
+        self.calls: Calls = data.get("calls", {})
         self.device = tvm.device(data["device"], 0)
         self._module, self._executable, self._target = module, executable, target
         self._arguments: dict[str, list[Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from tvm_qfp8.calibration.fake_quantize import fake_quantize
 from tvm_qfp8.calibration.operators import TABLE
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization
 from tvm_qfp8.calibration.recurrent_layer import RECURRENT, Recurrent
-from tvm_qfp8.errors import ModelError
+from tvm_qfp8.errors import CalibrationError, ModelError
 from tvm_qfp8.quantize import QTensor, quantize
 
 WEIGHTS, LINEAR_WEIGHTS = ("E2M5", "E1M6"), ("E1M6",)
@@ -122,6 +123,24 @@ def _axes(step: Step, weight: np.ndarray) -> tuple[int, int]:
     if step.operator == "relax.matmul":
         return 1, len(step.spec.shape) - 1  # type: ignore[union-attr]
     return step.attrs.kernel_layout.index("O"), step.attrs.out_layout.index("C")
+
+
+def check_patterns(program: Program, skip: Iterable[str]) -> None:
+    """Refuse patterns that name nothing that could be quantized.
+
+    Raises
+    ------
+    CalibrationError
+    """
+    steps = [step for step in program.steps if step.operator in (*LINEAR, RECURRENT, "relax.take")]
+    for pattern in skip:
+        if not any(_skipped_by_name(step, (pattern,)) for step in steps):
+            names = [step.name for step in steps]
+            close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.6) or names[:1]
+            example = f", such as {close[0]!r}" if close else ""
+            raise CalibrationError(
+                f"skip: no layer is called {pattern!r}; give a name of the report{example}, or a pattern with *"
+            )
 
 
 def _skipped_by_name(step: Step, skip: tuple[str, ...]) -> str | None:

@@ -131,10 +131,12 @@ def _print_profile(module: Any, arrays: dict[str, np.ndarray], repeat: int, as_j
         typer.echo(json.dumps([asdict(kernel) for kernel in kernels], indent=1))
         return
     total = sum(kernel.microseconds for kernel in kernels)
-    typer.echo(f"{'us':>9}{'share':>7}{'KiB':>9}  kernel")
+    wide = max(len(kernel.kernel) for kernel in kernels)
+    typer.echo(f"{'us':>9}{'share':>7}{'KiB':>9}  {'kernel':{wide}}  layer")
     for kernel in kernels:
         share = kernel.microseconds / total
-        typer.echo(f"{kernel.microseconds:9.1f}{share:7.1%}{kernel.bytes / 1024:9.0f}  {kernel.kernel}")
+        name = f"{kernel.kernel:{wide}}  {kernel.layer}"
+        typer.echo(f"{kernel.microseconds:9.1f}{share:7.1%}{kernel.bytes / 1024:9.0f}  {name}")
     typer.echo(
         f"{total:9.1f}{'':7}{sum(k.bytes for k in kernels) / 1024:9.0f}  in all, {len(kernels)} kernels"
     )

@@ -85,7 +85,10 @@ def node_names(model: onnx.ModelProto) -> dict[str, str]:
             continue
         namespace = next((prop.value for prop in node.metadata_props if prop.key == "namespace"), "")
         scopes = [scope.partition(": ")[::2] for scope in namespace.split("/")]
-        layer = layer_of_module(*scopes[-2], scopes[-1][0]) if len(scopes) > 1 else node.name
+        layer = node.name
+        if len(scopes) > 1:
+            (path, kind), (call, _) = scopes[-2:]
+            layer = layer_of_module(path, kind, call)
         names |= {output: layer or output for output in node.output}
     return names
 
