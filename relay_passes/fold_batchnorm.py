@@ -70,7 +70,7 @@ class _Rewriter(MainRewriter):
             self.folded.add(mark)
         if shift.any():
             bias = relax.const(shift.astype(np.float32))
-            result = self.builder.emit(relax.op.add(result, bias), chain[-1].name)
+            result = self.builder.emit(relax.op.add(result, bias), f"{var.name}_out")
         self.variables[chain[-1]] = result
         self.folded.update(chain)
 

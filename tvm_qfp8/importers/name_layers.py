@@ -34,11 +34,13 @@ class LayerNames:
         linear = [name for name, value in new if is_linear(value)]
         named = linear or [new[0][0]]
         if layer == self._last[0]:
-            # Of several nodes of one layer.
+            # One of its nodes bears the name: the linear ones, else the last.
             if not self._last[1] and not linear:
                 return
             for name in self._last[1]:
                 del self.names[name]
+        if linear and new[0][0] not in linear:
+            self.names[new[0][0]] = f"{layer}_out"
         self.names |= dict.fromkeys(named, layer)
         self._last = layer, [] if linear else named
 
