@@ -13,6 +13,7 @@ from tvm_qfp8.importers.imported import Imported
 from tvm_qfp8.importers.relax_module import from_relax
 from tvm_qfp8.importers.torch_converters import CONVERTERS
 from tvm_qfp8.importers.torch_decompositions import decompose
+from tvm_qfp8.importers.torch_float32 import to_float32
 from tvm_qfp8.importers.torch_recurrent import recurrent_converters
 
 
@@ -30,6 +31,7 @@ def from_exported_program(
     check_finite((name, _array(tensor)) for name, tensor in program.named_parameters())
     check_finite(((name, _array(tensor)) for name, tensor in program.named_buffers()), infinity_allowed=True)
     try:
+        program, notes = to_float32(program)
         program = decompose(program)
         mod = convert(
             program,
@@ -45,7 +47,9 @@ def from_exported_program(
         raise UnsupportedOperatorError(
             f"TVM cannot import the exported program: {reason}; replace that operator in the model and export again"
         ) from error
-    return from_relax(mod, params, input_shapes)
+    imported = from_relax(mod, params, input_shapes)
+    imported.notes.extend(notes)
+    return imported
 
 
 def _array(tensor: Any) -> np.ndarray:
