@@ -13,13 +13,15 @@ After::
     lv1 = R.add(lv, bias1)                    # (1, 1, 1, C)
     lv2 = R.mean(lv1, axis=[1, 2])
 
-Convolutions start a region of channels last; the operators of ``layout_rules`` follow their inputs into it; before any
-other operator the tensor is turned back. A 1-D convolution becomes a 2-D one of height 1, and its surroundings with it.
+Convolutions start a region of channels last, and images that the file has turned from there or made of rows of
+tokens; the operators of ``layout_rules`` follow their inputs into it; before any other operator the tensor is turned
+back. A 1-D convolution becomes a 2-D one of height 1, and its surroundings with it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import tvm
@@ -92,6 +94,10 @@ class _Rewriter(MainRewriter):
         if name == "relax.permute_dims" and self._follows(value):
             self._permute(var, value)
             return
+        image = self._image(var, value)
+        if image is not None:
+            self.nhwc[var] = image
+            return
         straight = weights_to_ohwi(self, value) if name == "relax.nn.conv2d" else None
         if straight is not None:
             self.variables[var] = self.builder.emit(straight, var.name)
@@ -110,6 +116,20 @@ class _Rewriter(MainRewriter):
             self.variables[var] = emitted
         else:
             self.nhwc[var] = emitted
+
+    def _image(self, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+        """The NHWC form of an image that is turned from it, or made of the rows ``(batch, pixels, channels)``."""
+        shape = static_shape(var) or ()
+        if len(shape) != 4:
+            return None
+        if _turns(value, [0, 3, 1, 2]):
+            return self.expression(value.args[0])
+        columns = value.args[0] if op_name(value) == "relax.reshape" else None
+        turned: Any = self.definition.get(columns) if isinstance(columns, relax.Var) else None
+        if not _turns(turned, [0, 2, 1]) or shape_of(columns)[:2] != shape[:2]:
+            return None
+        rows = self.expression(turned.args[0])
+        return self.builder.emit(relax.op.reshape(rows, (shape[0], *shape[2:], shape[1])), var.name)
 
     def _follows(self, value: relax.Call) -> bool:
         arguments = [*getattr(value, "args", ())]
@@ -132,6 +152,11 @@ class _Rewriter(MainRewriter):
             self.variables[var] = turned
         else:
             self.variables[var] = self.builder.emit(relax.op.permute_dims(turned, axes), var.name)
+
+
+def _turns(value: Any, order: list[int]) -> bool:
+    axes = value.attrs.axes if op_name(value) == "relax.permute_dims" else None
+    return axes is not None and [int(axis) % len(axes) for axis in axes] == order
 
 
 def _turned_constant(constant: GenericConst, rank: int) -> relax.Expr | None:

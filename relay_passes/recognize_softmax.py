@@ -17,6 +17,8 @@ torch's attention gives 0 where a mask leaves nothing of a row, which softmax do
     lv1 = R.logical_not(R.astype(R.max(R.astype(lv, "int8"), axis=[-1], keepdims=True), "bool"))
     lv2 = R.where(lv1, R.const(zeros), R.nn.softmax(x, axis=-1))
 
+or, as its ONNX exporters write it, ``R.where(R.isnan(y), 0, y)`` with the softmax y.
+
 Log-softmax is the logarithm of a softmax, or the difference ``(x - m) - log(s)`` or ``x - (log(s) + m)``, where m is
 the maximum above and s the sum of ``exp(x - m)``; both become ``R.nn.log_softmax``.
 """
@@ -75,6 +77,9 @@ class _Rewriter(MainRewriter):
         softmax = self._defined(result, "relax.nn.softmax")
         if softmax is None or not self._all_equal(zeros, 0.0):
             return None
+        undefined = self._argument(nothing, "relax.isnan")
+        if undefined is not None and undefined.same_as(result):
+            return softmax.args[0], int(softmax.attrs.axis)
         anything = self._argument(nothing, "relax.logical_not")
         counted = self._defined(self._argument(anything, "relax.astype"), "relax.max")
         finite = self._argument(counted.args[0], "relax.astype") if counted is not None else None

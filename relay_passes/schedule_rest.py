@@ -2,6 +2,7 @@
 
 Runs after ``LegalizeOps``, on every PrimFunc without the attribute ``tirx.is_scheduled``: producers are inlined,
 outer loops fused and run in parallel where the work is worth a parallel region, the innermost loop vectorised.
+Transpositions go by tiles.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
+from tvm.ir import TensorLoad
 from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.s_tir.dlight.base import try_inline
 
@@ -16,6 +18,8 @@ from tvm_qfp8.topi.float_contract import mul
 
 MIN_PARALLEL_ELEMENTS = 65_536
 VECTOR = 16
+LINES = 8
+"""Of a tile of a transposition, read side by side; at some strides a cache holds no more of them."""
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleRest")
@@ -64,6 +68,11 @@ def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:
             continue
         if not spatial:
             continue
+        contiguous = _contiguous(sch.get(block))
+        if contiguous is not None and contiguous < len(spatial) - 1:
+            inside = VECTOR * (_extent(sch, spatial[-1]) or LINES)
+            _parallel(sch, _tile(sch, spatial, contiguous), threads, inside)
+            continue
         extent = _extent(sch, spatial[-1])
         if extent is not None and extent >= VECTOR and extent % VECTOR == 0:
             outer, inner = sch.split(spatial[-1], [None, VECTOR])
@@ -76,14 +85,44 @@ def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:
     return sch.mod["main"]
 
 
+def _contiguous(block: s_tir.SBlock) -> int | None:
+    """Of a transposition the axis along which its input lies in memory, counted in the output; else None."""
+    store = block.body
+    load = getattr(store, "value", None)
+    if not isinstance(store, tirx.BufferStore) or not isinstance(load, TensorLoad):
+        return None
+    axes = [iterator.var for iterator in block.iter_vars]
+    written, read = ([i for i in x.indices if not isinstance(i, tirx.IntImm)] for x in (store, load))
+    if len(read) != len(axes) or not all(x.same_as(y) for x, y in zip(written, axes, strict=False)):
+        return None
+    places = [next((p for p, axis in enumerate(axes) if axis.same_as(index)), None) for index in read]
+    return places[-1] if None not in places and len(set(places)) == len(axes) else None
+
+
+def _tile(sch: s_tir.Schedule, loops: list, contiguous: int) -> list:
+    """Tiles of lines that stay in the first cache, read along the one and written along the other axis.
+
+    Row by row each value of a large transposition would be read from a line of its own. The loops outside of tiles.
+    """
+    extent = _extent(sch, loops[-1]) or 0
+    columns, column = sch.split(loops[-1], [None, LINES])
+    rows, row = sch.split(loops[contiguous], [None, VECTOR])
+    outer = [loop for i, loop in enumerate(loops[:-1]) if i != contiguous]
+    sch.reorder(*outer, rows, columns, row, column)
+    if extent % LINES == 0:
+        sch.vectorize(column)
+    return [*outer, rows]
+
+
 def _extent(sch: s_tir.Schedule, loop) -> int | None:
     extent = sch.get(loop).extent
     return int(extent) if isinstance(extent, tirx.IntImm) else None
 
 
-def _parallel(sch: s_tir.Schedule, loops: list, threads: int) -> None:
-    size = 1
+def _parallel(sch: s_tir.Schedule, loops: list, threads: int, inside: int = VECTOR) -> None:
+    """Loops around work on ``inside`` elements."""
+    size = inside
     for loop in loops:
         size *= _extent(sch, loop) or MIN_PARALLEL_ELEMENTS
-    if loops and threads > 1 and size * VECTOR >= MIN_PARALLEL_ELEMENTS:
+    if loops and threads > 1 and size >= MIN_PARALLEL_ELEMENTS:
         sch.parallel(sch.fuse(*loops))

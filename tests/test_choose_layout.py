@@ -166,3 +166,30 @@ def test_weights_of_channels_last_models_are_turned():
     canonical = prepare(mod)
     call = canonical["main"].body.blocks[0].bindings[0].value
     assert str(call.attrs.kernel_layout) == "OHWI" and operators(canonical) == ["relax.nn.conv2d"]
+
+
+def tokens_as_image(e, x):
+    """As transformers of images make a map of their tokens, to resize it."""
+    columns = e(op.permute_dims(e(op.reshape(x, (2, 6, 5))), [0, 2, 1]))
+    return e(op.image.resize2d(e(op.reshape(columns, (2, 5, 2, 3))), (4, 6), layout="NCHW", method="linear"))
+
+
+def turned_image(e, x):
+    image = e(op.permute_dims(e(op.reshape(x, (2, 2, 3, 5))), [0, 3, 1, 2]))
+    return e(op.image.resize2d(image, (4, 6), layout="NCHW", method="linear"))
+
+
+@pytest.mark.parametrize("emit", [tokens_as_image, turned_image])
+def test_images_of_tokens_stay_channels_last(emit):
+    def net(e, x):
+        image = emit(e, x)
+        return op.nn.conv2d(e(op.concat([image, e(op.abs(image))], axis=1)), const(4, 10, 1, 1))
+
+    for whole, permutes in ((net, 1), (emit, 1)):  # back to the file's layout at the end
+        mod = build((2, 30), whole)
+        x = RNG.standard_normal((2, 30)).astype(np.float32)
+        canonical = prepare(mod)
+        assert operators(canonical).count("relax.permute_dims") == permutes
+        np.testing.assert_allclose(
+            evaluate(canonical, {"x": x})[0], evaluate(mod, {"x": x})[0], rtol=1e-5, atol=1e-5
+        )

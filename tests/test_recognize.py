@@ -178,6 +178,19 @@ def test_softmax_that_guards_against_a_mask_that_leaves_nothing():
     assert len(operators(RecognizeSoftmax()(build(guarded_softmax(0))))) > 1
 
 
+def test_softmax_that_guards_against_nan():
+    def emit(e, x, other=None):
+        y = e(op.nn.softmax(x, axis=-1))
+        return op.where(e(op.isnan(y if other is None else other)), const(0), y)
+
+    mod = RecognizeSoftmax()(build(emit))
+    assert operators(mod) == ["relax.nn.softmax"]
+    x = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
+    x[0, 1] = -np.inf
+    assert (evaluate(mod, {"x": x})[0] == evaluate(build(emit), {"x": x})[0]).all()
+    assert "relax.isnan" in operators(RecognizeSoftmax()(build(lambda e, x: emit(e, x, x))))
+
+
 def test_a_sum_over_another_axis_is_no_softmax():
     def emit(e, x):
         exponential = e(op.exp(e(op.subtract(x, e(op.max(x, [1], True))))))

@@ -52,3 +52,42 @@ def test_torch_with_open_dimensions_and_bad_weights():
     net.weight.data[1, 2] = float("inf")
     with pytest.raises(ModelError, match=r"'weight' is inf at index \(1, 2\)"):
         load_model(torch.export.export(net, (torch.zeros(2, 4),)))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float64"])
+def test_torch_in_other_precisions_becomes_float32(precision):
+    torch = pytest.importorskip("torch", reason="torch is an extra")
+    dtype = getattr(torch, precision)
+
+    class Masked(torch.nn.Module):
+        """Weights, a buffer, a constant and values made inside, with the casts of language models."""
+
+        def __init__(self):
+            super().__init__()
+            self.dense = torch.nn.Linear(8, 8)
+            self.register_buffer("shift", torch.arange(8.0))
+            self.factor = torch.full((8,), 0.5, dtype=dtype)
+
+        def forward(self, x, steps):
+            length = x.shape[1]
+            mask = torch.full((length, length), -1e4, dtype=x.dtype).triu(1)
+            y = self.dense(x).float()
+            y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+            y = y * self.factor.to(x.dtype) + self.shift
+            return torch.softmax(y @ y.transpose(1, 2) + mask, -1, dtype=torch.float32).to(x.dtype), steps * 2
+
+    torch.manual_seed(0)
+    net, x, steps = Masked().eval(), torch.randn(2, 4, 8), torch.arange(3)
+    for parameter in net.parameters():  # what every precision can hold
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    x = x.to(torch.bfloat16).float()
+    expected = net(x, steps)[0].detach().numpy()
+    net = net.to(dtype)
+    for shapes in (None, ({0: torch.export.Dim.AUTO}, None)):
+        program = torch.export.export(net, (x.to(dtype), steps), dynamic_shapes=shapes)
+        imported = load_model(program, input_shapes=None if shapes is None else {"x": (2, 4, 8)})
+        assert imported.notes == [f"{precision} became float32, inputs and outputs too"]
+        found, doubled = evaluate(prepare(imported.mod), {"x": x.numpy(), "steps": steps.numpy()})
+        assert (found.dtype, doubled.dtype) == (np.float32, np.int64)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+        assert net.dense.weight.dtype == program.state_dict["dense.weight"].dtype == dtype

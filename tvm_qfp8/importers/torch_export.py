@@ -15,6 +15,7 @@ from tvm_qfp8.importers.name_layers import LayerNames, layer_of_module
 from tvm_qfp8.importers.relax_module import from_relax
 from tvm_qfp8.importers.torch_converters import CONVERTERS
 from tvm_qfp8.importers.torch_decompositions import decompose
+from tvm_qfp8.importers.torch_float32 import to_float32
 from tvm_qfp8.importers.torch_recurrent import recurrent_converters
 
 
@@ -34,6 +35,7 @@ def from_exported_program(
     check_finite(((name, _array(tensor)) for name, tensor in program.named_buffers()), infinity_allowed=True)
     names = LayerNames()
     try:
+        program, notes = to_float32(program)
         program = decompose(program)
         with _noting_names(ExportedProgramImporter, names):
             mod = convert(
@@ -52,6 +54,7 @@ def from_exported_program(
         ) from error
     imported = from_relax(mod, params, input_shapes)
     imported.mod = names.given_to(imported.mod)
+    imported.notes.extend(notes)
     return imported
 
 

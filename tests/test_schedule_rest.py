@@ -1,0 +1,47 @@
+"""The loop schedule of operators that no kernel of ours covers."""
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+from tvm.tirx import ForKind, PrimFunc
+
+from tvm_qfp8.relay_passes.schedule_rest import MIN_PARALLEL_ELEMENTS, ScheduleRest
+from tvm_qfp8.targets import parse_target
+
+
+def transposition(shape, axes):
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(shape, "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            output = builder.emit_output(relax.op.permute_dims(x, axes))
+        builder.emit_func_output(output)
+    return builder.get()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "shape, axes, loops",
+    [
+        ((1, 64, 32, 48), [0, 2, 3, 1], 5),  # a tile has two loops more
+        ((2, 17, 9, 20), [0, 3, 1, 2], 6),  # of extents that tiles do not divide
+        ((1, 7, 130), [0, 2, 1], 4),
+        ((1, 9, 4, 16), [0, 2, 1, 3], 4),  # rows stay whole: no tiles, vectors only
+    ],
+)
+def test_transpositions_go_by_tiles(shape, axes, loops, threads):
+    target = parse_target("llvm")
+    passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(threads)])
+    with target:
+        scheduled = passes(transposition(shape, axes))
+        executable = tvm.compile(scheduled, target=target)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x))
+    assert (found.numpy() == x.transpose(axes)).all()
+    schedule = tvm.s_tir.Schedule(next(f for f in scheduled.functions.values() if isinstance(f, PrimFunc)))
+    (block,) = schedule.get_child_blocks(schedule.get_sblock("root"))
+    found_loops = [schedule.get(loop) for loop in schedule.get_loops(block)]
+    if threads == 1:
+        assert len(found_loops) == loops
+    assert (found_loops[0].kind == ForKind.PARALLEL) == (threads > 1 and x.size >= MIN_PARALLEL_ELEMENTS)
