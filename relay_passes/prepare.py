@@ -17,6 +17,7 @@ from tvm_qfp8.relay_passes.flatten_columns import FlattenColumns
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
+from tvm_qfp8.relay_passes.fold_padding import FoldPadding
 from tvm_qfp8.relay_passes.hoist_scales import HoistScales
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.matmul_broadcasts import MatmulBroadcasts
@@ -44,6 +45,7 @@ def prepare_passes() -> list:
         # -- bounds in one form, nothing that does nothing
         LiftClip(),
         Canonicalize(),
+        FoldPadding(),
         # -- nonlinear layers that the file holds as many small operators
         Recognize(),
         NormalizeRows(),
