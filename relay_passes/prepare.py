@@ -23,6 +23,7 @@ from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.matmul_broadcasts import MatmulBroadcasts
 from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
 from tvm_qfp8.relay_passes.recognize import Recognize
+from tvm_qfp8.relay_passes.recognize_group_norm import RecognizeGroupNorm
 from tvm_qfp8.relay_passes.recognize_l2 import RecognizeL2
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
@@ -48,12 +49,14 @@ def prepare_passes() -> list:
         FoldPadding(),
         # -- nonlinear layers that the file holds as many small operators
         Recognize(),
-        NormalizeRows(),
+        RecognizeGroupNorm(),
+        NormalizeRows(images=False),
         FoldLayerNorm(),
         RecognizeSoftmax(),
         RecognizeL2(),
         # -- channels last, without transpositions that cancel
         ChooseLayout(),
+        NormalizeRows(),
         FlattenColumns(),
         # -- reshapes that files hold around dense layers, out of the way of fusion
         SinkReshapes(),
