@@ -19,6 +19,7 @@ from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
 from tvm_qfp8.relay_passes.fold_padding import FoldPadding
 from tvm_qfp8.relay_passes.hoist_scales import HoistScales
+from tvm_qfp8.relay_passes.join_branches import JoinBranches
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.matmul_broadcasts import MatmulBroadcasts
 from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
@@ -64,6 +65,7 @@ def prepare_passes() -> list:
         # -- scales and shifts of channels, BatchNorm above all, into the linear layer before them
         HoistScales(),
         FoldBatchnorm(),
+        JoinBranches(),
         relax.transform.FoldConstant(),
         relax.transform.CanonicalizeBindings(),
         relax.transform.DeadCodeElimination(),
