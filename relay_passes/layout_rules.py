@@ -282,6 +282,19 @@ def strided_slice(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> rel
     return relax.op.strided_slice(rewriter.channels_last(value.args[0], rank), turned, *bounds)
 
 
+def take(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
+    """A list of places along one axis: torch's programs hold reflection padding and rolls so."""
+    x, indices = value.args[:2]
+    if value.attrs.axis is None or len(static_shape(indices) or ()) != 1 or x not in rewriter.nhwc:
+        return None
+    return relax.op.take(
+        rewriter.channels_last(x, _rank(value)),
+        rewriter.expression(indices),
+        nhwc_axis(value.attrs.axis, _rank(value)),
+        mode=str(value.attrs.mode),
+    )
+
+
 def pad(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call:
     """Any mode."""
     rank, attrs = _rank(value), value.attrs
@@ -318,5 +331,6 @@ FOLLOWS: dict[str, Callable] = {
     "relax.concat": concat,
     "relax.split": split,
     "relax.strided_slice": strided_slice,
+    "relax.take": take,
     "relax.nn.pad": pad,
 }
