@@ -7,16 +7,15 @@ Runs after BatchNorm is folded. Before, as RepVGG, MobileOne and FastViT are tra
     lv2 = R.nn.conv2d(x, w1)
     lv3 = R.add(lv2, b1)
     lv4 = R.add(lv1, lv3)
-    lv5 = R.multiply(x, scale)                    # a BatchNorm of the input itself
-    lv6 = R.add(lv4, R.add(lv5, shift))
 
 After::
 
-    lv = R.nn.conv2d(x, w3 + padded(w1) + diagonal(scale), padding=[1, 1, 1, 1])
-    lv6 = R.add(lv, b3 + b1 + shift)
+    lv = R.nn.conv2d(x, w3 + padded(w1), padding=[1, 1, 1, 1])
+    lv4 = R.add(lv, b3 + b1)
 
-Kernels join the largest among them, which has to cover them all, so that the products become fewer. An input that is
-added as it is, or times one number, stays a residual connection: ones among small weights cost their accuracy.
+Kernels join the largest among them, which has to cover them all, so that the products become fewer. What else is
+added stays: a BatchNorm of the input itself could be one more kernel, with large weights in its middle, but then the
+input would be rounded where it passes in float32 now, which costs RepVGG much of its accuracy.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_qfp8.relay_passes.fold_batchnorm import AFFINE
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
@@ -45,8 +43,6 @@ class _Sum:
     """What a chain of additions adds up."""
 
     convolutions: list[relax.Var]
-    scaled: list[tuple[relax.Var, np.ndarray]]
-    """Tensors times a number per channel."""
     shift: np.ndarray
     rest: list[relax.Var]
 
@@ -56,7 +52,7 @@ class _Rewriter(MainRewriter):
         shape = static_shape(var)
         joined = None
         if op_name(value) == "relax.add" and shape and len(shape) == 4 and str(var.ty.dtype) == "float32":
-            terms = _Sum([], [], np.zeros(shape[-1]), [])
+            terms = _Sum([], np.zeros(shape[-1]), [])
             self._collect(var, terms, True)
             joined = self._joined(terms)
         if joined is None:
@@ -80,13 +76,7 @@ class _Rewriter(MainRewriter):
         if alone and _is_convolution(value) and self.constant(value.args[1]) is not None:
             terms.convolutions.append(var)
             return
-        affine = self._affine(var) if alone else None
-        if affine is None:
-            terms.rest.append(var)
-        else:
-            source, scale, shift = affine
-            terms.scaled.append((source, scale))
-            terms.shift = terms.shift + shift
+        terms.rest.append(var)
 
     def _per_channel(self, expr: relax.Expr, var: relax.Var) -> np.ndarray | None:
         constant, channels = self.constant(expr), shape_of(var)[-1]
@@ -96,34 +86,6 @@ class _Rewriter(MainRewriter):
         if array.size != 1 and not array.size == array.shape[-1] == channels:
             return None
         return np.broadcast_to(array.reshape(-1), channels)
-
-    def _affine(self, var: relax.Var) -> tuple[relax.Var, np.ndarray, np.ndarray] | None:
-        """(x, a, b) where ``var = a * x + b``, a another number for each channel."""
-        steps = []
-        while op_name(value := self.definition.get(var)) in AFFINE and (not steps or self.uses.get(var) == 1):
-            factor = self._per_channel(value.args[1], var)
-            x = value.args[0]
-            if factor is None and op_name(value) in ("relax.add", "relax.multiply"):
-                factor, x = self._per_channel(value.args[0], var), value.args[1]
-            if op_name(value) == "relax.divide" and factor is not None and not factor.all():
-                break
-            if factor is None or not isinstance(x, relax.Var) or static_shape(x) != static_shape(var):
-                break
-            steps.append((op_name(value), factor))
-            var = x
-        if not any(name in ("relax.multiply", "relax.divide") for name, _ in steps):
-            return None
-        scale, shift = np.ones(shape_of(var)[-1]), np.zeros(shape_of(var)[-1])
-        for name, factor in reversed(steps):
-            if name == "relax.add":
-                shift = shift + factor
-            elif name == "relax.subtract":
-                shift = shift - factor
-            else:
-                factor = factor if name == "relax.multiply" else 1 / factor
-                scale, shift = scale * factor, shift * factor
-        # One number for all channels is a weighted residual connection, no BatchNorm.
-        return None if (scale == scale[0]).all() else (var, scale, shift)
 
     def _joined(self, terms: _Sum) -> relax.Expr | None:
         """The sum with one convolution where several of it fit together; None where none do."""
@@ -141,13 +103,6 @@ class _Rewriter(MainRewriter):
                 rest.append(convolution)
             else:
                 weight, count = weight + added, count + 1
-        left = []
-        for source, scale in terms.scaled:
-            added = _diagonal(value, weight.shape, scale) if source.same_as(value.args[0]) else None
-            if added is None:
-                left.append((source, scale))
-            else:
-                weight, count = weight + added, count + 1
         if not count:
             return None
         emit = self.builder.emit
@@ -160,9 +115,6 @@ class _Rewriter(MainRewriter):
         result = emit(call, largest.name)
         if terms.shift.any():
             result = emit(relax.op.add(result, relax.const(terms.shift.astype(np.float32))))
-        for source, scale in left:
-            scaled = emit(relax.op.multiply(self.expression(source), relax.const(scale.astype(np.float32))))
-            result = emit(relax.op.add(result, scaled))
         for other in rest:
             result = emit(relax.op.add(result, self.expression(other)))
         return result
@@ -199,20 +151,3 @@ def _is_convolution(value: relax.Expr | None) -> bool:
 
 def _numbers(attrs, name: str) -> list[int]:
     return [int(number) for number in getattr(attrs, name)]
-
-
-def _diagonal(value: relax.Call, shape: tuple[int, ...], scale: np.ndarray) -> np.ndarray | None:
-    """Weights that multiply each channel of the input by a number, None where input and output differ in size."""
-    padding, dilation = _numbers(value.attrs, "padding"), _numbers(value.attrs, "dilation")
-    if static_shape(value.args[0]) != static_shape(value) or set(_numbers(value.attrs, "strides")) != {1}:
-        return None
-    if any(before % d for before, d in zip(padding[:2], dilation, strict=True)):
-        return None
-    row, column = (before // d for before, d in zip(padding[:2], dilation, strict=True))
-    outputs, height, width, inputs = shape
-    if row >= height or column >= width:
-        return None
-    weight = np.zeros(shape)
-    channels = np.arange(outputs)
-    weight[channels, row, column, channels % inputs] = scale
-    return weight
