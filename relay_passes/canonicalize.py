@@ -11,7 +11,7 @@ After::
     lv2 = R.clip(x, 0, 6)
 
 A lower bound of 0 alone is ``R.nn.relu``; another single bound, or one that is an array, is a maximum or minimum.
-PReLU of one slope is ``R.nn.leakyrelu``.
+PReLU of one slope is ``R.nn.leakyrelu``; powers of 2, 0.5 and -0.5 are ``R.square``, ``R.sqrt`` and ``R.rsqrt``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ RESHAPES = (
     "relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.flatten", "relax.nn.batch_flatten",
     "relax.broadcast_to", "relax.astype", "relax.strided_slice",
 )  # fmt: skip
+
+
+POWERS: dict[float | None, Callable] = {2.0: relax.op.square, 0.5: relax.op.sqrt, -0.5: relax.op.rsqrt}
 
 
 @tvm.transform.module_pass(opt_level=0, name="Canonicalize")
@@ -51,6 +54,7 @@ class _Rewriter(MainRewriter):
             "relax.power": lambda value: self._neutral(value, 1.0),
             "relax.permute_dims": self._permute,
             "relax.concat": self._concat,
+            "relax.nn.pad": self._pad,
             **dict.fromkeys(RESHAPES, self._same_type),
         }
 
@@ -63,7 +67,10 @@ class _Rewriter(MainRewriter):
                 self.bounded[var] = self.bounded[same]
             return
         bounds = self._bounds(value)
-        if bounds is not None:
+        power = self._power(value)
+        if power is not None:
+            self.variables[var] = self.builder.emit(power, var.name)
+        elif bounds is not None:
             self._emit_bounds(var, *bounds)
         elif op_name(value) == "relax.matmul":
             self._matmul(var, value)
@@ -86,7 +93,7 @@ class _Rewriter(MainRewriter):
         if array is None or not 2 < array.ndim <= rank or array.shape[:-2] != (1,) * (array.ndim - 2):
             self.keep(var, value)
             return
-        matrix = relax.const(array.reshape(array.shape[-2:]))
+        matrix = relax.const(array.reshape(array.shape[-2:]), str(array.dtype))
         call = relax.op.matmul(self.expression(x), matrix)
         self.variables[var] = self.builder.emit(call, var.name)
 
@@ -114,6 +121,9 @@ class _Rewriter(MainRewriter):
             return None
         return x if _same_tensor(x, value) else None
 
+    def _pad(self, value: relax.Call) -> relax.Expr | None:
+        return None if any(int(width) for width in value.attrs.pad_width) else value.args[0]
+
     def _permute(self, value: relax.Call) -> relax.Expr | None:
         axes = value.attrs.axes
         x = value.args[0]
@@ -125,6 +135,17 @@ class _Rewriter(MainRewriter):
     def _concat(self, value: relax.Call) -> relax.Expr | None:
         parts = value.args[0]
         return parts.fields[0] if isinstance(parts, relax.Tuple) and len(parts.fields) == 1 else None
+
+    # -- powers -----------------------------------------------------------------------------------------------
+
+    def _power(self, value: relax.Expr) -> relax.Call | None:
+        """Squares and roots, which are exact and need no table."""
+        if op_name(value) != "relax.power" or str(value.ty.dtype) != "float32":
+            return None
+        function = POWERS.get(self._number(value.args[1]))
+        if function is None or not _same_tensor(value.args[0], value):
+            return None
+        return function(self.expression(value.args[0]))
 
     # -- bounds -----------------------------------------------------------------------------------------------
 

@@ -164,7 +164,7 @@ def _turned_constant(constant: GenericConst, rank: int) -> relax.Expr | None:
     if array.ndim > rank:
         return None
     if array.size == 1:
-        return relax.const(array.reshape(()))
+        return relax.const(array.reshape(()), str(array.dtype))
     array = array.reshape((1,) * (rank - array.ndim) + array.shape)
     image = array if rank == 4 else array[:, :, None]
-    return relax.const(np.ascontiguousarray(image.transpose(0, 2, 3, 1)))
+    return relax.const(np.ascontiguousarray(image.transpose(0, 2, 3, 1)), str(array.dtype))

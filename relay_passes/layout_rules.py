@@ -6,6 +6,7 @@ Tensors (batch, channels, width) are images of height 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from tvm import relax
 
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, static_shape
+from tvm_qfp8.relay_passes.normalize_rows import normalises_channels
 
 TO_NHWC = {4: [0, 2, 3, 1], 3: [0, 2, 1]}
 ELEMENTWISE = (
@@ -222,6 +224,37 @@ def along_axis(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.
     return AXIS_OPERATORS[op_name(value)](x, axis=nhwc_axis(value.attrs.axis, rank))
 
 
+def group_norm(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
+    """GroupNorm of one group or of a group per channel (InstanceNorm): rows or columns of what is in NHWC.
+
+    Other groups of channels lie apart there: they are normalised in the file's own layout.
+    """
+    x, attrs = value.args[0], value.attrs
+    shape = static_shape(x)
+    instance = op_name(value) == "relax.nn.instance_norm"
+    constants = [rewriter.constant(operand) for operand in value.args[1:]]
+    if not shape or any(constant is None for constant in constants) or not normalises_channels(value):
+        return None
+    channels, pixels = shape[1], math.prod(shape[2:])
+    groups = channels if instance else int(attrs.num_groups)
+    if groups not in (1, channels):
+        return None
+    rows, axis = ((shape[0], 1, pixels * channels), 2) if groups == 1 else ((shape[0], pixels, channels), 1)
+    emit = rewriter.builder.emit
+    turned = rewriter.channels_last(x, len(shape))
+    image = [int(extent) for extent in turned.ty.shape]
+    one, zero = (relax.const(np.full(rows[axis], number, np.float32)) for number in (1.0, 0.0))
+    flat = emit(relax.op.reshape(turned, rows))
+    flat = emit(relax.op.nn.layer_norm(flat, one, zero, axes=axis, epsilon=float(attrs.epsilon)))
+    y = relax.op.reshape(flat, image)
+    for constant, operator, used in zip(
+        constants, (relax.op.multiply, relax.op.add), (attrs.scale, attrs.center), strict=True
+    ):
+        if used:
+            y = operator(emit(y), constant)
+    return y
+
+
 def concat(rewriter: Rewriter, var: relax.Var, value: relax.Call) -> relax.Call | None:
     """Parts that are not in NHWC yet are turned."""
     rank = len(static_shape(var) or ())
@@ -247,6 +280,19 @@ def strided_slice(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> rel
     axes, *bounds = [_ints(field.value for field in argument.fields) for argument in value.args[1:]]
     turned = [nhwc_axis(axis, rank) for axis in axes]
     return relax.op.strided_slice(rewriter.channels_last(value.args[0], rank), turned, *bounds)
+
+
+def take(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
+    """A list of places along one axis: torch's programs hold reflection padding and rolls so."""
+    x, indices = value.args[:2]
+    if value.attrs.axis is None or len(static_shape(indices) or ()) != 1 or x not in rewriter.nhwc:
+        return None
+    return relax.op.take(
+        rewriter.channels_last(x, _rank(value)),
+        rewriter.expression(indices),
+        nhwc_axis(value.attrs.axis, _rank(value)),
+        mode=str(value.attrs.mode),
+    )
 
 
 def pad(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call:
@@ -280,8 +326,11 @@ FOLLOWS: dict[str, Callable] = {
     "relax.nn.adaptive_avg_pool1d": global_pooling,
     "relax.nn.adaptive_avg_pool2d": global_pooling,
     "relax.image.resize2d": resize,
+    "relax.nn.group_norm": group_norm,
+    "relax.nn.instance_norm": group_norm,
     "relax.concat": concat,
     "relax.split": split,
     "relax.strided_slice": strided_slice,
+    "relax.take": take,
     "relax.nn.pad": pad,
 }

@@ -32,36 +32,29 @@ PER_ROW = ("relax.nn.layer_norm", "relax.nn.rms_norm")
 
 @tvm.transform.module_pass(opt_level=0, name="NormalizeRows")
 class NormalizeRows:
-    """Rewrite ``main``."""
+    """Rewrite ``main``; ``images`` False leaves GroupNorm and InstanceNorm, which ``ChooseLayout`` may turn first."""
+
+    def __init__(self, images: bool = True) -> None:
+        self.images = images
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return relax.transform.DeadCodeElimination()(_Rewriter(mod).rewrite())
+        return relax.transform.DeadCodeElimination()(_Rewriter(mod, self.images).rewrite())
 
 
 class _Rewriter(MainRewriter):
+    def __init__(self, mod: tvm.IRModule, images: bool) -> None:
+        super().__init__(mod)
+        self.images = images
+
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         found = None
-        if op_name(value) in (*PER_CHANNEL, *PER_ROW) and self._usable(value):
+        operators = (*PER_CHANNEL, *PER_ROW) if self.images else PER_ROW
+        if op_name(value) in operators and _usable(value):
             found = self._per_channel(value) if op_name(value) in PER_CHANNEL else self._several_axes(value)
         if found is None:
             self.keep(var, value)
         else:
             self.variables[var] = self.builder.emit(found, var.name)
-
-    @staticmethod
-    def _usable(value: relax.Call) -> bool:
-        """A static float32 tensor, normalised over all of its last axes."""
-        x = value.args[0]
-        if static_shape(x) is None or 0 in shape_of(x) or str(x.ty.dtype) != "float32":
-            return False
-        rank = len(shape_of(x))
-        axes = sorted(int(axis) % rank for axis in value.attrs.axes)
-        if op_name(value) in PER_CHANNEL:
-            # torch's exporter writes InstanceNorm with the batch among the channels and over the batch of 1.
-            if axes[:1] == [0] and shape_of(x)[0] == 1:
-                axes = axes[1:]
-            return int(value.attrs.channel_axis) % rank == 1 and axes == list(range(2, rank))
-        return axes == list(range(axes[0], rank))
 
     def _normalized(self, x: relax.Expr, rows: tuple[int, ...], epsilon: float, name: str) -> relax.Expr:
         """``x`` normalised over the last axis of its shape ``rows``, in its own shape, without scale and shift."""
@@ -106,3 +99,25 @@ class _Rewriter(MainRewriter):
         rows = (*(shape[: len(shape) - count] or (1,)), math.prod(shape[len(shape) - count :]))
         y = self._normalized(x, rows, float(value.attrs.epsilon), op_name(value))
         return self._affine(y, list(value.args[1:]), shape[len(shape) - count :], value.attrs)
+
+
+def _usable(value: relax.Call) -> bool:
+    """A static float32 tensor, normalised over all of its last axes."""
+    x = value.args[0]
+    if static_shape(x) is None or 0 in shape_of(x) or str(x.ty.dtype) != "float32":
+        return False
+    if op_name(value) in PER_CHANNEL:
+        return normalises_channels(value)
+    rank = len(shape_of(x))
+    axes = sorted(int(axis) % rank for axis in value.attrs.axes)
+    return axes == list(range(axes[0], rank))
+
+
+def normalises_channels(value: relax.Call) -> bool:
+    """Whether GroupNorm or InstanceNorm has channels in axis 1 and is over all axes after them."""
+    shape = shape_of(value.args[0])
+    axes = sorted(int(axis) % len(shape) for axis in value.attrs.axes)
+    # torch's exporter writes InstanceNorm with the batch among the channels and over the batch of 1.
+    if axes[:1] == [0] and shape[0] == 1:
+        axes = axes[1:]
+    return int(value.attrs.channel_axis) % len(shape) == 1 and axes == list(range(2, len(shape)))

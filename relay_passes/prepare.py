@@ -17,11 +17,14 @@ from tvm_qfp8.relay_passes.flatten_columns import FlattenColumns
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
+from tvm_qfp8.relay_passes.fold_padding import FoldPadding
 from tvm_qfp8.relay_passes.hoist_scales import HoistScales
+from tvm_qfp8.relay_passes.join_branches import JoinBranches
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.matmul_broadcasts import MatmulBroadcasts
 from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
 from tvm_qfp8.relay_passes.recognize import Recognize
+from tvm_qfp8.relay_passes.recognize_group_norm import RecognizeGroupNorm
 from tvm_qfp8.relay_passes.recognize_l2 import RecognizeL2
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
@@ -44,14 +47,17 @@ def prepare_passes() -> list:
         # -- bounds in one form, nothing that does nothing
         LiftClip(),
         Canonicalize(),
+        FoldPadding(),
         # -- nonlinear layers that the file holds as many small operators
         Recognize(),
-        NormalizeRows(),
+        RecognizeGroupNorm(),
+        NormalizeRows(images=False),
         FoldLayerNorm(),
         RecognizeSoftmax(),
         RecognizeL2(),
         # -- channels last, without transpositions that cancel
         ChooseLayout(),
+        NormalizeRows(),
         FlattenColumns(),
         # -- reshapes that files hold around dense layers, out of the way of fusion
         SinkReshapes(),
@@ -59,6 +65,7 @@ def prepare_passes() -> list:
         # -- scales and shifts of channels, BatchNorm above all, into the linear layer before them
         HoistScales(),
         FoldBatchnorm(),
+        JoinBranches(),
         relax.transform.FoldConstant(),
         relax.transform.CanonicalizeBindings(),
         relax.transform.DeadCodeElimination(),

@@ -94,7 +94,7 @@ class _Rewriter(MainRewriter):
             if argument in self.sources and shape == shape_of(var):
                 found.append(self.sources[argument])
             elif isinstance(argument, GenericConst) and shape is not None and _per_column(shape, var):
-                found.append(relax.const(argument.value.numpy().reshape(shape[-1:])))
+                found.append(relax.const(argument.value.numpy().reshape(shape[-1:]), str(argument.ty.dtype)))
             else:
                 return None
         return found

@@ -61,6 +61,7 @@ NOTHING = {
     "broadcast": lambda e, x: op.broadcast_to(x, (2, 3, 4, 5)),
     "slice": lambda e, x: op.strided_slice(x, [1], [0], [3]),
     "concat": lambda e, x: op.concat([x], 1),
+    "pad": lambda e, x: op.nn.pad(x, [0] * 8),
 }
 
 
@@ -77,6 +78,7 @@ def test_what_does_nothing_goes(name):
         (lambda e, x: op.add(x, const([0, 0, 0, 0, 1])), "relax.add"),
         (lambda e, x: op.strided_slice(x, [1], [2], [-4], [-1]), "relax.strided_slice"),
         (lambda e, x: op.multiply(x, const(np.ones((3, 1, 1, 1, 1)))), "relax.multiply"),
+        (lambda e, x: op.nn.pad(x, [0, 0, 0, 0, 0, 0, 1, -1]), "relax.nn.pad"),
     ],
 )
 def test_what_does_something_stays(emit, expected):
@@ -99,6 +101,16 @@ def test_what_does_something_stays(emit, expected):
 )
 def test_bounds(emit, expected):
     check(emit, [expected], Canonicalize())
+
+
+@pytest.mark.parametrize("exponent, expected", [(2, "square"), (0.5, "sqrt"), (-0.5, "rsqrt"), (3, "power")])
+def test_powers(exponent, expected):
+    check(
+        lambda e, x: op.power(e(op.abs(x)), const(exponent)),
+        ["relax.abs", f"relax.{expected}"],
+        Canonicalize(),
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -53,7 +53,18 @@ def to_tokens(e, x):
     return op.permute_dims(e(op.reshape(y, (1, 6, 9))), [0, 2, 1])
 
 
-@pytest.mark.parametrize("emit, permutes", [(cnn, 1), (squeeze_excite, 2), (transposed, 2), (to_tokens, 3)])
+def reflected(e, x):
+    """Padding as torch's programs hold it."""
+    y = e(op.nn.conv2d(x, const(8, 3, 3, 3)))
+    for axis, length in ((3, 10), (2, 10)):
+        places = np.abs(np.arange(-1, length + 1))
+        y = e(op.take(y, relax.const(np.minimum(places, 2 * length - 2 - places)), axis))
+    return op.nn.conv2d(y, const(4, 8, 3, 3))
+
+
+@pytest.mark.parametrize(
+    "emit, permutes", [(cnn, 1), (squeeze_excite, 2), (transposed, 2), (to_tokens, 3), (reflected, 2)]
+)
 def test_the_numbers_stay(emit, permutes):
     mod = build((1, 3, 12, 12), emit)
     x = RNG.standard_normal((1, 3, 12, 12)).astype(np.float32)

@@ -84,6 +84,9 @@ def elementwise(emit, x):
     results.append(emit(R.nn.log_softmax(x, -1)))
     results.append(emit(R.nn.layer_norm(x, constant(80), constant(80, seed=1), axes=[-1])))
     results.append(emit(R.nn.rms_norm(x, constant(80), [-1], 1e-5)))
+    image = emit(R.reshape(x, (2, 5, 80)))
+    results.append(emit(R.nn.instance_norm(image, constant(5), constant(5, seed=1), 1, [2])))
+    results.append(emit(R.nn.instance_norm(image, constant(5), constant(5, seed=1), 1, [0, 2])))
     return relax.Tuple(results)
 
 

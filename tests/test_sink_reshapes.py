@@ -68,3 +68,16 @@ def test_a_reshape_of_the_last_axis_stays():
 
     mod = build((2, 3, 4), emit)
     assert operators(SimplifyViews()(SinkReshapes()(mod))) == ["reshape", "matmul"]
+
+
+def test_a_number_of_int64_stays_one():
+    def emit(b, x):
+        counts = b.emit(relax.op.astype(x, "int64"))
+        flat = b.emit(relax.op.reshape(counts, (6, 8)))
+        return b.emit(relax.op.add(flat, relax.const(np.array([[2100]]), "int64")))
+
+    mod = build((2, 3, 8), emit)
+    x = RNG.integers(-9, 9, (2, 3, 8)).astype(np.float32)
+    after = evaluate(SimplifyViews()(SinkReshapes()(mod)), x)
+    assert after.dtype == np.int64
+    np.testing.assert_array_equal(after, evaluate(mod, x))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tvm import relax
 
 from tvm_qfp8.calibration import evaluate
 from tvm_qfp8.errors import ModelError
@@ -91,3 +92,31 @@ def test_torch_in_other_precisions_becomes_float32(precision):
         assert (found.dtype, doubled.dtype) == (np.float32, np.int64)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
         assert net.dense.weight.dtype == program.state_dict["dense.weight"].dtype == dtype
+
+
+def test_standardised_weights_are_constants():
+    """Convolutions that standardise their weights at each call, as NFNet and BiT do."""
+    torch = pytest.importorskip("torch", reason="torch is an extra")
+
+    class Standardized(torch.nn.Conv2d):
+        def forward(self, x):
+            rows = self.weight.reshape(1, self.out_channels, -1)
+            scale = torch.full((self.out_channels,), 0.2)
+            rows = torch.nn.functional.batch_norm(rows, None, None, scale, training=True, eps=1e-6)
+            return torch.nn.functional.conv2d(x, rows.reshape_as(self.weight), self.bias, padding=1)
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(Standardized(8, 8, 3), torch.nn.ReLU(), Standardized(8, 8, 3)).eval()
+    x = torch.randn(1, 8, 9, 9)
+    mod = prepare(load_model(torch.export.export(net, (x,))).mod)
+    layouts = []
+
+    def visit(call):
+        if str(getattr(getattr(call, "op", None), "name", "")) == "relax.nn.conv2d":
+            layouts.append((str(call.attrs.data_layout), type(call.args[1]).__name__))
+
+    relax.analysis.post_order_visit(mod["main"], visit)
+    assert layouts == [("NHWC", "GenericConst")] * 2
+    (parameter,) = mod["main"].params
+    (got,) = evaluate(mod, {parameter.name: x.numpy()})
+    np.testing.assert_allclose(got, net(x).detach().numpy(), rtol=1e-4, atol=1e-5)

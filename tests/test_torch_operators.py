@@ -58,6 +58,8 @@ def test_indices():
             lambda x: x[:, -1],
             lambda x: x.select(2, -2),
             lambda x: x[:, [0, -1, 2]],
+            lambda x: x[:, first[:, None]],
+            lambda x: x[..., torch.tensor(-3)],
             lambda x: x[first, second],
             lambda x: x[:, first, second],
             lambda x: x[first, :, second],
@@ -117,6 +119,15 @@ def test_arithmetic():
         random(3, 8),
         torch.arange(-8, 16).reshape(3, 8),
     )
+
+
+def test_indices_along_one_dimension_move_none():
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.ReflectionPad2d(2), torch.nn.Conv2d(4, 4, 3)
+    )
+    mod = prepare(load_model(torch.export.export(network.eval(), (random(1, 3, 6, 7),))).mod)
+    names = [str(b.value.op.name) for b in mod["main"].body.blocks[0].bindings if hasattr(b.value, "op")]
+    assert names.count("relax.permute_dims") == 2  # of the network's input and output
 
 
 def test_images():

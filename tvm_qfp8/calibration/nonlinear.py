@@ -121,6 +121,18 @@ def layer_norm(attrs: SimpleNamespace, x: np.ndarray, gamma: np.ndarray, beta: n
     return out
 
 
+def instance_norm(attrs: SimpleNamespace, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """(x - mean) / sqrt(variance + epsilon) over ``attrs.axes``, scale and shift for each channel."""
+    axes = tuple(attrs.axes)
+    out = x - x.mean(axis=axes, keepdims=True)
+    out /= np.sqrt(np.square(out).mean(axis=axes, keepdims=True) + np.float32(attrs.epsilon))
+    if attrs.scale:
+        out *= _over_axes(x, (attrs.channel_axis,), gamma)
+    if attrs.center:
+        out += _over_axes(x, (attrs.channel_axis,), beta)
+    return out
+
+
 def rms_norm(attrs: SimpleNamespace, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """x / sqrt(mean(x^2) + epsilon) * weight over ``attrs.axes``."""
     axes = tuple(attrs.axes)
