@@ -40,6 +40,9 @@ class _Rewriter(MainRewriter):
         if isinstance(value, GenericConst):
             self.variables[var] = value
             return
+        if op_name(value) == "relax.shape_of" and static_shape(value.args[0]) is not None:
+            self.variables[var] = relax.ShapeExpr(shape_of(value.args[0]))
+            return
         tensor = isinstance(var.ty, relax.TensorType)  # not a shape or a tuple
         folded = self._fold(value) if tensor and isinstance(value, relax.Call) else None
         if folded is None:

@@ -16,6 +16,7 @@ stands as well where nothing is negative.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import tvm
 from tvm import relax
@@ -58,7 +59,7 @@ class _Rewriter(MainRewriter):
 
     def _folded(self, name: str, value: relax.Call) -> relax.Call | None:
         attrs = value.attrs
-        pad = self.definition.get(value.args[0])
+        pad: Any = self.definition.get(value.args[0])
         if op_name(pad) != "relax.nn.pad" or str(pad.attrs.pad_mode) != "constant":
             return None
         widths = _spatial_widths(pad, str(attrs.data_layout if name in CONVOLUTIONS else attrs.layout))
@@ -102,7 +103,7 @@ class _Rewriter(MainRewriter):
         )
 
     def _not_negative(self, expr: relax.Expr) -> bool:
-        value = self.definition.get(expr)
+        value: Any = self.definition.get(expr)
         if op_name(value) == "relax.clip":
             return float(value.args[1].value) >= 0
         return op_name(value) == "relax.nn.relu"

@@ -21,6 +21,7 @@ input would be rounded where it passes in float32 now, which costs RepVGG much o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tvm
@@ -61,7 +62,7 @@ class _Rewriter(MainRewriter):
             self.variables[var] = joined
 
     def _collect(self, var: relax.Var, terms: _Sum, first: bool = False) -> None:
-        value = self.definition.get(var)
+        value: Any = self.definition.get(var)
         alone = first or self.uses.get(var) == 1
         if alone and op_name(value) == "relax.add":
             tensors = [a for a in value.args if self._per_channel(a, var) is None]
@@ -93,7 +94,7 @@ class _Rewriter(MainRewriter):
             return None
         largest = max(terms.convolutions, key=lambda v: np.prod(shape_of(self.definition[v].args[1])))
         value = self.definition[largest]
-        weight = self.constant(value.args[1]).value.numpy().astype(np.float64)
+        weight = self._weight(value)
         rest, count = list(terms.rest), 0
         for convolution in terms.convolutions:
             if convolution.same_as(largest):
@@ -119,6 +120,11 @@ class _Rewriter(MainRewriter):
             result = emit(relax.op.add(result, self.expression(other)))
         return result
 
+    def _weight(self, convolution: relax.Call) -> np.ndarray:
+        constant = self.constant(convolution.args[1])
+        assert constant is not None
+        return constant.value.numpy().astype(np.float64)
+
     def _in_window(self, value: relax.Call, large: relax.Call) -> np.ndarray | None:
         """The weights of ``value`` in the window of ``large``; None where they do not fit there."""
         same = value.args[0].same_as(large.args[0]) and all(
@@ -126,7 +132,7 @@ class _Rewriter(MainRewriter):
         )
         if not same or int(value.attrs.groups) != int(large.attrs.groups):
             return None
-        weight = self.constant(value.args[1]).value.numpy().astype(np.float64)
+        weight = self._weight(value)
         height, width = shape_of(large.args[1])[1:3]
         dilation = _numbers(value.attrs, "dilation")
         before = [
@@ -142,7 +148,7 @@ class _Rewriter(MainRewriter):
         return np.pad(weight, [(0, 0), (top, bottom), (left, right), (0, 0)])
 
 
-def _is_convolution(value: relax.Expr | None) -> bool:
+def _is_convolution(value: Any) -> bool:
     return op_name(value) == "relax.nn.conv2d" and (
         str(value.attrs.data_layout),
         str(value.attrs.kernel_layout),

@@ -29,6 +29,7 @@ from tvm_qfp8.relay_passes.recognize_l2 import RecognizeL2
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
 from tvm_qfp8.relay_passes.sink_reshapes import SinkReshapes
+from tvm_qfp8.relay_passes.split_dense import SplitDense
 from tvm_qfp8.relay_passes.trained import ClaimTrained
 
 
@@ -61,6 +62,9 @@ def prepare_passes() -> list:
         FlattenColumns(),
         # -- reshapes that files hold around dense layers, out of the way of fusion
         SinkReshapes(),
+        SimplifyViews(),
+        # -- what is taken apart behind a dense layer becomes layers
+        SplitDense(),
         SimplifyViews(),
         # -- scales and shifts of channels, BatchNorm above all, into the linear layer before them
         HoistScales(),

@@ -17,6 +17,7 @@ channel. So ``ChooseLayout`` sees what is normalised; scale and shift stay behin
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import tvm
@@ -62,10 +63,10 @@ class _Rewriter(MainRewriter):
 
     def _rows(self, var: relax.Var, value: relax.Call) -> tuple[relax.Expr, int, float] | None:
         """(x, groups, epsilon) where rows that hold whole channels are put in the shape of x again."""
-        norm = self.definition.get(value.args[0])
+        norm: Any = self.definition.get(value.args[0])
         if op_name(norm) != "relax.nn.layer_norm" or self.uses.get(value.args[0]) != 1:
             return None
-        before = self.definition.get(norm.args[0])
+        before: Any = self.definition.get(norm.args[0])
         if op_name(before) != "relax.reshape" or not self._plain(norm, 1):
             return None
         x, shape, rows = before.args[0], static_shape(var), shape_of(norm)
