@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from models import cnn, images, run_reference
+from models import cnn, images, model, run_reference
 from onnx import helper
 from relax_programs import build
 from tvm import relax
@@ -257,3 +257,25 @@ def test_results_belong_to_the_caller():
     for array, right in zip(module(x), expected, strict=True):
         np.testing.assert_array_equal(array, right)
     assert not any(array.any() for array in first)
+
+
+def test_a_weighted_sum_of_each_row_stays_float32():
+    """One multiply-add a value, as YOLO's expectation over distances: a rounded input would save nothing."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "w": rng.standard_normal((8, 16)).astype("float32"),
+        "v": np.arange(16, dtype="float32").reshape(16, 1),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Softmax", ["a"], ["b"], axis=-1),
+        helper.make_node("MatMul", ["b", "v"], ["y"]),
+    ]
+    samples = [{"x": rng.standard_normal((4, 8)).astype("float32")} for _ in range(4)]
+    module = q.compile(model(nodes, {"x": (4, 8)}, {"y": (4, 1)}, weights), calibration=samples)
+    became = {layer.name: (layer.became, layer.reason) for layer in module.report.layers}
+    assert became["a"][0] == "QFP8" and became["y"] == (
+        "float32",
+        "one multiply-add a value: rounding saves nothing",
+    )
+    assert any("4 samples decided" in note for note in module.report.notes)

@@ -198,7 +198,7 @@ def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
     program : Program
         From a canonical module.
     skip : iterable of str
-        Names of variables or operators to leave in float32; shell patterns (``lv1*``) work.
+        Names of layers or operators to leave in float32; shell patterns (``encoder.*``) work.
 
     Raises
     ------
@@ -221,7 +221,12 @@ def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
             found.products[name] = Product(step, (activation.name, weight.name))
         else:
             _check_finite(step, weight)
-            found.linear[name] = Linear(step, activation.name, weight, *_axes(step, weight))
+            linear = Linear(step, activation.name, weight, *_axes(step, weight))
+            if linear.reads_rows and weight.shape[linear.weight_axis] == 1:
+                # Such as the expectation over distances in detectors of the YOLO family, which is in pixels.
+                found.skipped[name] = "one multiply-add a value: rounding saves nothing"
+            else:
+                found.linear[name] = linear
     for first, *others in _of_equal_weight(found.linear):
         if others:
             for name in (first, *others):
