@@ -113,7 +113,7 @@ class _Rewriter(MainRewriter):
             value.attrs,
             value.ty_args,
         )
-        result = emit(call, largest.name)
+        result = emit(call, f"{largest.name}_joined")
         if terms.shift.any():
             result = emit(relax.op.add(result, relax.const(terms.shift.astype(np.float32))))
         for other in rest:
