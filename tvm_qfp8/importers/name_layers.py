@@ -57,8 +57,10 @@ class LayerNames:
                     yield from self._new(builder, relax.analysis.free_vars(value))
 
     def given_to(self, mod: tvm.IRModule) -> tvm.IRModule:
-        """The program with its variables renamed."""
-        return _Rewriter(mod, self.names).rewrite() if self.names else mod
+        """The program with its variables renamed; as it is where shapes depend on values, which is refused later."""
+        bindings = [binding for block in mod["main"].body.blocks for binding in block.bindings]
+        static = all(isinstance(binding, relax.VarBinding) for binding in bindings)
+        return _Rewriter(mod, self.names).rewrite() if static else mod
 
 
 def is_linear(value: relax.Expr) -> bool:
