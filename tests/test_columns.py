@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from models import model
 from onnx import helper
 from quantized_programs import TARGETS, build, machine_runs, program, run
@@ -15,6 +14,8 @@ from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
 from tvm_qfp8.topi import reference
+
+torch = pytest.importorskip("torch", reason="torch is an extra")
 
 F = torch.nn.functional
 LENGTH = 37

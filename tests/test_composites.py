@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from models import model
 from onnx import helper
 from test_norms import operators
 
 import tvm_qfp8
 from tvm_qfp8.importers import load_model
+
+torch = pytest.importorskip("torch", reason="torch is an extra")
 
 F = torch.nn.functional
 node = helper.make_node

@@ -5,16 +5,17 @@ import io
 import numpy as np
 import onnx
 import pytest
-import torch
 from models import model
 from onnx import helper
 from test_norms import operators
-from torch import nn
 
 import tvm_qfp8
 from tvm_qfp8.calibration import evaluate
 from tvm_qfp8.importers import load_model
 from tvm_qfp8.relay_passes.prepare import prepare
+
+torch = pytest.importorskip("torch", reason="torch is an extra")
+nn = torch.nn
 
 NORMS = {
     "instance norm": lambda: nn.InstanceNorm2d(12, affine=True),

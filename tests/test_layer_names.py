@@ -83,7 +83,7 @@ def test_a_pattern_without_a_layer_is_refused(pattern):
 
 
 def test_modules_of_torch_give_their_paths():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch is an extra")
 
     class Block(torch.nn.Module):
         def __init__(self):

@@ -220,7 +220,7 @@ def test_lengths_up_to_nothing_are_refused():
 
 
 def test_an_exported_program_with_an_open_dimension():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch is an extra")
 
     class Shifted(torch.nn.Module):
         def forward(self, x):

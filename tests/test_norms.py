@@ -3,7 +3,6 @@
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from models import model
 from onnx import helper
 from tvm import relax
@@ -13,6 +12,8 @@ from tvm_qfp8.importers import load_model
 from tvm_qfp8.relay_passes.fuse import op_name
 from tvm_qfp8.relay_passes.prepare import prepare
 from tvm_qfp8.topi import reference
+
+torch = pytest.importorskip("torch", reason="torch is an extra")
 
 node = helper.make_node
 RNG = np.random.default_rng(0)

@@ -237,7 +237,7 @@ def test_a_power_with_a_constant_exponent_becomes_a_table():
 
 @pytest.mark.parametrize("name", ["mish", "elu", "selu", "celu", "softplus", "silu"])
 def test_torch_activations_become_tables(name):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch is an extra")
     function = getattr(torch.nn.functional, name)
 
     class Module(torch.nn.Module):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,19 @@ def test_aarch64_root_names_what_is_missing(tmp_path):
     done = _run("aarch64_root", PATH=str(tmp_path))
     assert done.returncode == 1
     assert "apt install qemu-user-static g++-aarch64-linux-gnu" in done.stderr
+
+
+def test_tests_are_collected_with_the_extra_test_alone():
+    """As `scripts/test` sets itself up without `--all`; what needs more is skipped."""
+    others = (
+        *("torch", "openvino", "nncf", "gguf", "sklearn", "tokenizers", "safetensors"),
+        *("jinja2", "matplotlib", "ziglang", "PIL"),
+    )
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
+        "import pytest; sys.exit(pytest.main(['--collect-only', '-q', 'tests']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SCRIPTS.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:]

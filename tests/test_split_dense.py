@@ -10,7 +10,7 @@ from tvm_qfp8.importers import load_model
 from tvm_qfp8.relay_passes.fuse import op_name
 from tvm_qfp8.relay_passes.prepare import prepare
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is an extra")
 RNG = np.random.default_rng(0)
 
 

@@ -9,7 +9,7 @@ from tvm_qfp8.errors import UnsupportedOperatorError
 from tvm_qfp8.importers import load_model
 from tvm_qfp8.relay_passes.prepare import prepare
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is an extra")
 BATCH, STEPS, INPUT, HIDDEN = 3, 6, 10, 7
 
 

@@ -311,7 +311,7 @@ def test_a_layout_without_a_sign_has_to_be_known_to_fit():
 
 
 def test_torch_layers():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch is an extra")
     torch.manual_seed(0)
     layer = torch.nn.TransformerEncoderLayer(64, 4, 128, activation="gelu", batch_first=True).eval()
     x = torch.randn(2, 10, 64)
