@@ -42,10 +42,6 @@ class FoldBatchnorm:
 class _Rewriter(MainRewriter):
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
-        self.readers: dict[relax.Var, list[relax.Var]] = {}
-        for var, value in self.definition.items():
-            for read in relax.analysis.free_vars(value):
-                self.readers.setdefault(read, []).append(var)
         self.folded: set[relax.Var] = set()
 
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
@@ -80,7 +76,7 @@ class _Rewriter(MainRewriter):
 
     def _mark(self, linear: relax.Var) -> relax.Var | None:
         """The mark that alone reads a layer, with a scale for each channel or one for all."""
-        readers = self.readers.get(linear, ())
+        readers = self.readers[linear]
         if self.uses.get(linear) != 1 or len(readers) != 1:
             return None
         value = self.definition[readers[0]]
@@ -115,7 +111,7 @@ class _Rewriter(MainRewriter):
         scale, shift = np.ones(channels), np.zeros(channels)
         chain: list[relax.Var] = []
         var = linear
-        while self.uses.get(var) == 1 and len(self.readers.get(var, ())) == 1:
+        while self.uses.get(var) == 1 and len(self.readers[var]) == 1:
             after = self.readers[var][0]
             affine = self._affine(var, after, self.definition[after])
             if affine is None:

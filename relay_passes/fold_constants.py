@@ -23,7 +23,7 @@ from tvm_qfp8.calibration.evaluate import evaluate_constant_call
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
-OF_SHAPE = ("relax.full_like", "relax.zeros_like", "relax.ones_like", "relax.shape_of")
+OF_SHAPE = ("relax.full_like", "relax.zeros_like", "relax.ones_like")
 """Operators that ask a tensor for its shape and type only."""
 
 

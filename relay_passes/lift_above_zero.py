@@ -64,10 +64,6 @@ class LiftAboveZero:
 class _Rewriter(MainRewriter):
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
-        self.readers: dict[relax.Var, list[tuple[relax.Var, relax.Expr]]] = {}
-        for var, value in self.definition.items():
-            for read in relax.analysis.free_vars(value):
-                self.readers.setdefault(read, []).append((var, value))
         self.lifted: dict[relax.Var, relax.Expr] = {}
         self.shift: dict[relax.Var, float] = {}
 
@@ -83,9 +79,9 @@ class _Rewriter(MainRewriter):
             self.lifted[var] = self.builder.emit(lifted, f"{var.name}_lifted")
 
     def _only_unpadded_linears_read(self, var: relax.Var) -> bool:
-        readers = self.readers.get(var, [])
+        readers = self.readers[var]
         return self.uses.get(var) == len(readers) and all(
-            _is_unpadded_linear(call, var) for _, call in readers
+            _is_unpadded_linear(self.definition[reader], var) for reader in readers
         )
 
     def _take_off(self, var: relax.Var, value: relax.Call) -> None:

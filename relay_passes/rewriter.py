@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import cached_property
+
 import tvm
 from tvm import relax
 from tvm.ir import GenericConst
@@ -34,6 +38,15 @@ class MainRewriter:
                 relax.analysis.post_order_visit(binding.value, self._count)
         relax.analysis.post_order_visit(self.main.body.body, self._count)
         self.variables: dict[relax.Var, relax.Expr] = {}
+
+    @cached_property
+    def readers(self) -> Mapping[relax.Var, list[relax.Var]]:
+        """What is bound to something that reads a variable of the old program; an empty list for others."""
+        found: dict[relax.Var, list[relax.Var]] = defaultdict(list)
+        for var, value in self.definition.items():
+            for read in relax.analysis.free_vars(value):
+                found[read].append(var)
+        return found
 
     def _count(self, expr) -> None:
         if isinstance(expr, relax.Var):

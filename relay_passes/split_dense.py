@@ -83,10 +83,6 @@ class _Part:
 class _Rewriter(MainRewriter):
     def __init__(self, mod: tvm.IRModule) -> None:
         super().__init__(mod)
-        self.readers: dict[relax.Var, list[relax.Var]] = {}
-        for var, value in self.definition.items():
-            for read in relax.analysis.free_vars(value):
-                self.readers.setdefault(read, []).append(var)
         self.parts: dict[relax.Var, _Part] = {}
         for var, value in self.definition.items():
             if op_name(value) == "relax.matmul" and self._has_matrix(value):
@@ -99,7 +95,7 @@ class _Rewriter(MainRewriter):
     def _note(self, dense: relax.Var) -> None:
         result, bias = dense, None
         columns = shape_of(dense)[-1]
-        readers = self.readers.get(dense, [])
+        readers = self.readers[dense]
         if len(readers) == 1 and self._adds_bias(readers[0], columns):
             result = bias = readers[0]
         if not all(self._read_by_bindings(var) for var in (dense, result)):
@@ -118,7 +114,7 @@ class _Rewriter(MainRewriter):
 
     def _read_by_bindings(self, var: relax.Var) -> bool:
         """Once by each of its readers, and no result of the program."""
-        return self.uses.get(var) == len(self.readers.get(var, []))
+        return self.uses.get(var) == len(self.readers[var])
 
     def _adds_bias(self, var: relax.Var, columns: int) -> bool:
         value: Any = self.definition[var]
@@ -128,7 +124,7 @@ class _Rewriter(MainRewriter):
 
     def _views(self, result: relax.Var, columns: int) -> list[_View]:
         """All that reads the result: reshapes whose parts are along one axis, or the result as it is."""
-        readers = self.readers.get(result, [])
+        readers = self.readers[result]
         found = [self._reshaped(reader, columns) for reader in readers]
         views = [view for view in found if view is not None]
         return views if views and len(views) == len(readers) else [_View(result, len(shape_of(result)) - 1)]
@@ -141,7 +137,7 @@ class _Rewriter(MainRewriter):
         if not starts:
             return None
         start = starts[-1]  # of several, all but the last have one element
-        readers = self.readers.get(var, [])
+        readers = self.readers[var]
         alone = len(readers) == 1 and self._read_by_bindings(var)
         turned: Any = self.definition[readers[0]] if alone else None
         if op_name(turned) != "relax.permute_dims" or turned.attrs.axes is None:
@@ -154,7 +150,7 @@ class _Rewriter(MainRewriter):
         extent = shape_of(view.var)[view.axis]
         step = columns // extent
         found = []
-        for reader in self.readers.get(view.var, []):
+        for reader in self.readers[view.var]:
             value: Any = self.definition[reader]
             if op_name(value) == "relax.split":
                 taken = self._of_split(reader, value, view.axis, extent)
@@ -180,7 +176,7 @@ class _Rewriter(MainRewriter):
             ends = [*map(int, given), extent]
         bounds = [*zip([0, *ends], ends, strict=False)]
         found = []
-        for reader in self.readers.get(var, []):
+        for reader in self.readers[var]:
             item = self.definition[reader]
             if not isinstance(item, relax.TupleGetItem):
                 return None
@@ -203,7 +199,9 @@ class _Rewriter(MainRewriter):
         axes, begin, end, *strides = ([int(v.value) for v in argument.fields] for argument in value.args[1:])
         if axes not in ([axis], [axis - len(shape_of(value.args[0]))]) or (strides and strides[0] != [1]):
             return None
-        first, last = (min(extent, place + extent if place < 0 else place) for place in (begin[0], end[0]))
+        first, last = (
+            min(extent, max(0, place + extent if place < 0 else place)) for place in (begin[0], end[0])
+        )
         return first, last
 
     def binding(self, var: relax.Var, value: relax.Expr) -> None:

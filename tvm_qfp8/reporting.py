@@ -41,8 +41,9 @@ def describe(
     elif plan.samples == 0:
         report.notes.append(_note_without_samples(plan))
     elif plan.samples < FEW_SAMPLES:
+        samples = f"{plan.samples} sample{'s' * (plan.samples > 1)}"
         report.notes.append(
-            f"{plan.samples} samples decided layouts, scales and biases, so that they fit these better than others: "
+            f"{samples} decided layouts, scales and biases, so that they fit these better than other inputs: "
             "32 to 64 give what the network's accuracy allows"
         )
     chains = code_chains(canonical)
@@ -103,44 +104,40 @@ def _weights(value: relax.Call) -> list[GenericConst]:
 
 
 def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Config) -> LayerReport | None:
-    name = op_name(value)
+    name, layer = op_name(value), layer_name(var)
     short = name.removeprefix("relax.").removeprefix("nn.")
     if name in LINEAR:
-        return _linear(var, value, short, plan)
+        return _linear(layer, value, short, plan)
     if name == RECURRENT:
-        return _linear(var, value, str(value.attrs["kind"]).lower(), plan)
-    if layer_name(var) in plan.embeddings:
-        codes, scale = plan.embeddings[layer_name(var)].codes, plan.embeddings[layer_name(var)].scale
+        return _linear(layer, value, str(value.attrs["kind"]).lower(), plan)
+    if layer in plan.embeddings:
+        codes, scale = plan.embeddings[layer].codes, plan.embeddings[layer].scale
         after = codes.nbytes + scale.nbytes
-        return LayerReport(
-            layer_name(var), short, "QFP8 table", "E2M5", bytes_before=4 * codes.size, bytes_after=after
-        )
+        return LayerReport(layer, short, "QFP8 table", "E2M5", bytes_before=4 * codes.size, bytes_after=after)
     function = called_function(value)
     if function is not None:
         table = build_table(function, max_error=config.max_error)
         kind = "relative error" if table.relative else "error"
         became = f"table {function}, {kind} <= {table.max_error:.1e}"
-        return LayerReport(layer_name(var), short, became, function=function)
+        return LayerReport(layer, short, became, function=function)
     if name in ROW and is_row_operator(value):
         inside = "exact root inside"
         if "softmax" in name:
             inside = f"exp table inside, error <= {config.max_error:.1e}"
-        return LayerReport(layer_name(var), short, f"fused row kernel, {inside}")
+        return LayerReport(layer, short, f"fused row kernel, {inside}")
     return None
 
 
-def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPlan) -> LayerReport:
-    if layer_name(var) in plan.products:
-        (x_layout, _), (y_layout, _) = plan.products[layer_name(var)]
-        return LayerReport(layer_name(var), short, f"QFP8 {x_layout} x {y_layout}", y_layout, x_layout)
-    quantization = plan.linear.get(layer_name(var))
+def _linear(layer: str, value: relax.Call, short: str, plan: QuantizationPlan) -> LayerReport:
+    if layer in plan.products:
+        (x_layout, _), (y_layout, _) = plan.products[layer]
+        return LayerReport(layer, short, f"QFP8 {x_layout} x {y_layout}", y_layout, x_layout)
+    quantization = plan.linear.get(layer)
     constants = [weight.value.numpy() for weight in _weights(value)]
     before = sum(array.nbytes for array in constants)
     if quantization is None:
-        reason = plan.skipped.get(layer_name(var), "no constant weight")
-        return LayerReport(
-            layer_name(var), short, "float32", bytes_before=before, bytes_after=before, reason=reason
-        )
+        reason = plan.skipped.get(layer, "no constant weight")
+        return LayerReport(layer, short, "float32", bytes_before=before, bytes_after=before, reason=reason)
     activation = quantization.activation
     scale = None if activation is None else activation.scale
     weight = quantization.weight
@@ -154,7 +151,7 @@ def _linear(var: relax.Var, value: relax.Call, short: str, plan: QuantizationPla
     kind = "QFP8 weights" if activation is None else "QFP8"
     activation_layout = "float32" if activation is None else activation.described
     return LayerReport(
-        layer_name(var),
+        layer,
         short,
         kind,
         quantization.weight.layout,

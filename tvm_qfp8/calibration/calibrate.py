@@ -14,7 +14,7 @@ from tvm_qfp8.calibration.byte_layouts import tensors_in_bytes
 from tvm_qfp8.calibration.choose_activation import FLOAT32, ActivationChooser
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.linear import check_patterns, find_linear
+from tvm_qfp8.calibration.linear import find_linear
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.samples import Batches, first_samples
 from tvm_qfp8.calibration.spill import Spill
@@ -107,7 +107,6 @@ def calibrate(
     program = Program(mod)
     config = config or Config()
     options = walk_options(config)
-    check_patterns(program, config.skip)
     steps = find_linear(program, config.skip)
     before_logarithm.keep_in_float32(program, steps)
     report = progress or (lambda stage, done, total: None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 
 from tvm_qfp8.calibration.evaluate import Name, Program, Step
+from tvm_qfp8.calibration.linear import skipped_by_name
 from tvm_qfp8.calibration.operators import TABLE
 from tvm_qfp8.quantize import QTensor, quantize
 
@@ -22,7 +22,7 @@ def quantized_embeddings(program: Program, skip: Iterable[str] = ()) -> dict[str
     return {
         step.name: quantize(step.arguments[0], axis=0, layout="E2M5", bias="mse")
         for step in program.steps
-        if _is_embedding(step) and not any(fnmatchcase(step.name, p) for p in patterns)
+        if _is_embedding(step) and skipped_by_name(step, patterns) is None
     }
 
 

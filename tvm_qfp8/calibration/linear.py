@@ -125,16 +125,11 @@ def _axes(step: Step, weight: np.ndarray) -> tuple[int, int]:
     return step.attrs.kernel_layout.index("O"), step.attrs.out_layout.index("C")
 
 
-def check_patterns(program: Program, skip: Iterable[str]) -> None:
-    """Refuse patterns that name nothing that could be quantized.
-
-    Raises
-    ------
-    CalibrationError
-    """
+def _check_patterns(program: Program, skip: tuple[str, ...]) -> None:
+    """Refuse patterns that name nothing that could be quantized."""
     steps = [step for step in program.steps if step.operator in (*LINEAR, RECURRENT, "relax.take")]
     for pattern in skip:
-        if not any(_skipped_by_name(step, (pattern,)) for step in steps):
+        if not any(skipped_by_name(step, (pattern,)) for step in steps):
             names = [step.name for step in steps]
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.6) or names[:1]
             example = f", such as {close[0]!r}" if close else ""
@@ -143,7 +138,7 @@ def check_patterns(program: Program, skip: Iterable[str]) -> None:
             )
 
 
-def _skipped_by_name(step: Step, skip: tuple[str, ...]) -> str | None:
+def skipped_by_name(step: Step, skip: tuple[str, ...]) -> str | None:
     """The reason, if a pattern of the configuration names a step or its operator."""
     for pattern in skip:
         if fnmatchcase(step.name, pattern) or fnmatchcase(step.operator, pattern):
@@ -157,7 +152,7 @@ def _reason_to_skip(step: Step, skip: tuple[str, ...]) -> str | None:
     spec = step.spec
     if not isinstance(spec, TensorSpec) or spec.dtype != "float32":
         return "the result is not float32"
-    configured = _skipped_by_name(step, skip)
+    configured = skipped_by_name(step, skip)
     if configured is not None:
         return configured
     if not isinstance(weight, np.ndarray):
@@ -202,17 +197,20 @@ def find_linear(program: Program, skip: Iterable[str] = ()) -> LinearSteps:
 
     Raises
     ------
+    CalibrationError
+        A pattern names nothing that could be quantized.
     ModelError
         A weight holds NaN or infinity.
     """
     patterns = tuple(skip)
+    _check_patterns(program, patterns)
     found = LinearSteps()
     for step in program.steps:
         if step.operator not in (*LINEAR, RECURRENT):
             continue
         name, (activation, weight) = step.name, step.arguments[:2]
         recurrent = step.operator == RECURRENT
-        reason = _skipped_by_name(step, patterns) if recurrent else _reason_to_skip(step, patterns)
+        reason = skipped_by_name(step, patterns) if recurrent else _reason_to_skip(step, patterns)
         if reason is not None:
             found.skipped[name] = reason
         elif recurrent:

@@ -1,11 +1,13 @@
 """Gives the variables of an imported program the names of the file's layers.
 
 An importer turns a node into one operator or several, and leaves most of them for the block builder to name. Of these
-the linear one is the layer, as in ``add(matmul(x, weight), bias)``, else the last.
+the linear one is the layer, as in ``add(matmul(x, weight), bias)``, else the last. One that runs twice is ``fc`` and
+``fc:2``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import onnx
@@ -101,10 +103,14 @@ class _Rewriter(MainRewriter):
     def __init__(self, mod: tvm.IRModule, names: dict[str, str]) -> None:
         super().__init__(mod)
         self.names = names
+        self.calls: Counter[str] = Counter()
 
     def keep(self, var: relax.Var, value: relax.Expr) -> None:
         layer = self.names.get(var.name)
         if layer is None:
             super().keep(var, value)
-        else:
-            self.variables[var] = self.builder.emit(self.expression(value), variable_name(layer))
+            return
+        self.calls[layer] += 1
+        # The builder would append the number alone, which may be the name of another layer.
+        name = layer if self.calls[layer] == 1 else f"{layer}:{self.calls[layer]}"
+        self.variables[var] = self.builder.emit(self.expression(value), variable_name(name))

@@ -23,11 +23,9 @@ def index(x: Any, indices: list[Any]) -> Any:
     first = len([i for i in indices if i is not None])
     if first == 1:  # in place: transpositions would take images out of their layout
         taken = x.index_select(order[0], flat.reshape(-1))
-        return (
-            taken
-            if len(shape) == 1
-            else taken.reshape(x.shape[: order[0]] + (*shape, *x.shape[order[0] + 1 :]))
-        )
+        if len(shape) == 1:
+            return taken
+        return taken.reshape(*x.shape[: order[0]], *shape, *x.shape[order[0] + 1 :])
     taken = rows.index_select(0, flat.reshape(-1)).reshape(*shape, *(x.shape[d] for d in order[first:]))
     if order[:first] != list(range(order[0], order[0] + first)):
         return taken  # indices apart from each other come first in the result
