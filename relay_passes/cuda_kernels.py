@@ -17,22 +17,24 @@ from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, emit_row_operator, 
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.batch_matmul import emit_batch_matmul
-from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, pack_weights, plan_conv
+from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, GroupPlan, pack_weights, plan_conv
 from tvm_qfp8.topi.cuda.direct_conv import emit_direct_conv, emit_float_conv, pack_direct_weights
 from tvm_qfp8.topi.cuda.gemm import emit_conv
 from tvm_qfp8.topi.cuda.gemv import GemvPlan, emit_gemv, plan_gemv
 from tvm_qfp8.topi.cuda.gemv import pack_weights as pack_gemv_weights
-from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
-from tvm_qfp8.topi.cuda.launch import for_each
+from tvm_qfp8.topi.cuda.isa import HOPPER, INSTRUCTION_SET
+from tvm_qfp8.topi.cuda.launch import BUSY, for_each
 from tvm_qfp8.topi.cuda.rows import emit_softmax, for_each_row
+from tvm_qfp8.topi.cuda.warpgroup_gemm import emit_group_conv, pack_for_groups
 from tvm_qfp8.topi.float_contract import bind, mul, to_float
 from tvm_qfp8.topi.gemm import GemmShape
+from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import pixel_mean, pooled
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
 
 
-def _matmul(call, operands: Operands, _max_error: float) -> Emitter:
+def _matmul(call, isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
     x, weight = call.args[:2]
     rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
     columns, depth = shape_of(weight)
@@ -44,20 +46,23 @@ def _matmul(call, operands: Operands, _max_error: float) -> Emitter:
         plan = plan_gemv(GemmShape(rows, columns, depth, conv.activation, conv.weight), codes)
         if plan is not None:
             return _with_scales(call, operands, plan, pack_gemv_weights(codes, plan.depth), emit_gemv)
-    return _conv(call, operands, conv, codes.reshape(columns, 1, 1, depth))
+    return _conv(call, isa, operands, conv, codes.reshape(columns, 1, 1, depth))
 
 
-def _conv2d(call, operands: Operands, _max_error: float) -> Emitter:
-    return _conv(call, operands, conv_shape(call), array_of(call.args[1]))
+def _conv2d(call, isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
+    return _conv(call, isa, operands, conv_shape(call), array_of(call.args[1]))
 
 
-def _conv(call, operands: Operands, shape: ConvShape, weights: np.ndarray) -> Emitter:
+def _conv(call, isa: InstructionSet, operands: Operands, shape: ConvShape, weights: np.ndarray) -> Emitter:
     if shape.activation is None or shape.weight is None:
         return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_float_conv)
-    plan = plan_conv(shape, weights)
+    plan = plan_conv(shape, weights, isa is HOPPER)
     if plan is None:
         return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_direct_conv)
-    return _with_scales(call, operands, plan, pack_weights(weights, plan.depth), emit_conv)
+    packed = pack_weights(weights, plan.depth)
+    if isinstance(plan, GroupPlan):
+        return _with_scales(call, operands, plan, pack_for_groups(packed), emit_group_conv)
+    return _with_scales(call, operands, plan, packed, emit_conv)
 
 
 def _with_scales(
@@ -79,7 +84,7 @@ def _with_scales(
     return body, described
 
 
-def _batch_matmul(call, operands: Operands, _max_error: float) -> Emitter:
+def _batch_matmul(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
     shape = batch_matmul_shape(call)
     x_at, y_at = (operands.tensor(argument) for argument in call.args)
     scale = operands.scalar(float(call.attrs["scale"]))
@@ -93,7 +98,7 @@ def _batch_matmul(call, operands: Operands, _max_error: float) -> Emitter:
     return body, shape
 
 
-def _take(call, operands: Operands, _max_error: float) -> Emitter:
+def _take(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
     table, scale, indices = call.args
     layout, (rows, width) = layout_of(table), shape_of(table)
     assert layout is not None
@@ -115,7 +120,7 @@ def _take(call, operands: Operands, _max_error: float) -> Emitter:
     return body, ("embedding", layout, (rows, width), count)
 
 
-def _rows(call, operands: Operands, max_error: float) -> Emitter:
+def _rows(call, _isa: InstructionSet, operands: Operands, max_error: float) -> Emitter:
     def each(rows: Rows, read: Callable, body: Callable) -> None:
         for_each_row(rows.count, rows.length, read, body)
 
@@ -125,7 +130,7 @@ def _rows(call, operands: Operands, max_error: float) -> Emitter:
     return emit_row_operator(call, INSTRUCTION_SET, operands, max_error, RowWalk(each, softmax))
 
 
-def _pool(call, operands: Operands, _max_error: float) -> Emitter:
+def _pool(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
     at = operands.tensor(call.args[0])
     if op_name(call) == "relax.mean":
         shape = shape_of(call.args[0])
@@ -161,10 +166,11 @@ def elementwise_body(epilogue: Epilogue) -> Callable:
     """The kernel of a group without an anchor of its own."""
 
     def body(_inputs, finish) -> None:
-        columns = epilogue.columns
+        columns, count = epilogue.columns, math.prod(epilogue.shape)
         for_each(
-            math.prod(epilogue.shape),
+            count,
             lambda index: finish(None, T.bind(index // columns), T.bind(index % columns), 1, 1),
+            together=4 if count >= BUSY else 1,
         )
 
     return body

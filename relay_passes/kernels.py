@@ -52,7 +52,7 @@ def write_kernel(
     operands = Operands(memory)
     if name in LINEAR_ANCHORS or name in ROW_ANCHORS:
         if isa.name == "cuda":
-            body, shape_key = CUDA_ANCHORS[name](anchor, operands, max_error)
+            body, shape_key = CUDA_ANCHORS[name](anchor, isa, operands, max_error)
         elif name in LINEAR_ANCHORS:
             body, shape_key = LINEAR_ANCHORS[name](anchor, isa, threads, operands, choose)
         else:
@@ -84,7 +84,7 @@ def write_kernel(
     members = [(op_name(call), _attributes(call), _wiring(group, call)) for _, call in group.members]
     written = [[var for var, _ in group.members].index(var) for var in group.outputs]
     externals = [(e.argument, e.scalar, e.shape) for e in epilogue.externals.values()]
-    key = repr((shape_key, members, written, externals, operands.specs, outputs, isa.name, threads))
+    key = repr((shape_key, members, written, externals, operands.specs, outputs, isa.label, threads))
     return Kernel(short[:60], key, operands.arguments, outputs, function)
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 GEMMS = ((4096, 4096, 4096), (1024, 4096, 1024), (512, 768, 3072))
 GEMV = (1, 4096, 4096)
+ACTIVATIONS = ("E2M5", "E3M4")
+"""Sums of the second, which has larger values, must leave float32 after 64 products."""
 ROTATION = 2**28
 """Bytes that rotating operands fill."""
 ELEMENTS = 2**26
@@ -35,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "results" / "bench_cuda.json")
+    parser.add_argument("--modules", type=Path, help="folder that scripts/cuda_build.py --keep has filled")
     arguments = parser.parse_args()
     try:
         import torch
@@ -45,7 +49,12 @@ def main() -> None:
     from zoo.machine import describe_machine
 
     bandwidth = copy_bandwidth(torch, arguments.turns)
-    rows = [linear(torch, *shape, arguments.turns, bandwidth) for shape in (GEMV, *GEMMS)]
+    rows = [
+        linear(torch, *shape, activation, arguments.turns, bandwidth)
+        for shape in (GEMV, *GEMMS)
+        for activation in ACTIVATIONS
+    ]
+    rows.append(plain_read(torch, arguments.turns, bandwidth))
     rows += [pointwise(torch, name, arguments.turns, bandwidth) for name in ("gelu", "softmax")]
     record = {
         "machine": describe_machine(),
@@ -53,6 +62,7 @@ def main() -> None:
         "torch": torch.__version__,
         "copy_bytes_per_second": bandwidth,
         "rows": rows,
+        "models": whole_models(torch, arguments.modules) if arguments.modules else [],
         "bars": [check(rows, *bar) for bar in BARS],
     }
     arguments.output.parent.mkdir(exist_ok=True)
@@ -67,14 +77,26 @@ def check(rows: list[dict[str, Any]], kind: str, figure: str, asked: float) -> d
 
 
 def seconds(torch: Any, contestants: dict[str, Callable[[int], object]], turns: int, calls: int = 64) -> dict:
-    """Seconds of one call of each contestant, a list of one figure a turn; contestants get a running number."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(turns + 2):
-        for name, call in contestants.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+    """Seconds of one call of each contestant, a list of one figure a turn; contestants get a running number.
+
+    Calls are captured as a graph, so that what a CPU needs to launch them is not what is timed.
+    """
+    import tvm_ffi
+
+    graphs = {}
+    for name, call in contestants.items():
+        call(0)  # loads its kernels
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with tvm_ffi.use_torch_stream(torch.cuda.graph(graphs[name])):
             for index in range(calls):
                 call(index)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(turns + 2):
+        for name, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
             end.record()
             end.synchronize()
             if turn >= 2:  # the first ones warm up
@@ -88,6 +110,43 @@ def copy_bandwidth(torch: Any, turns: int) -> float:
     target = torch.empty_like(source)
     times = seconds(torch, {"copy": lambda _: target.copy_(source)}, turns, 8)["copy"]
     return 2 * ROTATION / statistics.median(times)
+
+
+def plain_read(torch: Any, turns: int, bandwidth: float) -> dict[str, Any]:
+    """What a kernel takes that only reads as many bytes as the batch-1 layer's weights: no such layer can be faster."""
+    import tvm
+
+    from tvm_qfp8.topi.cuda.gemm import words_of
+    from tvm_qfp8.topi.cuda.launch import for_each
+    from tvm_qfp8.topi.prim_func import TensorSpec, load, store
+
+    size = GEMV[1] * GEMV[2]
+
+    def body(source, result) -> None:
+        from tvm import tirx
+        from tvm.tirx.script.builder import ir as T
+
+        words = words_of(source, size)
+
+        def one(index) -> None:
+            values = T.alloc_buffer((4,), "uint32", scope="local")
+            store(values, 0, load(words, index * 4, 4), 4)
+            mixed = T.bind(load(values, 0, 1) ^ load(values, 1, 1) ^ load(values, 2, 1) ^ load(values, 3, 1))
+            with T.If(tirx.reinterpret("int32", mixed) == 0x12345678):  # never, but a compiler cannot know
+                with T.Then():
+                    store(result, 0, mixed, 1)
+
+        for_each(size // 16, one)
+
+    call = build("plain_read", [TensorSpec((size,), "uint8"), TensorSpec((1,), "uint32")], body)
+    sources = [
+        torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda") for _ in range(ROTATION // size)
+    ]
+    views = [tvm.runtime.from_dlpack(t) for t in sources]
+    result = tvm.runtime.from_dlpack(torch.zeros(1, dtype=torch.int32, device="cuda").view(torch.uint32))
+    times = seconds(torch, {"ours": lambda i: call(views[i % len(views)], result)}, turns)
+    share = size / statistics.median(times["ours"]) / bandwidth
+    return {"kind": "plain read", "bytes": size, "share_of_copy": share} | figures(times)
 
 
 def gpu_target() -> Any:
@@ -113,7 +172,9 @@ def build(name: str, specs: list, body: Callable) -> Callable:
     return tvm.compile(tvm.IRModule({name: function}), target=gpu_target())[name]
 
 
-def linear(torch: Any, rows: int, depth: int, columns: int, turns: int, bandwidth: float) -> dict[str, Any]:
+def linear(
+    torch: Any, rows: int, depth: int, columns: int, activation: str, turns: int, bandwidth: float
+) -> dict[str, Any]:
     """A dense layer, codes to float32, against float16 and 8-bit matrix products of torch."""
     import tvm
 
@@ -121,24 +182,26 @@ def linear(torch: Any, rows: int, depth: int, columns: int, turns: int, bandwidt
     from tvm_qfp8.quantize import quantize
     from tvm_qfp8.topi import reference
     from tvm_qfp8.topi.conv2d import ConvShape
-    from tvm_qfp8.topi.cuda import conv_plan, gemm, gemv
+    from tvm_qfp8.topi.cuda import conv_plan, gemm, gemv, warpgroup_gemm
     from tvm_qfp8.topi.gemm import GemmShape
     from tvm_qfp8.topi.prim_func import TensorSpec, store
 
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, depth), (columns, depth)))
-    layouts = get_layout("E3M4"), get_layout("E2M5")
-    x_codes = quantize(x, layout="E3M4", bias="max").codes
+    layouts = get_layout(activation), get_layout("E2M5")
+    x_codes = quantize(x, layout=activation, bias="max").codes
     codes = quantize(w, axis=0, layout="E2M5", bias="max").codes
     vector = gemv.plan_gemv(GemmShape(rows, columns, depth, *layouts), codes)
     extents = (1, 1, rows, depth, columns)
     shape = ConvShape(*extents, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, *layouts)
-    plan: Any = vector or conv_plan.plan_conv(shape, codes.reshape(columns, 1, 1, depth))
+    filters = codes.reshape(columns, 1, 1, depth)
+    plan: Any = vector or conv_plan.plan_conv(shape, filters, gpu_target().attrs["arch"] == "sm_90a")
     if vector:
         packed, emit = gemv.pack_weights(codes, plan.depth), gemv.emit_gemv
     else:
-        packed = conv_plan.pack_weights(codes.reshape(columns, 1, 1, depth), plan.depth)
-        emit = gemm.emit_conv
+        packed, emit = conv_plan.pack_weights(filters, plan.depth), gemm.emit_conv
+        if isinstance(plan, conv_plan.GroupPlan):
+            packed, emit = warpgroup_gemm.pack_for_groups(packed), warpgroup_gemm.emit_group_conv
 
     def body(source, weights, result) -> None:
         def write(value, row, column, _valid) -> None:
@@ -156,8 +219,9 @@ def linear(torch: Any, rows: int, depth: int, columns: int, turns: int, bandwidt
     weights = [tvm.runtime.from_dlpack(t) for t in ours]
     call(tensors[0], weights[0], tensors[1])
     torch.cuda.synchronize()
-    expected = reference.matmul(x_codes, codes, *layouts).astype(np.float32)
-    equal = bool(np.array_equal(result.cpu().numpy(), expected))
+    some = slice(0, None, max(1, rows // 64))
+    expected = reference.matmul(x_codes[some], codes, *layouts).astype(np.float32)
+    equal = bool(np.array_equal(result[some].cpu().numpy(), expected))
     half = torch.from_numpy(x).cuda().half()
     contestants: dict[str, Callable[[int], object]] = {
         "ours": lambda i: call(tensors[0], weights[i % copies], tensors[1]),
@@ -165,16 +229,46 @@ def linear(torch: Any, rows: int, depth: int, columns: int, turns: int, bandwidt
     }
     absent = add_peers(torch, contestants, rows, depth, columns)
     times = seconds(torch, contestants, turns)
-    print(rows, depth, columns, {k: statistics.median(v) for k, v in times.items()}, file=sys.stderr)
+    print(
+        rows,
+        depth,
+        columns,
+        activation,
+        equal,
+        {k: statistics.median(v) for k, v in times.items()},
+        file=sys.stderr,
+    )
     return {
         "kind": "gemv" if vector else "gemm",
         "shape": [rows, depth, columns],
+        "activations": activation,
         "equal": equal,
         "share_of_copy": (packed.nbytes + x_codes.nbytes + 4 * rows * columns)
         / statistics.median(times["ours"])
         / bandwidth,
         "absent": absent,
     } | figures(times)
+
+
+def whole_models(torch: Any, folder: Path) -> list[dict[str, Any]]:
+    """Exported modules: their outputs against a CPU's, and the time of a call with inputs and outputs on the CPU."""
+    import tvm_qfp8
+
+    found = []
+    for path in sorted(folder.glob("*.so")):
+        module, stored = tvm_qfp8.load(path), np.load(path.with_suffix(".npz"))
+        inputs = {name.removeprefix("input "): stored[name] for name in stored if name.startswith("input ")}
+        expected = [stored[name] for name in stored if name.startswith("output ")]
+        outputs = module.run(inputs)
+        times = []
+        for _ in range(50):
+            start = time.perf_counter()
+            module.run(inputs)
+            times.append(time.perf_counter() - start)
+        equal = all(np.array_equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        found.append({"model": path.stem, "equal": equal, "seconds": statistics.median(times)})
+        print(found[-1], file=sys.stderr)
+    return found
 
 
 def figures(times: dict[str, list[float]]) -> dict[str, Any]:
@@ -235,7 +329,9 @@ def pointwise(torch: Any, name: str, turns: int, bandwidth: float) -> dict[str, 
         emit_softmax(rows, length, read, lambda v: emit_table(exp, v, INSTRUCTION_SET), write)
 
     def gelu_body(x, y) -> None:
-        for_each(ELEMENTS, lambda i: store(y, i, emit_table(gelu, load(x, i, 1), INSTRUCTION_SET), 1))
+        for_each(
+            ELEMENTS, lambda i: store(y, i, emit_table(gelu, load(x, i, 1), INSTRUCTION_SET), 1), together=4
+        )
 
     spec = TensorSpec((ELEMENTS // length, length), "float32")
     call = build(name, [spec, spec], softmax_body if name == "softmax" else gelu_body)

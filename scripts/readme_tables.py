@@ -1,4 +1,7 @@
-"""Writes README.md's tables from results/*.json and from the code; ``--check`` only says whether they are current."""
+"""Writes the tables of README.md and docs/cuda.md from results/*.json and from the code.
+
+``--check`` only says whether they are current.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = REPOSITORY / "README.md"
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "cuda.md")
 RESULTS = REPOSITORY / "results"
 
 
 def main() -> int:
-    text = README.read_text()
-    current = fill(text)
-    if "--check" in sys.argv[1:]:
-        return int(current != text)
-    README.write_text(current)
-    return 0
+    old = False
+    for page in PAGES:
+        text = page.read_text()
+        current = fill(text)
+        old |= current != text
+        if "--check" not in sys.argv[1:]:
+            page.write_text(current)
+    return int(old) if "--check" in sys.argv[1:] else 0
 
 
 def fill(text: str) -> str:
@@ -245,7 +250,36 @@ def formats() -> str:
     return _table(["format", *MODES], rows)
 
 
+def cuda() -> str:
+    """A GPU's kernels against torch's."""
+    record = _load("bench_cuda.json")
+    if record is None:
+        return ""
+    rows = []
+    for row in record["rows"]:
+        shape = row.get("shape")
+        rows.append(
+            [
+                f"{row['kind']} {' x '.join(map(str, shape))}, {row['activations']}"
+                if shape
+                else row["kind"],
+                f"{row['seconds']['ours'] * 1e6:.1f} us",
+                *(f"{row[f'times_{name}']:.2f}" if f"times_{name}" in row else "" for name in CUDA_PEERS),
+                f"{row['share_of_copy']:.2f}",
+            ]
+        )
+    header = ["kernel", "time", *(f"times {name}" for name in CUDA_PEERS), "share of copy"]
+    return (
+        _table(header, rows) + f"\n{record['gpu']}, torch {record['torch']}, a copy moves "
+        f"{record['copy_bytes_per_second'] / 1e12:.2f} TB/s; {record['machine']['date']}.\n"
+    )
+
+
+CUDA_PEERS = ("float16", "int8", "fp8", "torch")
+
+
 TABLES = {
+    "cuda": cuda,
     "machine": machine,
     "accuracy": accuracy,
     "latency": latency,

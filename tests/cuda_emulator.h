@@ -55,6 +55,13 @@ struct Fiber {
   std::vector<char> stack;
   bool done = false;
 };
+// A product of four warps: right operand from shared memory.
+struct GroupStep {
+  float* c[128];
+  unsigned a[128][4], right;
+  int arrived = 0;
+  long generation = 0;
+};
 struct Step {
   float* c[32];
   unsigned a[32][4], b[32][2];
@@ -65,6 +72,8 @@ struct Step {
 inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
 inline std::vector<Step> steps;
+inline std::vector<GroupStep> group_steps;
+inline char* shared = nullptr;
 inline int current = 0, running = 0, at_barrier = 0;
 inline long barrier = 0;
 inline void (*body)(void**) = nullptr;
@@ -100,6 +109,34 @@ inline void Compute(Step& step) {
   }
 }
 
+// One value of an operand in shared memory, 128 bytes a row, 128-byte swizzle: PTX ISA, "Shared memory matrix layout".
+inline float Swizzled(unsigned address, int row, int k) {
+  unsigned at = address + row * 128 + k / 8 * 16;
+  at ^= (at >> 7 & 7) << 4;
+  return Half(reinterpret_cast<unsigned*>(shared + at), k % 8);
+}
+
+// wgmma.m64nNk16: PTX ISA, "Matrix fragments for wgmma.mma_async.m64nNk16". Computed when the last thread asks for it.
+inline void ComputeGroup(GroupStep& step, int columns) {
+  static float left[64][16], right[16][256];
+  for (int thread = 0; thread < 128; ++thread) {
+    int group = thread % 32 / 4, place = thread % 4;
+    for (int i = 0; i < 8; ++i) {
+      int row = thread / 32 * 16 + group + (i / 2 % 2 ? 8 : 0), k = place * 2 + i % 2 + (i >= 4 ? 8 : 0);
+      left[row][k] = Half(step.a[thread], i);
+    }
+  }
+  for (int k = 0; k < 16; ++k)
+    for (int n = 0; n < columns; ++n) right[k][n] = Swizzled(step.right, n, k);
+  for (int thread = 0; thread < 128; ++thread)
+    for (int i = 0; i < columns / 2; ++i) {
+      int row = thread / 32 * 16 + thread % 32 / 4 + (i % 4 >= 2 ? 8 : 0), column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+      double sum = step.c[thread][i];
+      for (int k = 0; k < 16; ++k) sum += double(left[row][k]) * right[k][column];
+      step.c[thread][i] = float(sum);
+    }
+}
+
 }  // namespace emulator
 
 inline dim3 threadIdx, blockIdx;
@@ -114,7 +151,7 @@ inline void __syncthreads() {
   for (long own = barrier; barrier == own;) Yield();
 }
 
-inline void emulated_mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+inline void qfp8_mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   using namespace emulator;
   int lane = current % 32;
   Step& step = steps[current / 32];
@@ -131,6 +168,50 @@ inline void emulated_mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsign
   for (long own = step.generation; step.generation == own;) Yield();
 }
 
+template <int columns>
+inline void Product(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned right) {
+  using namespace emulator;
+  int thread = current % 128;
+  GroupStep& step = group_steps[current / 128];
+  step.c[thread] = c;
+  unsigned a[] = {a0, a1, a2, a3};
+  std::memcpy(step.a[thread], a, sizeof a);
+  step.right = right;
+  if (++step.arrived == 128) {
+    ComputeGroup(step, columns);
+    step.arrived = 0;
+    ++step.generation;
+    return;
+  }
+  for (long own = step.generation; step.generation == own;) Yield();
+}
+#define qfp8_wgmma_64 Product<64>
+#define qfp8_wgmma_128 Product<128>
+#define qfp8_wgmma_256 Product<256>
+inline void qfp8_mma_count(int* total, float start, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                           unsigned b1) {
+  float c[] = {start, start, start, start};
+  qfp8_mma(c, a0, a1, a2, a3, b0, b1);
+  for (int i = 0; i < 4; ++i) total[i] = int(unsigned(total[i]) + unsigned(__float_as_int(c[i])));
+}
+inline void qfp8_begin_products() {}
+inline void qfp8_end_products() {}
+inline void qfp8_await_products_0() {}
+inline void qfp8_await_products_1() {}
+inline void qfp8_publish() { __syncthreads(); }
+inline unsigned qfp8_shared_address(void* p) {
+  emulator::shared = reinterpret_cast<char*>((reinterpret_cast<std::uintptr_t>(p) + 1023) & ~std::uintptr_t(1023));
+  return 0;
+}
+inline int& SharedWord(unsigned address) { return *reinterpret_cast<int*>(emulator::shared + address); }
+inline void qfp8_store_word(unsigned address, int value) { SharedWord(address) = value; }
+inline int qfp8_load_word(unsigned address) { return SharedWord(address); }
+inline void qfp8_add_word(unsigned address, int value) { SharedWord(address) += value; }
+inline void qfp8_store_chunk(unsigned address, unsigned x, unsigned y, unsigned z, unsigned w) {
+  unsigned words[] = {x, y, z, w};
+  std::memcpy(emulator::shared + address, words, sizeof words);
+}
+
 namespace emulator {
 
 inline void Run() {
@@ -145,6 +226,7 @@ inline void Launch(void (*kernel)(void**), void** values, dim3 grid, int threads
   arguments = values;
   fibers.resize(threads);
   steps.assign((threads + 31) / 32, Step());
+  group_steps.assign((threads + 127) / 128, GroupStep());
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {

@@ -22,6 +22,9 @@ TARGET = {
     "host": {"kind": "llvm"},
 }
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\d+)\) (\w+)\(([^)]*)\) \{')
+_DEVICE_FUNCTION = re.compile(
+    r"^__forceinline__ __device__ [^\n]*qfp8_\w+\([^)]*\) \{\n.*?^\}\n", re.DOTALL | re.MULTILINE
+)
 _LAUNCH = re.compile(
     r'launch_thread\("(?P<name>\w+)\.(?P<axis>[xyz])", (?P<extent>\d+)\)'
     r'|thread_binding\((?:T\.int64\()?(?P<extent2>\d+)\)?, thread="(?P<name2>\w+)\.(?P<axis2>[xyz])"\)'
@@ -60,7 +63,9 @@ def run_kernel(function: tvm.tirx.PrimFunc, arrays: Sequence[np.ndarray], folder
     assert len(kernels) == len(shapes), (len(kernels), shapes)
     body = source[source.index("#define ushort unsigned short\n#endif") :].partition("#endif")[2]
     body = body.replace("__shared__ alignas(64)", "alignas(64) __shared__")
-    body = re.sub(r"asm volatile\(.*?\);", "emulated_mma(c, a0, a1, a2, a3, b0, b1);", body, flags=re.DOTALL)
+    body = re.sub(r"extern __shared__ __align__\(64\) (\w+) (\w+)\[\];", r"static \1 \2[1 << 16];", body)
+    # What is written in assembly is defined in the emulator instead.
+    body = _DEVICE_FUNCTION.sub(lambda match: "" if "asm volatile" in match[0] else match[0], body)
     places = {parameter.name: index for index, parameter in enumerate(function.params)}
     calls = []
     for match, (grid, threads) in zip(kernels, shapes, strict=True):

@@ -89,6 +89,9 @@ def test_cuda_knows_its_architecture_and_host():
     assert str(target.attrs["arch"]) == "sm_87"
     assert str(target.host.attrs["mcpu"]) == "cortex-a78ae"
     assert isa(target) == "cuda"
+    target = parse_target("cuda-sm90")
+    assert str(target.attrs["arch"]) == "sm_90a"
+    assert not target.host.attrs.get("mcpu"), "a server with another CPU may load the module"
     with pytest.raises(TargetError, match="kind 'opencl'"):
         isa(tvm.target.Target({"kind": "opencl"}))
 

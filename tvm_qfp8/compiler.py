@@ -185,7 +185,7 @@ def compile(  # noqa: A001 - the public name
     parsed = parse_target(target)
     host = host_of(parsed)
     on_gpu = isa_name(parsed) == "cuda"
-    isa = instruction_set(isa_name(parsed), cpu_features(host))
+    isa = instruction_set(isa_name(parsed), {str(parsed.attrs["arch"])} if on_gpu else cpu_features(host))
     stage = progress or (lambda name, done, total: None)
     stage("import", 0, 1)
     imported = load_model(mod, params=params, input_shapes=input_shapes)

@@ -212,7 +212,10 @@ def _complete_gpu(config: dict[str, Any]) -> dict[str, Any]:
         raise TargetError(
             f"CUDA architecture {arch!r} is not supported: kernels need sm_{OLDEST_GPU} or newer, as in 'cuda-sm80'"
         )
-    return {"host": host_cpu()} | CUDA_LIMITS | config | {"arch": arch}
+    # All that the host computes is which kernel is next, so any CPU of this machine's kind shall do. sm_90's tensor
+    # cores have instructions that only the architecture's own code, "a", may use.
+    host = {"kind": "llvm", "mtriple": str(codegen.llvm_get_system_triple())}
+    return {"host": host} | CUDA_LIMITS | config | {"arch": "sm_90a" if arch == "sm_90" else arch}
 
 
 def _check_architecture(triple: str) -> None:

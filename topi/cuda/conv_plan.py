@@ -50,8 +50,8 @@ class ConvPlan:
     """A convolution in one group, channels last, as a product ``(pixels, depth) x (depth, out_channels)``."""
 
     shape: ConvShape
-    exact_steps: int
-    """Steps of ``STEP`` after which accumulators go to int32."""
+    exact: int
+    """Codes of a row after which accumulators go to int32."""
 
     @property
     def rows(self) -> int:
@@ -63,8 +63,13 @@ class ConvPlan:
 
     @property
     def depth(self) -> int:
+        """Codes of a stored row."""
+        return round_up(self._row, STEP)
+
+    @property
+    def _row(self) -> int:
         kernel_h, kernel_w = self.shape.kernel
-        return round_up(kernel_h * kernel_w * self.channel_chunks * CHUNK, STEP)
+        return kernel_h * kernel_w * self.channel_chunks * CHUNK
 
     @property
     def tile(self) -> Tile:
@@ -73,6 +78,49 @@ class ConvPlan:
             if -(-self.rows // tile.rows) * -(-self.shape.out_channels // tile.columns) >= MANY_BLOCKS:
                 return tile
         return TILES[-1]
+
+
+@dataclass(frozen=True)
+class GroupTile:
+    """Rows and columns that a thread block makes where four warps, a group, multiply together."""
+
+    groups: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        return self.groups * 64
+
+    @property
+    def threads(self) -> int:
+        return self.groups * 128
+
+
+GROUP_TILES = (GroupTile(2, 128), GroupTile(2, 64), GroupTile(1, 64))
+GROUP_RUN = 64
+"""Codes of a row that groups decode together."""
+GROUP_LOAD = 2 * CHUNK
+"""Codes that a thread loads at once there, so that channels are a multiple of them."""
+GROUP_BLOCKS = 96
+"""Of the largest tile for which there are so many, a large GPU is busy."""
+
+
+class GroupPlan(ConvPlan):
+    """The same on Hopper's tensor cores, ``warpgroup_gemm.py``."""
+
+    @property
+    def depth(self) -> int:
+        """Codes of a stored row: a turn of the loop takes two runs."""
+        return round_up(self._row, 2 * GROUP_RUN)
+
+    @property
+    def group_tile(self) -> GroupTile:
+        """The largest tile of which there are enough to keep a GPU busy, else the smallest."""
+        for tile in GROUP_TILES:
+            blocks = -(-self.rows // tile.rows) * -(-self.shape.out_channels // tile.columns)
+            if blocks >= GROUP_BLOCKS:
+                return tile
+        return GROUP_TILES[-1]
 
 
 def pack_weights(codes: np.ndarray, depth: int) -> np.ndarray:
@@ -86,11 +134,18 @@ def pack_weights(codes: np.ndarray, depth: int) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, depth - rows.shape[1])))
 
 
-def plan_conv(shape: ConvShape, codes: np.ndarray) -> ConvPlan | None:
-    """The plan for weights OHWI; None where tensor cores do not fit: groups, few channels, sums that are not exact."""
+def plan_conv(shape: ConvShape, codes: np.ndarray, hopper: bool = False) -> ConvPlan | None:
+    """The plan for weights OHWI; None where tensor cores do not fit: groups, few channels, sums that are not exact.
+
+    ``hopper`` asks for a ``GroupPlan``, which is given where channels allow it.
+    """
     if shape.groups != 1 or shape.channels_first or shape.input_dilation != (1, 1) or shape.channels < CHUNK:
         return None
     activation, weight = shape.layouts()
-    draft = ConvPlan(shape, 1)
-    steps = exact_steps(pack_weights(codes, draft.depth), weight, activation, STEP)
-    return ConvPlan(shape, steps) if steps else None
+    plan, step = ConvPlan, STEP
+    if hopper and shape.channels % GROUP_LOAD == 0:
+        plan, step = GroupPlan, GROUP_RUN
+    steps = exact_steps(pack_weights(codes, plan(shape, 0).depth), weight, activation, step)
+    if steps:
+        return plan(shape, steps * step)
+    return plan_conv(shape, codes) if plan is GroupPlan else None

@@ -41,6 +41,34 @@ def mma(accumulators, index, left: list, right: list):
     )
 
 
+# The same from a start of 1.5 * 2**23 units, so that the sum's last 23 bits count units: an integer addition keeps it.
+_MMA_COUNT = """
+__forceinline__ __device__ void qfp8_mma_count(int* total, float start, unsigned a0, unsigned a1, unsigned a2,
+                                               unsigned a3, unsigned b0, unsigned b1) {
+  float c0, c1, c2, c3;
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+               : "=f"(c0), "=f"(c1), "=f"(c2), "=f"(c3)
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(start));
+  total[0] += __float_as_int(c0), total[1] += __float_as_int(c1);
+  total[2] += __float_as_int(c2), total[3] += __float_as_int(c3);
+}
+"""
+COUNTED = 2**22
+"""Sums that stay below can be counted."""
+
+
+def counting_start(exponent: int) -> float:
+    """Where sums of products in units of ``2**-exponent`` start from to be counted."""
+    return 1.5 * 2.0 ** (23 - exponent)
+
+
+def mma_count(totals, start: float, left: list, right: list):
+    """Add to the four int32 ``totals`` a product as units, and the bits of ``start``; operands as in ``mma``."""
+    arguments = tirx.address_of(totals[0]), tirx.const(start, "float32"), *left, *right
+    return cuda_func_call("qfp8_mma_count", *arguments, source_code=_MMA_COUNT, return_type="void")
+
+
 def look_up(coefficients: list, index, _lanes: int) -> list:
     """One coefficient of each list at ``index``, from tables that stay in the first-level cache."""
     found = []

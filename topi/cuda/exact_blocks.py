@@ -15,8 +15,10 @@ EXACT = 2**24
 """Integers below this are float32 numbers, and aligned in the 24 bits that a tensor core keeps."""
 
 
-def exact_steps(weights: np.ndarray, weight: Layout, activation: Layout, step: int) -> int:
-    """The most steps of ``step`` neighbouring products whose sum is exact; 0 where not even one is.
+def exact_steps(
+    weights: np.ndarray, weight: Layout, activation: Layout, step: int, limit: int = EXACT
+) -> int:
+    """The most steps of ``step`` neighbouring products whose sum is below ``limit``; 0 where not even one's is.
 
     Parameters
     ----------
@@ -27,7 +29,7 @@ def exact_steps(weights: np.ndarray, weight: Layout, activation: Layout, step: i
     magnitudes = (
         np.abs(decode_grid(weights, weight).astype(np.int64)).reshape(columns, depth // step, step).sum(2)
     )
-    bound = (EXACT - 1) // activation.max_grid
+    bound = (limit - 1) // activation.max_grid
     count = depth // step
     while count:
         starts = range(0, depth // step, count)

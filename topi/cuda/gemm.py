@@ -90,12 +90,14 @@ def emit_conv(plan: ConvPlan, x, weights, epilogue: Callable) -> None:
         with T.launch_thread("blockIdx.y", -(-columns // tile.columns)) as block_column:
             with T.launch_thread("threadIdx.x", tile.threads) as thread:
                 first_row, first_column = block_row * tile.rows, block_column * tile.columns
-                left = _Operand(activation, tile.rows, tile.threads, thread, _pixels(plan, x, first_row))
+                left = _Operand(
+                    activation, tile.rows, tile.threads, thread, _pixel_reader(plan, x, first_row)
+                )
                 right = _Operand(
-                    weight, tile.columns, tile.threads, thread, _filters(plan, weights, first_column)
+                    weight, tile.columns, tile.threads, thread, _filter_reader(plan, weights, first_column)
                 )
                 warp = _Warp(tile, thread)
-                sums = Accumulators(tile.fragments * 16, exponent, plan.exact_steps >= steps)
+                sums = Accumulators(tile.fragments * 16, exponent, plan.exact >= plan.depth)
                 left.fetch(0)
                 right.fetch(0)
                 left.decode(0)
@@ -107,7 +109,8 @@ def emit_conv(plan: ConvPlan, x, weights, epilogue: Callable) -> None:
                             right.fetch(step + 1)
                     warp.multiply(left, right, step % 2, sums)
                     if sums.integers is not None:
-                        whole = tirx.floormod(step, plan.exact_steps) == plan.exact_steps - 1
+                        exact = plan.exact // STEP
+                        whole = tirx.floormod(step, exact) == exact - 1
                         with T.If(tirx.Or(whole, step == steps - 1)):
                             with T.Then():
                                 sums.empty()
@@ -118,26 +121,26 @@ def emit_conv(plan: ConvPlan, x, weights, epilogue: Callable) -> None:
                 warp.finish(sums, first_row, first_column, rows, columns, epilogue)
 
 
-def _pixels(plan: ConvPlan, x, first_row) -> Callable:
-    """``reader(row) -> load(chunk, target, at)`` for the pixels under a filter."""
+def pixel_locator(plan: ConvPlan, first_row) -> Callable:
+    """``locator(row) -> locate(chunk) -> (address, inside)``: where pixels under a filter lie, and if in the image.
+
+    ``inside`` is None where all are.
+    """
     shape = plan.shape
-    size = shape.batch * shape.height * shape.width * shape.channels
-    aligned = next(n for n in (CHUNK, 4, 1) if shape.channels % n == 0)
-    last = plan.rows - 1
     chunks, (_, kernel_w) = plan.channel_chunks, shape.kernel
 
-    def reader(row) -> Callable:
-        pixel = T.bind(tirx.min(first_row + row, last))
+    def locator(row) -> Callable:
+        pixel = T.bind(tirx.min(first_row + row, plan.rows - 1))
         if shape.is_pointwise:
             start = T.bind(pixel * shape.channels)
-            return lambda chunk, target, at: load_chunk(x, size, start + chunk * CHUNK, aligned, target, at)
+            return lambda chunk: (start + chunk * CHUNK, None)
         pixels = shape.out_height * shape.out_width
         image = T.bind(pixel // pixels)
         within = T.bind(pixel % pixels)
         top = T.bind(within // shape.out_width * shape.stride[0] - shape.padding[0])
         side = T.bind(within % shape.out_width * shape.stride[1] - shape.padding[1])
 
-        def read(chunk, target, at) -> None:
+        def locate(chunk) -> tuple:
             tap = T.bind(chunk // chunks)
             y = T.bind(top + tap // kernel_w * shape.dilation[0])
             column = T.bind(side + tap % kernel_w * shape.dilation[1])
@@ -147,20 +150,38 @@ def _pixels(plan: ConvPlan, x, first_row) -> Callable:
             place = (
                 (image * shape.height + y) * shape.width + column
             ) * shape.channels + chunk % chunks * CHUNK
-            load_chunk(
-                x, size, T.bind(tirx.Select(inside, place, tirx.const(0, "int32"))), aligned, target, at
-            )
-            for word in range(2):
-                kept = tirx.Select(inside, load(target, at + word, 1), tirx.const(0, "uint32"))
-                store(target, at + word, kept, 1)
+            return T.bind(tirx.Select(inside, place, tirx.const(0, "int32"))), inside
+
+        return locate
+
+    return locator
+
+
+def _pixel_reader(plan: ConvPlan, x, first_row) -> Callable:
+    """``reader(row) -> read(chunk, target, at)`` for the pixels under a filter."""
+    shape = plan.shape
+    size = shape.batch * shape.height * shape.width * shape.channels
+    aligned = next(n for n in (CHUNK, 4, 1) if shape.channels % n == 0)
+    locator = pixel_locator(plan, first_row)
+
+    def reader(row) -> Callable:
+        locate = locator(row)
+
+        def read(chunk, target, at) -> None:
+            address, inside = locate(chunk)
+            load_chunk(x, size, address, aligned, target, at)
+            if inside is not None:
+                for word in range(2):
+                    kept = tirx.Select(inside, load(target, at + word, 1), tirx.const(0, "uint32"))
+                    store(target, at + word, kept, 1)
 
         return read
 
     return reader
 
 
-def _filters(plan: ConvPlan, weights, first_column) -> Callable:
-    """``reader(column) -> load(chunk, target, at)``."""
+def _filter_reader(plan: ConvPlan, weights, first_column) -> Callable:
+    """``reader(column) -> read(chunk, target, at)``."""
     size = plan.shape.out_channels * plan.depth
 
     def reader(column) -> Callable:

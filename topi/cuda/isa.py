@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tvm_qfp8.topi.isa import InstructionSet
 
 INSTRUCTION_SET = InstructionSet(
@@ -12,3 +14,5 @@ INSTRUCTION_SET = InstructionSet(
     multiply_add=lambda acc, a, b: acc + a.astype("int32") * b.astype("int32"),
     broadcast=lambda buffer, index: buffer.vload([index], "int16"),
 )
+HOPPER = replace(INSTRUCTION_SET, extension="wgmma")
+"""GPUs whose tensor cores multiply for four warps at once."""

@@ -11,19 +11,42 @@ from tvm_qfp8.topi.cuda.launch import THREADS
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, inverse_sum, mul, sub, tree_sum
 from tvm_qfp8.topi.prim_func import load, store
 
+KEPT = 64
+"""Most elements of a row that a thread keeps in registers."""
+
 
 class ThreadRow:
-    """What ``topi.rows`` asks of a row, seen by one of its 16 threads; padding adds nothing."""
+    """What ``topi.rows`` asks of a row, seen by one of its 16 threads; padding adds nothing.
 
-    def __init__(self, length: int, read: Callable, place, lane) -> None:
-        self.length, self._read, self._place, self._lane = length, read, place, lane
+    ``get(group)`` gives the thread's element of 16 neighbours, ``group`` counting them.
+    """
+
+    def __init__(self, length: int, get: Callable, place, lane) -> None:
+        self.length, self._get, self._place, self._lane = length, get, place, lane
         self._groups = -(-length // LANES)
+
+    @classmethod
+    def loaded(cls, length: int, read: Callable, place, lane) -> ThreadRow:
+        """The row of which ``read(offset, lanes)`` gives elements: kept in registers, or read each time if long."""
+        row = cls(length, lambda group: bind(read(row.offset(group), 1)), place, lane)
+        return row.kept()
+
+    def offset(self, group):
+        """The place of the thread's element in the row; after the last one it is repeated."""
+        return T.bind(tirx.min(group * LANES + self._lane, self.length - 1))
+
+    def kept(self) -> ThreadRow:
+        """The same row, its elements computed here and kept in registers unless they are too many."""
+        if self._groups > KEPT:
+            return self
+        values = T.alloc_buffer((self._groups,), "float32", scope="local")
+        with T.unroll(0, self._groups) as group:
+            store(values, group, self._get(group), 1)
+        return ThreadRow(self.length, lambda group: load(values, group, 1), self._place, self._lane)
 
     def mapped(self, function: Callable) -> ThreadRow:
         """The row of ``function(value)``."""
-        return ThreadRow(
-            self.length, lambda offset, lanes: function(self._read(offset, lanes)), self._place, self._lane
-        )
+        return ThreadRow(self.length, lambda group: function(bind(self._get(group))), self._place, self._lane)
 
     def set_padding(self, value) -> None:
         """The padding is never read."""
@@ -36,10 +59,10 @@ class ThreadRow:
 
     def _each(self, body: Callable) -> None:
         """``body(value, offset, inside)`` for the thread's elements; after the last one it is repeated, not inside."""
-        with T.serial(0, self._groups) as group:
-            at = T.bind(group * LANES + self._lane)
-            offset = T.bind(tirx.min(at, self.length - 1))
-            body(bind(self._read(offset, 1)), offset, at < self.length)
+        loop = T.unroll if self._groups <= KEPT else T.serial
+        with loop(0, self._groups) as group:
+            inside = group * LANES + self._lane < self.length
+            body(bind(self._get(group)), self.offset(group), inside)
 
     def _shared(self, value) -> list:
         """The values that the row's 16 threads have."""
@@ -78,22 +101,20 @@ def for_each_row(rows: int, length: int, read: Callable, body: Callable) -> None
         with T.launch_thread("threadIdx.x", THREADS) as thread:
             place, lane = T.bind(thread // LANES), T.bind(thread % LANES)
             index = T.bind(tirx.min(block * per_block + place, rows - 1))
-            body(ThreadRow(length, lambda offset, lanes: read(index, offset, lanes), place, lane), index)
+
+            def read_row(offset, lanes):
+                return read(index, offset, lanes)
+
+            body(ThreadRow.loaded(length, read_row, place, lane), index)
 
 
 def emit_softmax(rows: int, length: int, read: Callable, exp: Callable, finish: Callable) -> None:
-    """exp(x - max) / sum, 0 for a row of only -infinity.
-
-    The exponentials are computed twice, which costs less than to keep them.
-    """
+    """exp(x - max) / sum, 0 for a row of only -infinity."""
 
     def one(row: ThreadRow, index) -> None:
         largest = row.largest()
-
-        def exponential(v):
-            return exp(bind(sub(v, largest)))
-
-        factor = inverse_sum(row.sum(exponential))
-        row.finish(lambda v: mul(bind(exponential(v)), factor), lambda *value: finish(index, *value))
+        exponentials = row.mapped(lambda v: bind(exp(bind(sub(v, largest))))).kept()
+        factor = inverse_sum(exponentials.sum())
+        exponentials.finish(lambda v: mul(v, factor), lambda *value: finish(index, *value))
 
     for_each_row(rows, length, read, one)

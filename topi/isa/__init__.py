@@ -153,7 +153,8 @@ class InstructionSet:
 def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet:
     """The instruction set called ``avx512``, ``avx2``, ``sse2``, ``neon``, ``generic`` or ``cuda``.
 
-    ``features`` are LLVM's names of the target's features; some widen what an instruction set can do.
+    ``features`` are LLVM's names of the target's features, or a GPU's architecture; some widen what an instruction set
+    can do.
     """
     from tvm_qfp8.topi.isa import (
         avx2,
@@ -170,7 +171,7 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
     if name == "cuda":
         from tvm_qfp8.topi.cuda import isa as cuda
 
-        return cuda.INSTRUCTION_SET
+        return cuda.HOPPER if "sm_90a" in features else cuda.INSTRUCTION_SET
     if name == "generic":
         # The same plain vector code, without the look-up instructions that "neon" stands for.
         return replace(neon.INSTRUCTION_SET, name="generic", fused=not FUSED.isdisjoint(features))
