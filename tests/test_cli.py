@@ -248,6 +248,10 @@ def test_targets_lists_every_name(invoke):
     rows = {row["name"]: row for row in json.loads(invoke("targets", "--json").stdout)}
     assert rows["x86-64-v3"]["kernels"] == "avx2"
     assert rows["rpi5"]["features"] == ["neon", "dotprod"]
+    assert (
+        "host generic" in rows["cuda-sm90"]["features"]
+        and "host cortex-a78ae" in rows["jetson-orin"]["features"]
+    )
     assert "rpi4" in invoke("targets").stdout
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tvm_qfp8.cli.console import reports_errors
+
+if TYPE_CHECKING:
+    from tvm.target import Target
 
 _SHOWN = (
     "sse4.2",
@@ -23,6 +26,10 @@ _SHOWN = (
     "sve",
     "v",
 )
+
+
+def _cpu(target: Target) -> str:
+    return str(target.attrs["mcpu"]) if "mcpu" in target.attrs else "generic"
 
 
 @reports_errors
@@ -50,11 +57,11 @@ def targets(
         row["kernels"] = isa(target)
         if target.kind.name == "llvm":
             features = cpu_features(target)
-            row["cpu"] = str(target.attrs["mcpu"]) if "mcpu" in target.attrs else "generic"
+            row["cpu"] = _cpu(target)
             row["features"] = [feature for feature in _SHOWN if feature in features]
         else:
             row["cpu"] = str(target.attrs["arch"])
-            row["features"] = ["float16 tensor cores", f"host {host_of(target).attrs['mcpu']}"]
+            row["features"] = ["float16 tensor cores", f"host {_cpu(host_of(target))}"]
         rows.append(row)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
