@@ -38,8 +38,8 @@ for the error of their input (`tvm_qfp8/calibration/compensation.py`), for time'
 file of 4 and 8 bits.
 
 `QFP8` is the default: weights in E2M5 or E1M6 by the layer's output error, activations by error among E1M6, E2M5, E3M4,
-UE1M7, UE2M6 and UE3M5. int8 activations are uint8 where nothing is negative. NF8 is a free code book that no
-multiply-add unit computes: a reference, not a rival.
+UE1M7, UE2M6 and UE3M5, those by row by that of the layers that read them. int8 activations are uint8 where
+nothing is negative. NF8 is a free code book that no multiply-add unit computes: a reference, not a rival.
 """
 Group = tuple[str, list[dict[str, Any]]]
 """A model and its records: one, or one for each seed that it was trained from."""

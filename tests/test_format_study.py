@@ -62,7 +62,7 @@ def test_activations_take_an_unsigned_grid_only_without_negative_values():
     for low, expected in ((0.0, "uint8"), (-1.0, "int8")):
         histogram = Histogram()
         histogram.add(np.random.default_rng(0).uniform(low, 1, 1000).astype(np.float32))
-        assert histogram.choose(grids, "mse")[0].name == expected
+        assert histogram.choose(grids, "mse")[0][0].name == expected
 
 
 def test_the_page_is_current():
@@ -147,6 +147,24 @@ def test_a_scale_for_each_row_forgives_rows_of_other_sizes():
         exact, found = (np.stack([n.compare(one) for one in samples]) for n in (network, quantized))
         errors[by_row] = (np.abs(exact - found).max(-1) / np.abs(exact).max(-1)).mean()
     assert errors[True] < 0.03 < 10 * errors[True] < errors[False]
+
+
+def test_a_grid_for_rows_is_chosen_for_the_layers_that_read_them():
+    """Two channels are a hundred times as large as the rest; whether their weights count decides between grids."""
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.normal(0, 1, (4, 8)).astype(np.float32)} for _ in range(8)]
+    for sample in samples:
+        sample["x"][:, :2] = rng.uniform(30, 100, (4, 2))
+    network = Network(_softmax_model(rows=4), samples)
+    (linear,) = network.linear.values()
+    (format_,) = (one for one in FORMATS if one.name == "QFP8")
+    nearest = NearestWeights(network, format_)
+    chosen = {}
+    for gain in (0.0, 100.0):
+        linear.weight[:2] = gain
+        quantized = Quantized(network, nearest, Mode(activations=True, by_row=True))
+        chosen[gain] = quantized.activations[linear.source][0].name
+    assert chosen[0.0] == "QFP8 E3M4" != chosen[100.0]
 
 
 def _softmax_model(rows=1):

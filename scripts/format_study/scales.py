@@ -62,8 +62,8 @@ class Histogram:
         self._counts += np.bincount(bins, minlength=len(self._counts))
         self._sums += np.bincount(bins, flat, minlength=len(self._sums))
 
-    def choose(self, grids: tuple[Grid, ...], search: str) -> tuple[Grid, float]:
-        """The grid and scale of least squared error; unsigned grids only where nothing is negative."""
+    def choose(self, grids: tuple[Grid, ...], search: str) -> list[tuple[Grid, float]]:
+        """Grids with their scales, the one of least squared error first; unsigned ones only if nothing is negative."""
         used = np.flatnonzero(self._counts)
         counts = self._counts[used]
         values = (self._sums[used] / counts).astype(np.float32)
@@ -77,8 +77,7 @@ class Histogram:
             if search == "mse":
                 error, octave = _least_of(values, counts, grid, top, octave + FINE)
             found.append((error, len(found), grid, top * 2.0**octave))
-        _, _, grid, scale = min(found)
-        return grid, scale
+        return [(grid, scale) for _, _, grid, scale in sorted(found)]
 
 
 def _least_of(
