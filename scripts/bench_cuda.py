@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 GEMMS = ((4096, 4096, 4096), (1024, 4096, 1024), (512, 768, 3072))
 GEMV = (1, 4096, 4096)
 ACTIVATIONS = ("E2M5", "E3M4")
-"""Sums of the second, which has larger values, must leave float32 after 64 products."""
+"""Sums of the second, which has larger values, must leave float32 more often to stay exact."""
 ROTATION = 2**28
 """Bytes that rotating operands fill."""
 ELEMENTS = 2**26

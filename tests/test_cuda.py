@@ -17,24 +17,19 @@ from tvm_qfp8.format import get_layout
 from tvm_qfp8.targets import host_of, parse_target
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.conv2d import ConvShape
-from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, GroupPlan, GroupTile, pack_weights, plan_conv
+from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, pack_weights, plan_conv
 from tvm_qfp8.topi.cuda.device import decode_pairs, grid_exponent
 from tvm_qfp8.topi.cuda.direct_conv import emit_direct_conv, pack_direct_weights
 from tvm_qfp8.topi.cuda.exact_blocks import EXACT, exact_steps
 from tvm_qfp8.topi.cuda.gemm import emit_conv
 from tvm_qfp8.topi.cuda.gemv import GemvPlan, emit_gemv, plan_gemv
 from tvm_qfp8.topi.cuda.gemv import pack_weights as pack_gemv_weights
-from tvm_qfp8.topi.cuda.warpgroup_gemm import emit_group_conv, pack_for_groups
 from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 NEEDS_NVCC = pytest.mark.skipif(cuda_code.find_nvcc() is None, reason="nvcc is not installed")
 NEEDS_GPU = pytest.mark.skipif(not tvm.runtime.enabled("cuda"), reason="this machine has no NVIDIA GPU")
-NEEDS_HOPPER = pytest.mark.skipif(
-    not (tvm.runtime.enabled("cuda") and tvm.cuda(0).exist and tvm.cuda(0).compute_version == "9.0"),
-    reason="this machine has no GPU of compute capability 9.0",
-)
 FATBIN = b"\x50\xed\x55\xba"
 """What a fat binary starts with."""
 LAYOUTS = ("E1M6", "E2M5", "E3M4", "UE1M7", "UE2M6", "UE3M5")
@@ -61,12 +56,6 @@ CONVOLUTIONS = {
     "dilated, 4 codes a load": conv(7, 9, 20, 40, (3, 3), (1, 1), (1, 1, 1, 1), dilation=(2, 1)),
     "odd channels": conv(5, 9, 11, 33, (2, 3), activation="E2M5"),
     "largest grid values": conv(1, 33, 64, 35, activation="UE3M5"),
-}
-HOPPER = {
-    "ragged, totals after every run": conv(1, 70, 96, 72),
-    "3x3, stride, padding": conv(9, 7, 32, 70, (3, 3), (2, 1), (1, 0, 1, 2), activation="E2M5"),
-    "totals at times": conv(1, 300, 2048, 200, activation="E2M5"),
-    "one block": conv(1, 130, 256, 136, activation="E2M5"),
 }
 DIRECT = {
     "depthwise": conv(6, 7, 20, 20, (3, 3), (2, 1), (1, 1, 1, 1), groups=20),
@@ -102,16 +91,6 @@ def conv_kernel(shape):
     assert plan is not None
     packed = pack_weights(codes, plan.depth)
     function = kernel_of(lambda *a: emit_conv(plan, *a), x, packed, shape.out_channels, plan.rows)
-    return function, x, packed, reference.conv2d(x, codes, shape).reshape(plan.rows, -1)
-
-
-def group_kernel(shape):
-    """The same on Hopper's tensor cores."""
-    x, codes = operands(shape)
-    plan = plan_conv(shape, codes, hopper=True)
-    assert isinstance(plan, GroupPlan)
-    packed = pack_for_groups(pack_weights(codes, plan.depth))
-    function = kernel_of(lambda *a: emit_group_conv(plan, *a), x, packed, shape.out_channels, plan.rows)
     return function, x, packed, reference.conv2d(x, codes, shape).reshape(plan.rows, -1)
 
 
@@ -172,26 +151,6 @@ def test_convolution_on_tensor_cores(name, tmp_path):
     found = np.zeros(expected.shape, np.float32)
     run_kernel(function, [x, packed, found], tmp_path)
     np.testing.assert_array_equal(found, expected.astype(np.float32))
-
-
-@NEEDS_COMPILER
-@pytest.mark.parametrize("name", HOPPER)
-@pytest.mark.parametrize("tile", [GroupTile(1, 64), GroupTile(2, 128)], ids=str)
-def test_convolution_by_groups_of_warps(name, tile, tmp_path, monkeypatch):
-    monkeypatch.setattr("tvm_qfp8.topi.cuda.conv_plan.GROUP_TILES", (tile,))
-    function, x, packed, expected = group_kernel(HOPPER[name])
-    found = np.zeros(expected.shape, np.float32)
-    run_kernel(function, [x, packed, found], tmp_path)
-    np.testing.assert_array_equal(found, expected.astype(np.float32))
-
-
-def test_which_convolutions_go_by_groups():
-    for channels, expected in ((24, ConvPlan), (32, GroupPlan)):
-        shape = conv(1, 9, channels, 16, activation="E2M5")
-        assert type(plan_conv(shape, operands(shape)[1], hopper=True)) is expected
-    shape = conv(1, 33, 64, 35, activation="UE3M5")  # not even 64 products are exact
-    codes = np.full((35, 1, 1, 64), 0x7F, np.uint8)
-    assert plan_conv(shape, codes) is None and plan_conv(shape, codes, hopper=True) is None
 
 
 @NEEDS_COMPILER
@@ -377,17 +336,7 @@ def test_targets_have_a_host_and_new_enough_tensor_cores():
 def test_convolution_on_a_gpu(name):
     """Sums are exact, so the twin's bits are asked for."""
     function, x, packed, expected = conv_kernel(CONVOLUTIONS[name])
-    np.testing.assert_array_equal(_on_gpu(function, x, packed, expected.shape), expected.astype(np.float32))
-
-
-@pytest.mark.gpu
-@NEEDS_HOPPER
-@pytest.mark.parametrize("name", HOPPER)
-@pytest.mark.parametrize("tile", [GroupTile(1, 64), GroupTile(2, 64), GroupTile(2, 128)], ids=str)
-def test_convolution_by_groups_of_warps_on_a_gpu(name, tile, monkeypatch):
-    monkeypatch.setattr("tvm_qfp8.topi.cuda.conv_plan.GROUP_TILES", (tile,))
-    function, x, packed, expected = group_kernel(HOPPER[name])
-    np.testing.assert_array_equal(_on_gpu(function, x, packed, expected.shape), expected.astype(np.float32))
+    np.testing.assert_array_equal(on_gpu(function, x, packed, expected.shape), expected.astype(np.float32))
 
 
 @pytest.mark.gpu
@@ -397,7 +346,7 @@ def test_convolution_by_groups_of_warps_on_a_gpu(name, tile, monkeypatch):
 )
 def test_few_rows_on_a_gpu(case):
     function, x, packed, expected = gemv_kernel(*case)
-    np.testing.assert_array_equal(_on_gpu(function, x, packed, expected.shape), expected.astype(np.float32))
+    np.testing.assert_array_equal(on_gpu(function, x, packed, expected.shape), expected.astype(np.float32))
 
 
 @pytest.mark.gpu
@@ -426,7 +375,8 @@ def gpu_target():
     return "cuda -arch=sm_" + tvm.cuda(0).compute_version.replace(".", "")
 
 
-def _on_gpu(function, x, packed, shape):
+def on_gpu(function, x, packed, shape):
+    """What a kernel of ``kernel_of`` writes."""
     target = parse_target(gpu_target())
     cuda_code.register_compiler(target)
     arrays = [tvm.runtime.tensor(a, tvm.cuda(0)) for a in (x, packed, np.zeros(shape, np.float32))]

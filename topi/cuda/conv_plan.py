@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -46,6 +48,33 @@ TILES = (Tile(2, 4, 4), Tile(2, 2, 2), Tile(1, 2, 2))
 
 
 @dataclass(frozen=True)
+class GroupTile:
+    """Rows and columns that a thread block makes where four warps, a group, multiply together."""
+
+    groups: int
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        return self.groups * 64
+
+    @property
+    def threads(self) -> int:
+        return self.groups * 128
+
+
+GROUP_TILES = (GroupTile(2, 128), GroupTile(2, 64), GroupTile(1, 64))
+GROUP_RUN = 64
+"""Codes of a row that groups decode together."""
+GROUP_LOAD = 2 * CHUNK
+"""Codes that a thread loads at once there, so that channels are a multiple of them."""
+GROUP_BLOCKS = 96
+"""Of the largest tile for which there are so many, a large GPU is busy."""
+
+_AnyTile = TypeVar("_AnyTile", Tile, GroupTile)
+
+
+@dataclass(frozen=True)
 class ConvPlan:
     """A convolution in one group, channels last, as a product ``(pixels, depth) x (depth, out_channels)``."""
 
@@ -73,36 +102,15 @@ class ConvPlan:
 
     @property
     def tile(self) -> Tile:
+        """What a thread block makes."""
+        return self._largest(TILES, MANY_BLOCKS)
+
+    def _largest(self, tiles: Sequence[_AnyTile], enough: int) -> _AnyTile:
         """The largest tile of which there are enough to keep a GPU busy, else the smallest."""
-        for tile in TILES:
-            if -(-self.rows // tile.rows) * -(-self.shape.out_channels // tile.columns) >= MANY_BLOCKS:
+        for tile in tiles:
+            if -(-self.rows // tile.rows) * -(-self.shape.out_channels // tile.columns) >= enough:
                 return tile
-        return TILES[-1]
-
-
-@dataclass(frozen=True)
-class GroupTile:
-    """Rows and columns that a thread block makes where four warps, a group, multiply together."""
-
-    groups: int
-    columns: int
-
-    @property
-    def rows(self) -> int:
-        return self.groups * 64
-
-    @property
-    def threads(self) -> int:
-        return self.groups * 128
-
-
-GROUP_TILES = (GroupTile(2, 128), GroupTile(2, 64), GroupTile(1, 64))
-GROUP_RUN = 64
-"""Codes of a row that groups decode together."""
-GROUP_LOAD = 2 * CHUNK
-"""Codes that a thread loads at once there, so that channels are a multiple of them."""
-GROUP_BLOCKS = 96
-"""Of the largest tile for which there are so many, a large GPU is busy."""
+        return tiles[-1]
 
 
 class GroupPlan(ConvPlan):
@@ -115,12 +123,8 @@ class GroupPlan(ConvPlan):
 
     @property
     def group_tile(self) -> GroupTile:
-        """The largest tile of which there are enough to keep a GPU busy, else the smallest."""
-        for tile in GROUP_TILES:
-            blocks = -(-self.rows // tile.rows) * -(-self.shape.out_channels // tile.columns)
-            if blocks >= GROUP_BLOCKS:
-                return tile
-        return GROUP_TILES[-1]
+        """What a thread block makes."""
+        return self._largest(GROUP_TILES, GROUP_BLOCKS)
 
 
 def pack_weights(codes: np.ndarray, depth: int) -> np.ndarray:
