@@ -38,15 +38,10 @@ def _matmul(call, isa: InstructionSet, operands: Operands, _max_error: float) ->
     x, weight = call.args[:2]
     rows = int(np.prod(shape_of(x)[:-1], dtype=np.int64))
     columns, depth = shape_of(weight)
-    codes = array_of(weight)
     conv = ConvShape(
         1, 1, rows, depth, columns, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, layout_of(x), layout_of(weight)
     )
-    if conv.activation is not None and conv.weight is not None:
-        plan = plan_gemv(GemmShape(rows, columns, depth, conv.activation, conv.weight), codes)
-        if plan is not None:
-            return _with_scales(call, operands, plan, pack_gemv_weights(codes, plan.depth), emit_gemv)
-    return _conv(call, isa, operands, conv, codes.reshape(columns, 1, 1, depth))
+    return _conv(call, isa, operands, conv, array_of(weight).reshape(columns, 1, 1, depth))
 
 
 def _conv2d(call, isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
@@ -56,6 +51,13 @@ def _conv2d(call, isa: InstructionSet, operands: Operands, _max_error: float) ->
 def _conv(call, isa: InstructionSet, operands: Operands, shape: ConvShape, weights: np.ndarray) -> Emitter:
     if shape.activation is None or shape.weight is None:
         return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_float_conv)
+    if shape.is_pointwise:
+        rows = shape.batch * shape.height * shape.width
+        dense = GemmShape(rows, shape.out_channels, shape.channels, shape.activation, shape.weight)
+        codes = weights.reshape(shape.out_channels, shape.channels)
+        few = plan_gemv(dense, codes)
+        if few is not None:
+            return _with_scales(call, operands, few, pack_gemv_weights(codes, few.depth), emit_gemv)
     plan = plan_conv(shape, weights, isa is HOPPER)
     if plan is None:
         return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_direct_conv)

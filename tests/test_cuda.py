@@ -1,6 +1,7 @@
 """CUDA kernels: run by an emulator of the language on a CPU, compiled by nvcc, and, with a GPU, on it."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -94,12 +95,14 @@ def conv_kernel(shape):
     return function, x, packed, reference.conv2d(x, codes, shape).reshape(plan.rows, -1)
 
 
-def gemv_kernel(rows, columns, depth, activation):
+def gemv_kernel(rows, columns, depth, activation, fragments=None):
     layouts = get_layout(activation), get_layout("E2M5")
     rng = np.random.default_rng(2)
     x, codes = random_codes(rng, (rows, depth), activation), random_codes(rng, (columns, depth), "E2M5")
     plan = plan_gemv(GemmShape(rows, columns, depth, *layouts), codes)
     assert plan is not None
+    if fragments is not None:
+        plan = replace(plan, fragments=fragments)
     packed = pack_gemv_weights(codes, plan.depth)
     function = kernel_of(lambda *a: emit_gemv(plan, *a), x, packed, columns, rows)
     return function, x, packed, reference.matmul(x, codes, *layouts)
@@ -156,7 +159,15 @@ def test_convolution_on_tensor_cores(name, tmp_path):
 @NEEDS_COMPILER
 @pytest.mark.parametrize(
     "case",
-    [(1, 40, 1024, "UE2M6"), (3, 21, 400, "E3M4"), (8, 16, 48, "E2M5"), (8, 16, 4096, "E2M5")],
+    [
+        (1, 40, 1024, "UE2M6"),
+        (3, 21, 400, "E3M4"),
+        (8, 16, 48, "E2M5"),
+        (8, 16, 4096, "E2M5"),
+        (21, 24, 96, "E2M5"),
+        (37, 40, 400, "UE3M5", 4),
+        (30, 16, 1040, "E1M6", 2),
+    ],
     ids=str,
 )
 def test_few_rows(case, tmp_path):
@@ -164,6 +175,18 @@ def test_few_rows(case, tmp_path):
     found = np.zeros(expected.shape, np.float32)
     run_kernel(function, [x, packed, found], tmp_path)
     np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+def test_which_dense_layers_are_shared_by_warps():
+    """Those for which other kernels have too few tiles; weights are decoded for as many rows as keep a GPU busy."""
+    codes = {depth: random_codes(np.random.default_rng(0), (384, depth), "E2M5") for depth in (384, 1536)}
+
+    def fragments(rows, depth):
+        plan = plan_gemv(GemmShape(rows, 384, depth, *[get_layout("E2M5")] * 2), codes[depth])
+        return None if plan is None else plan.fragments
+
+    assert [fragments(rows, 384) for rows in (1, 8, 64, 128, 1024, 1025)] == [1, 1, 2, 4, None, None]
+    assert fragments(128, 1536) == 2  # four would not fit into shared memory
 
 
 @NEEDS_COMPILER
@@ -342,7 +365,16 @@ def test_convolution_on_a_gpu(name):
 @pytest.mark.gpu
 @NEEDS_GPU
 @pytest.mark.parametrize(
-    "case", [(1, 4096, 4096, "E3M4"), (8, 1000, 1024, "UE2M6"), (8, 256, 4096, "E2M5")], ids=str
+    "case",
+    [
+        (1, 4096, 4096, "E3M4"),
+        (8, 1000, 1024, "UE2M6"),
+        (8, 256, 4096, "E2M5"),
+        (100, 384, 1200, "UE3M5", 4),
+        (64, 384, 1536, "E1M6", 2),
+        (49, 960, 160, "E2M5"),
+    ],
+    ids=str,
 )
 def test_few_rows_on_a_gpu(case):
     function, x, packed, expected = gemv_kernel(*case)

@@ -111,6 +111,9 @@ def lowering_passes(
     ]
 
 
+GRAPHS = "relax.backend.use_cuda_graph"
+
+
 def build_passes() -> list:
     """TVM's own passes from scheduled kernels to an executable of the virtual machine."""
     return [
@@ -119,6 +122,8 @@ def build_passes() -> list:
         relax.transform.RemovePurityChecking(),
         relax.transform.CallTIRRewrite(),
         relax.transform.StaticPlanBlockMemory(),
+        # Does something where ``GRAPHS`` asks for it: kernels between inputs and outputs become one launch.
+        relax.transform.RewriteCUDAGraph(),
         relax.transform.LowerAllocTensor(),
         relax.transform.KillAfterLastUse(),
         relax.transform.LowerRuntimeBuiltin(),
@@ -297,7 +302,8 @@ def compile(  # noqa: A001 - the public name
         if on_gpu:
             register_compiler(parsed)
         pipeline = tvm.transform.Sequential(build_passes())
-        executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
+        with tvm.transform.PassContext(config={GRAPHS: on_gpu}):
+            executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
     stage("build kernels", 2, 2)
     return CompiledModule(metadata, executable, executable, parsed)
 

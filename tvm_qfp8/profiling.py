@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tvm_qfp8.errors import ModelError
 from tvm_qfp8.kernel_calls import layers_of
 from tvm_qfp8.runtime import CompiledModule
 
@@ -37,7 +38,14 @@ def profile(module: CompiledModule, inputs: Mapping[str, np.ndarray], runs: int 
     ------
     InputError
         As ``CompiledModule.run``.
+    ModelError
+        The module runs on a GPU, where kernels are one launch.
     """
+    if module.device.type != "cpu":
+        raise ModelError(
+            "times of single kernels are for modules on CPUs: a GPU runs them as one graph; "
+            "NVIDIA's profiler shows them by name: nsys profile --cuda-graph-trace=node tvm-qfp8 bench MODULE.so"
+        )
     calls: list[tuple[str, list[Any]]] = []
     seconds: list[list[float]] = []
     started = 0.0

@@ -243,16 +243,17 @@ class CompiledModule:
         return function, self._tensors(function, checked), padded_from
 
     def _tensors(self, function: str, arrays: list[np.ndarray]) -> list[Any]:
-        """Arguments with these values: on a CPU in the same memory at every call."""
-        if self.device.type != "cpu":
-            return [tvm.runtime.tensor(array, self.device) for array in arrays]
+        """Arguments with these values, in the same memory at every call."""
         if function not in self._arguments:  # to make a tensor takes longer than a small network
             self._arguments[function] = [
                 tvm.runtime.empty(array.shape, str(array.dtype), self.device) for array in arrays
             ]
         tensors = self._arguments[function]
         for tensor, array in zip(tensors, arrays, strict=True):
-            np.copyto(np.from_dlpack(tensor), array)
+            if self.device.type == "cpu":
+                np.copyto(np.from_dlpack(tensor), array)
+            else:
+                tensor.copyfrom(array)
         return tensors
 
     def _array(self, tensor: Any) -> np.ndarray:

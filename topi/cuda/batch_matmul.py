@@ -1,6 +1,7 @@
-"""Product of two activations: one thread makes one value, in the order of the CPU kernels.
+"""Product of two activations: by warps on tensor cores where no code can make a sum round, else a thread a value.
 
-Grid values of both operands may be anything, so no useful length of a sum on tensor cores is exact for all codes.
+A warp makes 16 rows of up to 32 columns, codes decoded in registers. Both operands may be anything, so sums go to int32
+after as many steps as are exact for the largest grid values; a step is 16 codes.
 """
 
 from __future__ import annotations
@@ -12,14 +13,27 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.codec import decode_expr
+from tvm_qfp8.topi.cuda.device import MMA_COLUMNS, MMA_DEPTH, MMA_ROWS, decode_pairs, grid_exponent, mma
+from tvm_qfp8.topi.cuda.exact_blocks import EXACT
 from tvm_qfp8.topi.cuda.float_sum import FloatSum
+from tvm_qfp8.topi.cuda.gemm import Accumulators, words_of
 from tvm_qfp8.topi.cuda.launch import for_each
 from tvm_qfp8.topi.float_contract import add, to_float
 from tvm_qfp8.topi.prim_func import load, store
 
+WARPS = 4
+MOST_FRAGMENTS = 4
+"""Times eight columns of a warp."""
+LANE = 4
+"""Codes of a step that a thread has of a row: a word."""
+
 
 def emit_batch_matmul(shape: BatchMatmulShape, x, y, epilogue: Callable) -> None:
     """``epilogue(sum, row, column, valid)``, ``row`` counted over all batches; codes or, without layouts, float32."""
+    steps = exact_steps_of_any(shape)
+    if steps:
+        _emit_by_warps(shape, steps, x, y, epilogue)
+        return
 
     def one(index) -> None:
         row, column = T.bind(index // shape.columns), T.bind(index % shape.columns)
@@ -36,6 +50,114 @@ def emit_batch_matmul(shape: BatchMatmulShape, x, y, epilogue: Callable) -> None
         epilogue(total, row, column, 1)
 
     for_each(shape.batch * shape.rows * shape.columns, one)
+
+
+def exact_steps_of_any(shape: BatchMatmulShape) -> int:
+    """Steps of a tensor core that are exact for all codes; 0 where none is, or where CPUs add blocks in float32."""
+    if shape.x is None or shape.depth > shape.block_depth:
+        return 0
+    x, y = shape.layouts()
+    return (EXACT - 1) // (x.max_grid * y.max_grid) // MMA_DEPTH
+
+
+def _emit_by_warps(shape: BatchMatmulShape, exact: int, x, y, epilogue: Callable) -> None:
+    layouts = shape.layouts()
+    exponent = sum(grid_exponent(layout) for layout in layouts)
+    fragments = min(MOST_FRAGMENTS, -(-shape.columns // MMA_COLUMNS))
+    down, across = -(-shape.rows // MMA_ROWS), -(-shape.columns // (fragments * MMA_COLUMNS))
+    tiles, steps = shape.batch * down * across, -(-shape.depth // MMA_DEPTH)
+    with T.launch_thread("blockIdx.x", -(-tiles // WARPS)) as block:
+        with T.launch_thread("threadIdx.x", 32 * WARPS) as thread:
+            lane = T.bind(thread % 32)
+            group, place = T.bind(lane // 4), T.bind(lane % 4)
+            tile = T.bind(tirx.min(block * WARPS + thread // 32, tiles - 1))
+            batch, within = T.bind(tile // (down * across)), T.bind(tile % (down * across))
+            first_row = T.bind(within // across * MMA_ROWS)
+            first_column = T.bind(within % across * (fragments * MMA_COLUMNS))
+            rows = [
+                T.bind(batch * shape.rows + tirx.min(first_row + h * 8 + group, shape.rows - 1))
+                for h in range(2)
+            ]
+            columns = [
+                T.bind(tirx.min(first_column + part * MMA_COLUMNS + group, shape.columns - 1))
+                for part in range(fragments)
+            ]
+            left, right = _Rows(shape.depth, x, shape.batch * shape.rows), _right(shape, y, batch)
+            one_block = steps <= exact
+            sums = [Accumulators(4, exponent, one_block) for _ in range(fragments)]
+            with T.serial(0, steps) as step:
+                k = T.bind(step * MMA_DEPTH + place * LANE)
+                upper, lower = (decode_pairs(left.word(row, k, zero_beyond=True), layouts[0]) for row in rows)
+                pixels = [T.bind(v) for v in (upper[0], lower[0], upper[1], lower[1])]
+                for column, part in zip(columns, sums, strict=True):
+                    T.evaluate(mma(part.floats, 0, pixels, list(decode_pairs(right(column, k), layouts[1]))))
+                if not one_block:
+                    with T.If(tirx.Or(tirx.floormod(step, exact) == exact - 1, step == steps - 1)):
+                        with T.Then():
+                            for part in sums:
+                                part.empty()
+            for part in range(fragments):
+                for h in range(2):
+                    for e in range(2):
+                        own = first_column + part * MMA_COLUMNS + 2 * place + e
+                        # Beyond the last one its neighbour's sum would stand in its place.
+                        with T.If(own < shape.columns):
+                            with T.Then():
+                                total = sums[part].value(2 * h + e).astype("int32")
+                                row = batch * shape.rows + first_row + h * 8 + group
+                                with T.If(first_row + h * 8 + group < shape.rows):
+                                    with T.Then():
+                                        epilogue(T.bind(to_float(total)), T.bind(row), T.bind(own), 1)
+
+
+class _Rows:
+    """Codes of which a reduction's neighbours lie side by side, four at a time."""
+
+    def __init__(self, depth: int, buffer, rows: int) -> None:
+        self.depth, self.buffer = depth, buffer
+        self.words = words_of(buffer, depth * rows) if depth % LANE == 0 else None
+
+    def word(self, row, k, zero_beyond: bool = False):
+        """Codes ``k`` to ``k + 3`` of a row as uint32; those beyond the last are 0 or whatever."""
+        if self.words is not None:
+            at = T.bind((row * self.depth + tirx.min(k, self.depth - LANE)) // LANE)
+            value = T.bind(load(self.words, at, 1))
+            if zero_beyond and self.depth % MMA_DEPTH:
+                return T.bind(tirx.Select(k < self.depth, value, tirx.const(0, "uint32")))
+            return value
+        start = T.bind(row * self.depth)
+        return _word_of(
+            lambda i: load(self.buffer, start + tirx.min(k + i, self.depth - 1), 1),
+            (lambda i: k + i < self.depth) if zero_beyond else None,
+        )
+
+
+def _right(shape: BatchMatmulShape, y, batch) -> Callable:
+    """``word(column, k)`` of the right operand; beyond the last k the left one is 0."""
+    if shape.transpose_y:
+        rows = _Rows(shape.depth, y, shape.batch * shape.columns)
+        first = T.bind(batch * shape.columns)
+        return lambda column, k: rows.word(first + column, k)
+    start = T.bind(batch * (shape.depth * shape.columns))
+
+    def word(column, k):
+        return _word_of(
+            lambda i: load(y, start + tirx.min(k + i, shape.depth - 1) * shape.columns + column, 1)
+        )
+
+    return word
+
+
+def _word_of(code: Callable, keep: Callable | None = None):
+    """Four codes as uint32."""
+    word = None
+    for i in range(LANE):
+        byte = code(i).astype("uint32")
+        if keep is not None:
+            byte = tirx.Select(keep(i), byte, tirx.const(0, "uint32"))
+        byte = byte << tirx.const(8 * i, "uint32")
+        word = byte if word is None else word | byte
+    return T.bind(word)
 
 
 def _code_sum(shape: BatchMatmulShape, left: Callable, right: Callable):
