@@ -20,8 +20,10 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 GEMMS = ((4096, 4096, 4096), (1024, 4096, 1024), (512, 768, 3072))
 GEMV = (1, 4096, 4096)
-ACTIVATIONS = ("E2M5", "E3M4")
-"""Sums of the second, which has larger values, must leave float32 more often to stay exact."""
+FEW = ((64, 384, 1536), (64, 1536, 384))
+"""Layers of a small transformer: rows, depth, columns."""
+LAYOUTS = (("E1M6", "E1M6"), ("E2M5", "E2M5"), ("E3M4", "E2M5"))
+"""Of activations and weights: int8; and two whose sums must leave float32 now and then to stay exact, the last more often."""
 ROTATION = 2**28
 """Bytes that rotating operands fill."""
 ELEMENTS = 2**26
@@ -50,9 +52,9 @@ def main() -> None:
 
     bandwidth = copy_bandwidth(torch, arguments.turns)
     rows = [
-        linear(torch, *shape, activation, arguments.turns, bandwidth)
-        for shape in (GEMV, *GEMMS)
-        for activation in ACTIVATIONS
+        linear(torch, *shape, layouts, arguments.turns, bandwidth)
+        for shape in (GEMV, *FEW, *GEMMS)
+        for layouts in LAYOUTS
     ]
     rows.append(plain_read(torch, arguments.turns, bandwidth))
     rows += [pointwise(torch, name, arguments.turns, bandwidth) for name in ("gelu", "softmax")]
@@ -173,7 +175,7 @@ def build(name: str, specs: list, body: Callable) -> Callable:
 
 
 def linear(
-    torch: Any, rows: int, depth: int, columns: int, activation: str, turns: int, bandwidth: float
+    torch: Any, rows: int, depth: int, columns: int, names: tuple[str, str], turns: int, bandwidth: float
 ) -> dict[str, Any]:
     """A dense layer, codes to float32, against float16 and 8-bit matrix products of torch."""
     import tvm
@@ -182,15 +184,15 @@ def linear(
     from tvm_qfp8.quantize import quantize
     from tvm_qfp8.topi import reference
     from tvm_qfp8.topi.conv2d import ConvShape
-    from tvm_qfp8.topi.cuda import conv_plan, gemm, gemv, warpgroup_gemm
+    from tvm_qfp8.topi.cuda import conv_plan, gemm, gemv, integer_gemm, warpgroup_gemm
     from tvm_qfp8.topi.gemm import GemmShape
     from tvm_qfp8.topi.prim_func import TensorSpec, store
 
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, depth), (columns, depth)))
-    layouts = get_layout(activation), get_layout("E2M5")
-    x_codes = quantize(x, layout=activation, bias="max").codes
-    codes = quantize(w, axis=0, layout="E2M5", bias="max").codes
+    layouts = get_layout(names[0]), get_layout(names[1])
+    x_codes = quantize(x, layout=names[0], bias="max").codes
+    codes = quantize(w, axis=0, layout=names[1], bias="max").codes
     vector = gemv.plan_gemv(GemmShape(rows, columns, depth, *layouts), codes)
     extents = (1, 1, rows, depth, columns)
     shape = ConvShape(*extents, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, *layouts)
@@ -200,7 +202,9 @@ def linear(
         packed, emit = gemv.pack_weights(codes, plan.depth), gemv.emit_gemv
     else:
         packed, emit = conv_plan.pack_weights(filters, plan.depth), gemm.emit_conv
-        if isinstance(plan, conv_plan.GroupPlan):
+        if isinstance(plan, conv_plan.IntegerPlan):
+            packed, emit = integer_gemm.pack_integers(packed), integer_gemm.emit_integer_conv
+        elif isinstance(plan, conv_plan.GroupPlan):
             packed, emit = warpgroup_gemm.pack_for_groups(packed), warpgroup_gemm.emit_group_conv
 
     def body(source, weights, result) -> None:
@@ -233,15 +237,16 @@ def linear(
         rows,
         depth,
         columns,
-        activation,
+        *names,
         equal,
         {k: statistics.median(v) for k, v in times.items()},
         file=sys.stderr,
     )
     return {
-        "kind": "gemv" if vector else "gemm",
+        "kind": "gemm" if rows > 64 else "few rows" if rows > 1 else "gemv",
         "shape": [rows, depth, columns],
-        "activations": activation,
+        "activations": names[0],
+        "weights": names[1],
         "equal": equal,
         "share_of_copy": (packed.nbytes + x_codes.nbytes + 4 * rows * columns)
         / statistics.median(times["ours"])
@@ -251,7 +256,10 @@ def linear(
 
 
 def whole_models(torch: Any, folder: Path) -> list[dict[str, Any]]:
-    """Exported modules: their outputs against a CPU's, and the time of a call with inputs and outputs on the CPU."""
+    """Exported modules: their outputs against a CPU's, and the time of a call, of its device part alone, and of torch.
+
+    torch's is the same architecture in float16 with random weights, captured as a graph, inputs in the GPU's memory.
+    """
     import tvm_qfp8
 
     found = []
@@ -265,10 +273,45 @@ def whole_models(torch: Any, folder: Path) -> list[dict[str, Any]]:
             start = time.perf_counter()
             module.run(inputs)
             times.append(time.perf_counter() - start)
-        equal = all(np.array_equal(a, b) for a, b in zip(outputs, expected, strict=True))
-        found.append({"model": path.stem, "equal": equal, "seconds": statistics.median(times)})
-        print(found[-1], file=sys.stderr)
+        row: dict[str, Any] = {
+            "model": path.stem,
+            "equal": all(np.array_equal(a, b) for a, b in zip(outputs, expected, strict=True)),
+            "seconds_with_copies": statistics.median(times),
+            "seconds": statistics.median(module.time_evaluator(inputs, repeat=50)),
+        }
+        peer = MODELS[path.stem](torch) if path.stem in MODELS else None
+        if peer is not None:
+            with torch.no_grad():
+                (taken,) = seconds(torch, {"torch": peer}, 15, 4).values()
+            row |= {"torch_seconds": statistics.median(taken)}
+            row["times_torch"] = row["torch_seconds"] / row["seconds"]
+        found.append(row)
+        print(row, file=sys.stderr)
     return found
+
+
+def float16_mobilenet(torch: Any) -> Callable[[int], object] | None:
+    """torchvision's, where it is installed, channels last."""
+    try:
+        import torchvision
+    except ImportError:
+        return None
+    kind = {"device": "cuda", "dtype": torch.float16, "memory_format": torch.channels_last}
+    model = torchvision.models.mobilenet_v2().eval().to(**kind)
+    x = torch.randn(1, 3, 224, 224).to(**kind)
+    return lambda _: model(x)
+
+
+def float16_minilm(torch: Any) -> Callable[[int], object]:
+    """Embedding and encoder of all-MiniLM-L6-v2's sizes."""
+    layer = torch.nn.TransformerEncoderLayer(384, 12, 1536, activation="gelu", batch_first=True)
+    parts = torch.nn.Embedding(30522, 384), torch.nn.LayerNorm(384), torch.nn.TransformerEncoder(layer, 6)
+    model = torch.nn.Sequential(*parts).eval().to("cuda", torch.float16)
+    tokens = torch.randint(0, 30522, (1, 64), device="cuda")
+    return lambda _: model(tokens)
+
+
+MODELS = {"mobilenetv2": float16_mobilenet, "minilm": float16_minilm}
 
 
 def figures(times: dict[str, list[float]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #define __global__
@@ -57,7 +58,7 @@ struct Fiber {
 };
 // A product of four warps: right operand from shared memory.
 struct GroupStep {
-  float* c[128];
+  void* c[128];
   unsigned a[128][4], right;
   int arrived = 0;
   long generation = 0;
@@ -131,9 +132,30 @@ inline void ComputeGroup(GroupStep& step, int columns) {
   for (int thread = 0; thread < 128; ++thread)
     for (int i = 0; i < columns / 2; ++i) {
       int row = thread / 32 * 16 + thread % 32 / 4 + (i % 4 >= 2 ? 8 : 0), column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-      double sum = step.c[thread][i];
+      float& total = static_cast<float*>(step.c[thread])[i];
+      double sum = total;
       for (int k = 0; k < 16; ++k) sum += double(left[row][k]) * right[k][column];
-      step.c[thread][i] = float(sum);
+      total = float(sum);
+    }
+}
+
+// wgmma.m64nNk32 of integers: bytes lie where float16's halves do, four in a word.
+inline void ComputeIntegers(GroupStep& step, int columns, bool is_signed) {
+  static int left[64][32];
+  for (int thread = 0; thread < 128; ++thread)
+    for (int i = 0; i < 16; ++i) {
+      int row = thread / 32 * 16 + thread % 32 / 4 + (i / 4 % 2 ? 8 : 0), k = thread % 4 * 4 + i % 4 + (i >= 8 ? 16 : 0);
+      int byte = step.a[thread][i / 4] >> (8 * (i % 4)) & 255;
+      left[row][k] = is_signed ? static_cast<signed char>(byte) : byte;
+    }
+  for (int thread = 0; thread < 128; ++thread)
+    for (int i = 0; i < columns / 2; ++i) {
+      int row = thread / 32 * 16 + thread % 32 / 4 + (i % 4 >= 2 ? 8 : 0), column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+      for (int k = 0; k < 32; ++k) {
+        unsigned at = step.right + column * 128 + k / 16 * 16;
+        at ^= (at >> 7 & 7) << 4;
+        static_cast<int*>(step.c[thread])[i] += left[row][k] * static_cast<signed char>(shared[at + k % 16]);
+      }
     }
 }
 
@@ -168,8 +190,8 @@ inline void qfp8_mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
   for (long own = step.generation; step.generation == own;) Yield();
 }
 
-template <int columns>
-inline void Product(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned right) {
+template <int columns, class Sum, bool is_signed = true>
+inline void Product(Sum* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned right) {
   using namespace emulator;
   int thread = current % 128;
   GroupStep& step = group_steps[current / 128];
@@ -178,16 +200,26 @@ inline void Product(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3
   std::memcpy(step.a[thread], a, sizeof a);
   step.right = right;
   if (++step.arrived == 128) {
-    ComputeGroup(step, columns);
+    if constexpr (std::is_same_v<Sum, float>)
+      ComputeGroup(step, columns);
+    else
+      ComputeIntegers(step, columns, is_signed);
     step.arrived = 0;
     ++step.generation;
     return;
   }
   for (long own = step.generation; step.generation == own;) Yield();
 }
-#define qfp8_wgmma_64 Product<64>
-#define qfp8_wgmma_128 Product<128>
-#define qfp8_wgmma_256 Product<256>
+#define qfp8_wgmma_f16_64 Product<64, float>
+#define qfp8_wgmma_f16_128 Product<128, float>
+#define qfp8_wgmma_s8_64 Product<64, int>
+#define qfp8_wgmma_s8_128 Product<128, int>
+#define qfp8_wgmma_u8_64 Product<64, int, false>
+#define qfp8_wgmma_u8_128 Product<128, int, false>
+inline void qfp8_copy_chunk(unsigned address, const void* source) { std::memcpy(emulator::shared + address, source, 16); }
+inline void qfp8_end_copies() {}
+inline void qfp8_await_copies_0() {}
+inline void qfp8_await_copies_1() {}
 inline void qfp8_mma_count(int* total, float start, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                            unsigned b1) {
   float c[] = {start, start, start, start};

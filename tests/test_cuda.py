@@ -45,7 +45,7 @@ def random_codes(rng, shape, layout):
 
 
 def conv(height, width, channels, outputs, kernel=(1, 1), stride=(1, 1), padding=(0, 0, 0, 0), **more):
-    layouts = get_layout(more.pop("activation", "E3M4")), get_layout("E2M5")
+    layouts = get_layout(more.pop("activation", "E3M4")), get_layout(more.pop("weight", "E2M5"))
     dilation, groups = more.pop("dilation", (1, 1)), more.pop("groups", 1)
     extents = 1, height, width, channels, outputs
     return ConvShape(*extents, kernel, stride, padding, dilation, groups, *layouts, **more)

@@ -7,7 +7,8 @@ from cuda_emulator import run_kernel
 from test_cuda import NEEDS_COMPILER, conv, kernel_of, on_gpu, operands
 
 from tvm_qfp8.topi import reference
-from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, GroupPlan, GroupTile, pack_weights, plan_conv
+from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, GroupPlan, GroupTile, IntegerPlan, pack_weights, plan_conv
+from tvm_qfp8.topi.cuda.integer_gemm import emit_integer_conv, pack_integers
 from tvm_qfp8.topi.cuda.warpgroup_gemm import emit_group_conv, pack_for_groups
 
 NEEDS_HOPPER = pytest.mark.skipif(
@@ -19,6 +20,10 @@ HOPPER = {
     "3x3, stride, padding": conv(9, 7, 32, 70, (3, 3), (2, 1), (1, 0, 1, 2), activation="E2M5"),
     "totals at times": conv(1, 300, 2048, 200, activation="E2M5"),
     "one block": conv(1, 130, 256, 136, activation="E2M5"),
+    "int8": conv(1, 140, 656, 136, activation="E1M6", weight="E1M6"),
+    "uint8, 3x3, stride, padding": conv(
+        9, 7, 48, 70, (3, 3), (2, 1), (1, 0, 1, 2), activation="UE1M7", weight="E1M6"
+    ),
 }
 
 
@@ -27,8 +32,12 @@ def group_kernel(shape):
     x, codes = operands(shape)
     plan = plan_conv(shape, codes, hopper=True)
     assert isinstance(plan, GroupPlan)
-    packed = pack_for_groups(pack_weights(codes, plan.depth))
-    function = kernel_of(lambda *a: emit_group_conv(plan, *a), x, packed, shape.out_channels, plan.rows)
+    packed, emit = pack_weights(codes, plan.depth), emit_group_conv
+    if isinstance(plan, IntegerPlan):
+        packed, emit = pack_integers(packed), emit_integer_conv
+    else:
+        packed = pack_for_groups(packed)
+    function = kernel_of(lambda *a: emit(plan, *a), x, packed, shape.out_channels, plan.rows)
     return function, x, packed, reference.conv2d(x, codes, shape).reshape(plan.rows, -1)
 
 

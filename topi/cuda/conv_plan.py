@@ -68,6 +68,8 @@ GROUP_RUN = 64
 """Codes of a row that groups decode together."""
 GROUP_LOAD = 2 * CHUNK
 """Codes that a thread loads at once there, so that channels are a multiple of them."""
+INTEGER_RUN = 128
+"""Codes of a row that groups multiply together as int8."""
 GROUP_BLOCKS = 96
 """Of the largest tile for which there are so many, a large GPU is busy."""
 
@@ -80,7 +82,7 @@ class ConvPlan:
 
     shape: ConvShape
     exact: int
-    """Codes of a row after which accumulators go to int32."""
+    """Codes of a row after which accumulators go to int32; not used where they are."""
 
     @property
     def rows(self) -> int:
@@ -127,6 +129,15 @@ class GroupPlan(ConvPlan):
         return self._largest(GROUP_TILES, GROUP_BLOCKS)
 
 
+class IntegerPlan(GroupPlan):
+    """The same where grid values are int8, weights signed, ``integer_gemm.py``: sums are int32 throughout."""
+
+    @property
+    def depth(self) -> int:
+        """Codes of a stored row."""
+        return round_up(self._row, INTEGER_RUN)
+
+
 def pack_weights(codes: np.ndarray, depth: int) -> np.ndarray:
     """Codes OHWI ``(out_channels, kh, kw, channels)`` -> ``(out_channels, depth)``, channels of a tap in whole chunks.
 
@@ -141,13 +152,15 @@ def pack_weights(codes: np.ndarray, depth: int) -> np.ndarray:
 def plan_conv(shape: ConvShape, codes: np.ndarray, hopper: bool = False) -> ConvPlan | None:
     """The plan for weights OHWI; None where tensor cores do not fit: groups, few channels, sums that are not exact.
 
-    ``hopper`` asks for a ``GroupPlan``, which is given where channels allow it.
+    ``hopper`` asks for a ``GroupPlan``, which is given where channels allow it, an ``IntegerPlan`` where layouts do, too.
     """
     if shape.groups != 1 or shape.channels_first or shape.input_dilation != (1, 1) or shape.channels < CHUNK:
         return None
     activation, weight = shape.layouts()
     plan, step = ConvPlan, STEP
     if hopper and shape.channels % GROUP_LOAD == 0:
+        if activation.exponent_bits == 1 and weight.exponent_bits == 1 and weight.signed:
+            return IntegerPlan(shape, 0)
         plan, step = GroupPlan, GROUP_RUN
     steps = exact_steps(pack_weights(codes, plan(shape, 0).depth), weight, activation, step)
     if steps:

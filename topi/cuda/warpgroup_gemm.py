@@ -8,6 +8,7 @@ of 16 values, the next step's pixels and a quarter of the next run's filters are
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tvm import tirx
@@ -66,7 +67,7 @@ def emit_group_conv(plan: GroupPlan, x, weights, epilogue: Callable) -> None:
     with T.launch_thread("blockIdx.x", -(-plan.rows // tile.rows)) as block_row:
         with T.launch_thread("blockIdx.y", -(-shape.out_channels // tile.columns)) as block_column:
             with T.launch_thread("threadIdx.x", tile.threads) as thread:
-                block = _Block(plan, thread, block_row * tile.rows, block_column * tile.columns)
+                block = Block(plan, thread, block_row * tile.rows, block_column * tile.columns)
                 shared, totals = _shared_memory(plan, exact < runs)
                 left = _Pixels(block, x)
                 right = _Filters(block, weights, warpgroup.shared_address(shared))
@@ -110,7 +111,7 @@ def emit_group_conv(plan: GroupPlan, x, weights, epilogue: Callable) -> None:
                 T.evaluate(warpgroup.await_products(0))
                 sums.end()
                 T.evaluate(warpgroup.publish())
-                _finish(block, sums, shared, epilogue)
+                finish_tile(block, sums, shared, epilogue)
 
 
 def _exact_runs(plan: GroupPlan) -> int:
@@ -135,7 +136,7 @@ def _shared_memory(plan: GroupPlan, with_totals: bool) -> tuple:
 class _Sums:
     """float32 accumulators of tensor cores, emptied into int32 totals before a sum could round."""
 
-    def __init__(self, block: _Block, exponent: int, totals) -> None:
+    def __init__(self, block: Block, exponent: int, totals) -> None:
         self.size, self.scale = block.tile.columns // 2, tirx.const(float(2**exponent), "float32")
         self.floats = T.alloc_buffer((self.size,), "float32", scope="local")
         self._stride = 4 * block.tile.threads
@@ -169,7 +170,7 @@ class _Sums:
         return value * self.scale if self._totals is None else tirx.reinterpret("int32", value)
 
 
-class _Block:
+class Block:
     """Where a thread stands in its block, and the block in the output."""
 
     def __init__(self, plan: GroupPlan, thread, first_row, first_column) -> None:
@@ -182,7 +183,7 @@ class _Block:
 class _Pixels:
     """The left operand: codes of two runs in registers, and two steps of them as float16 pairs."""
 
-    def __init__(self, block: _Block, x) -> None:
+    def __init__(self, block: Block, x) -> None:
         shape = block.plan.shape
         assert shape.activation is not None
         self.block, self.layout = block, shape.activation
@@ -222,7 +223,7 @@ class _Pixels:
 class _Filters:
     """The right operand: codes of two runs in registers, and three decoded ones in shared memory."""
 
-    def __init__(self, block: _Block, weights, base) -> None:
+    def __init__(self, block: Block, weights, base) -> None:
         plan, tile = block.plan, block.tile
         assert plan.shape.weight is not None
         self.layout, self.base = plan.shape.weight, T.bind(base)
@@ -263,8 +264,8 @@ class _Filters:
             T.evaluate(warpgroup.store_chunk(self.address(run) + offset, pairs))
 
 
-def _finish(block: _Block, sums: _Sums, shared, epilogue: Callable) -> None:
-    """Pass the sums through shared memory, so that neighbouring threads finish neighbouring columns."""
+def finish_tile(block: Block, sums: Any, shared, epilogue: Callable) -> None:
+    """Pass sums, ``value(index)`` of ``dtype``, through shared memory: neighbouring threads finish neighbouring columns."""
     plan, tile = block.plan, block.tile
     values = T.decl_buffer((tile.threads // 32 * PATCH,), sums.dtype, data=shared.data)
     for part in range(tile.columns // PATCH_COLUMNS):

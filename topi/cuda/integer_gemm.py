@@ -1,0 +1,190 @@
+"""Dense layers and convolutions on Hopper's tensor cores where grid values are int8: layouts E1M6 and UE1M7.
+
+Weights are stored as int8 and copied to shared memory as they are; activations go to int8, where they are not uint8
+already, in registers. Sums are int32, exact whatever the length. The loop is that of ``warpgroup_gemm.py`` otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.format import decode_grid, get_layout
+from tvm_qfp8.topi.cuda import warpgroup
+from tvm_qfp8.topi.cuda.conv_plan import CHUNK, GROUP_LOAD, INTEGER_RUN, IntegerPlan
+from tvm_qfp8.topi.cuda.gemm import pixel_locator, words_of
+from tvm_qfp8.topi.cuda.warpgroup_gemm import PATCH, TOGETHER, Block, finish_tile
+from tvm_qfp8.topi.panels import round_up
+from tvm_qfp8.topi.prim_func import load, store
+
+STEPS = INTEGER_RUN // 32
+"""Of a tensor core, 32 values each."""
+PIECES = INTEGER_RUN // GROUP_LOAD
+"""Loads of 16 bytes of a column's run."""
+HALF = INTEGER_RUN // 2
+"""Codes that the four threads of a row load at once."""
+BUFFERS = 4
+"""Runs of filters in shared memory: one is multiplied, one may still be by slower warps, two are on their way."""
+
+
+def order_of_run() -> np.ndarray:
+    """Which of 128 codes lies at each place of a stored run.
+
+    A step's 32 values are two halves of four words. Thread ``place`` of the left operand has the word ``place`` of
+    both, and has loaded codes ``16 * place`` to ``16 * place + 15`` of each half of the run.
+    """
+    stored = np.arange(INTEGER_RUN)
+    step, half, place, byte = stored // 32, stored % 32 // 16, stored % 16 // 4, stored % 4
+    return step // 2 * HALF + place * GROUP_LOAD + 4 * (2 * (step % 2) + half) + byte
+
+
+def pack_integers(codes: np.ndarray) -> np.ndarray:
+    """Codes E1M6 ``(out_channels, depth)`` -> int8 bytes ``(out_channels / 8, runs, 8, 128)``, uint8.
+
+    Runs of eight columns lie together; each is in ``order_of_run``. Columns that are missing are zero.
+    """
+    columns, depth = codes.shape
+    values = decode_grid(codes, get_layout("E1M6")).astype(np.int8).view(np.uint8)
+    padded = np.pad(values, ((0, round_up(columns, TOGETHER) - columns), (0, 0)))
+    runs = padded.reshape(-1, TOGETHER, depth // INTEGER_RUN, INTEGER_RUN)[..., order_of_run()]
+    return np.ascontiguousarray(runs.transpose(0, 2, 1, 3))
+
+
+def emit_integer_conv(plan: IntegerPlan, x, weights, epilogue: Callable) -> None:
+    """Emit the kernel; ``epilogue(sum, row, column, valid)`` finishes one value of output pixel ``row``."""
+    shape, tile = plan.shape, plan.group_tile
+    activation, _ = shape.layouts()
+    runs = plan.depth // INTEGER_RUN
+    with T.launch_thread("blockIdx.x", -(-plan.rows // tile.rows)) as block_row:
+        with T.launch_thread("blockIdx.y", -(-shape.out_channels // tile.columns)) as block_column:
+            with T.launch_thread("threadIdx.x", tile.threads) as thread:
+                block = Block(plan, thread, block_row * tile.rows, block_column * tile.columns)
+                bytes_in_all = BUFFERS * tile.columns * warpgroup.ROW_BYTES + warpgroup.ALIGNMENT
+                words = max(bytes_in_all // 4, tile.threads // 32 * PATCH)
+                shared = T.alloc_buffer((words,), "uint32", scope="shared.dyn")
+                left = _Pixels(block, x, activation.signed)
+                right = _Filters(block, weights, warpgroup.shared_address(shared))
+                sums = _Sums(tile.columns // 2)
+                left.fetch(0)
+                for run in range(2):
+                    right.copy(run)
+                T.evaluate(warpgroup.await_copies(1))
+                T.evaluate(warpgroup.publish())
+                with T.serial(0, runs) as run:
+                    # The registers of the last products' left operand are needed again.
+                    T.evaluate(warpgroup.await_products(0))
+                    left.decode()
+                    left.fetch(T.bind(tirx.min(run + 1, runs - 1)))
+                    right.copy(T.bind(run + 2))
+                    T.evaluate(warpgroup.begin_products())
+                    at = T.bind(right.address(run))
+                    for step in range(STEPS):
+                        address = at + tirx.const(32 * step, "uint32")
+                        operand = left.operand(step)
+                        T.evaluate(
+                            warpgroup.product(tile.columns, sums.integers, operand, address, left.kind)
+                        )
+                    T.evaluate(warpgroup.end_products())
+                    T.evaluate(warpgroup.await_copies(1))
+                    T.evaluate(warpgroup.publish())
+                T.evaluate(warpgroup.await_products(0))
+                T.evaluate(warpgroup.await_copies(0))
+                T.evaluate(warpgroup.publish())
+                finish_tile(block, sums, shared, epilogue)
+
+
+class _Sums:
+    """int32 accumulators."""
+
+    dtype = "int32"
+
+    def __init__(self, size: int) -> None:
+        self.integers = T.alloc_buffer((size,), "int32", scope="local")
+        for index in range(size):
+            store(self.integers, index, tirx.const(0, "int32"), 1)
+
+    def value(self, index: int):
+        """A sum."""
+        return load(self.integers, index, 1)
+
+
+class _Pixels:
+    """The left operand: a run as the tensor cores take it, and codes of the next one."""
+
+    def __init__(self, block: Block, x, signed: bool) -> None:
+        shape = block.plan.shape
+        self.block, self.signed, self.kind = block, signed, "s8" if signed else "u8"
+        self.size = shape.batch * shape.height * shape.width * shape.channels
+        self.x = words_of(x, self.size)
+        locator = pixel_locator(block.plan, block.first_row)
+        self.locators = [locator(block.warp * 16 + block.group + 8 * half) for half in range(2)]
+        self.codes = T.alloc_buffer((16,), "uint32", scope="local")
+        self.values = T.alloc_buffer((16,), "uint32", scope="local")
+
+    def fetch(self, run) -> None:
+        """Load the codes of a run: of each row 16 of either half."""
+        for i, locate in enumerate(self.locators):
+            for half in range(2):
+                chunk = run * (INTEGER_RUN // CHUNK) + half * (HALF // CHUNK)
+                address, inside = locate(T.bind(chunk + self.block.place * (GROUP_LOAD // CHUNK)))
+                # Beyond the last channel filters are zero, and anything may be read.
+                start = T.bind(tirx.min(address, tirx.const(self.size - GROUP_LOAD, "int32")) // 4)
+                at = 8 * i + 4 * half
+                store(self.codes, at, load(self.x, start, 4), 4)
+                if inside is not None:
+                    for word in range(at, at + 4):
+                        kept = tirx.Select(inside, load(self.codes, word, 1), tirx.const(0, "uint32"))
+                        store(self.codes, word, kept, 1)
+
+    def decode(self) -> None:
+        """Let the operands be what was loaded."""
+        for word in range(16):
+            value = load(self.codes, word, 1)
+            store(self.values, word, _negated_where_signed(T.bind(value)) if self.signed else value, 1)
+
+    def operand(self, step: int) -> list:
+        """The four words of one step."""
+        return [load(self.values, 8 * i + 2 * step + half, 1) for half in range(2) for i in range(2)]
+
+
+def _negated_where_signed(codes):
+    """Four codes E1M6, sign and magnitude, as four int8."""
+    ones = T.bind(codes >> tirx.const(7, "uint32") & tirx.const(0x01010101, "uint32"))
+    magnitudes = codes & tirx.const(0x7F7F7F7F, "uint32")
+    # No code is -0, so that no byte carries into the next.
+    return (magnitudes ^ (ones * tirx.const(255, "uint32"))) + ones
+
+
+class _Filters:
+    """The right operand, int8 in shared memory."""
+
+    def __init__(self, block: Block, weights, base) -> None:
+        plan, tile = block.plan, block.tile
+        columns = round_up(plan.shape.out_channels, TOGETHER)
+        self.base, self.bytes, self.runs = T.bind(base), tile.columns * warpgroup.ROW_BYTES, plan.depth // INTEGER_RUN
+        self.weights = words_of(weights, columns * plan.depth)
+        piece = T.bind(block.thread % PIECES)
+        self.starts, self.offsets = [], []
+        for i in range(tile.columns * PIECES // tile.threads):
+            place = T.bind(block.thread // PIECES + i * (tile.threads // PIECES))
+            column = T.bind(tirx.min(block.first_column + place, plan.shape.out_channels - 1))
+            within = column % TOGETHER * INTEGER_RUN + piece * GROUP_LOAD
+            self.starts.append(T.bind((column // TOGETHER * (TOGETHER * plan.depth) + within) // 4))
+            chunk = tirx.bitwise_xor(piece, tirx.bitwise_and(place, 7))
+            self.offsets.append(T.bind(tirx.Cast("uint32", place * warpgroup.ROW_BYTES + chunk * GROUP_LOAD)))
+
+    def address(self, run):
+        """Where a run lies."""
+        return self.base + tirx.Cast("uint32", tirx.floormod(run, BUFFERS) * self.bytes)
+
+    def copy(self, run) -> None:
+        """Begin to copy a run; beyond the last one the last again, where nothing reads it."""
+        target = T.bind(self.address(run))
+        first = T.bind(tirx.min(run, self.runs - 1) * (TOGETHER * INTEGER_RUN // 4))
+        for start, offset in zip(self.starts, self.offsets, strict=True):
+            source = tirx.address_of(self.weights[start + first])
+            T.evaluate(warpgroup.copy_chunk(target + offset, source))
+        T.evaluate(warpgroup.end_copies())
