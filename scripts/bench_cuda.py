@@ -23,7 +23,7 @@ GEMV = (1, 4096, 4096)
 FEW = ((64, 384, 1536), (64, 1536, 384))
 """Layers of a small transformer: rows, depth, columns."""
 LAYOUTS = (("E1M6", "E1M6"), ("E2M5", "E2M5"), ("E3M4", "E2M5"))
-"""Of activations and weights: int8; and two whose sums must leave float32 now and then to stay exact, the last more often."""
+"""Of activations and weights: int8, and two whose sums leave float32 to stay exact, those of the last more often."""
 ROTATION = 2**28
 """Bytes that rotating operands fill."""
 ELEMENTS = 2**26

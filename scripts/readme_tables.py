@@ -260,7 +260,7 @@ def cuda() -> str:
         shape = row.get("shape")
         rows.append(
             [
-                f"{row['kind']} {' x '.join(map(str, shape))}, {row['activations']}"
+                f"{row['kind']} {' x '.join(map(str, shape))}, {row['activations']} x {row['weights']}"
                 if shape
                 else row["kind"],
                 f"{row['seconds']['ours'] * 1e6:.1f} us",
@@ -269,8 +269,26 @@ def cuda() -> str:
             ]
         )
     header = ["kernel", "time", *(f"times {name}" for name in CUDA_PEERS), "share of copy"]
+    models = [
+        [
+            row["model"],
+            "yes" if row["equal"] else "no",
+            *(f"{row[key] * 1e6:.0f} us" for key in ("seconds", "seconds_with_copies", "torch_seconds")),
+            f"{row['times_torch']:.2f}",
+        ]
+        for row in record["models"]
+    ]
+    model_header = [
+        "model",
+        "bits of the CPU",
+        "time",
+        "with copies",
+        "torch float16, a graph",
+        "times torch",
+    ]
+    tables = f"{_table(header, rows)}\n{_table(model_header, models)}"
     return (
-        _table(header, rows) + f"\n{record['gpu']}, torch {record['torch']}, a copy moves "
+        f"{tables}\n{record['gpu']}, torch {record['torch']}, a copy moves "
         f"{record['copy_bytes_per_second'] / 1e12:.2f} TB/s; {record['machine']['date']}.\n"
     )
 

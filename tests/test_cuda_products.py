@@ -29,7 +29,9 @@ def product_kernel(batch, rows, columns, depth, x_layout, y_layout, transpose_y)
     x = random_codes(rng, (batch, rows, depth), x_layout)
     y = random_codes(rng, (batch, columns, depth) if transpose_y else (batch, depth, columns), y_layout)
     function = kernel_of(lambda *a: emit_batch_matmul(shape, *a), x, y, columns, batch * rows)
-    left, right = (decode_grid(codes, layout).astype(np.int64) for codes, layout in zip((x, y), layouts, strict=True))
+    left, right = (
+        decode_grid(codes, layout).astype(np.int64) for codes, layout in zip((x, y), layouts, strict=True)
+    )
     sums = left @ (right.transpose(0, 2, 1) if transpose_y else right)
     return function, x, y, sums.astype(np.float32).reshape(batch * rows, columns)
 

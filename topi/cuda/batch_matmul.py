@@ -7,6 +7,7 @@ after as many steps as are exact for the largest grid values; a step is 16 codes
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -89,25 +90,21 @@ def _emit_by_warps(shape: BatchMatmulShape, exact: int, x, y, epilogue: Callable
                 k = T.bind(step * MMA_DEPTH + place * LANE)
                 upper, lower = (decode_pairs(left.word(row, k, zero_beyond=True), layouts[0]) for row in rows)
                 pixels = [T.bind(v) for v in (upper[0], lower[0], upper[1], lower[1])]
-                for column, part in zip(columns, sums, strict=True):
-                    T.evaluate(mma(part.floats, 0, pixels, list(decode_pairs(right(column, k), layouts[1]))))
+                for column, found in zip(columns, sums, strict=True):
+                    T.evaluate(mma(found.floats, 0, pixels, list(decode_pairs(right(column, k), layouts[1]))))
                 if not one_block:
                     with T.If(tirx.Or(tirx.floormod(step, exact) == exact - 1, step == steps - 1)):
                         with T.Then():
-                            for part in sums:
-                                part.empty()
-            for part in range(fragments):
-                for h in range(2):
-                    for e in range(2):
-                        own = first_column + part * MMA_COLUMNS + 2 * place + e
-                        # Beyond the last one its neighbour's sum would stand in its place.
-                        with T.If(own < shape.columns):
-                            with T.Then():
-                                total = sums[part].value(2 * h + e).astype("int32")
-                                row = batch * shape.rows + first_row + h * 8 + group
-                                with T.If(first_row + h * 8 + group < shape.rows):
-                                    with T.Then():
-                                        epilogue(T.bind(to_float(total)), T.bind(row), T.bind(own), 1)
+                            for found in sums:
+                                found.empty()
+            for index in range(fragments * 4):
+                part, h, e = index // 4, index // 2 % 2, index % 2
+                row = first_row + h * 8 + group
+                column = first_column + part * MMA_COLUMNS + 2 * place + e
+                with T.If(tirx.And(row < shape.rows, column < shape.columns)):
+                    with T.Then():
+                        total = sums[part].value(2 * h + e).astype("int32")
+                        epilogue(T.bind(to_float(total)), T.bind(batch * shape.rows + row), T.bind(column), 1)
 
 
 class _Rows:
@@ -150,7 +147,7 @@ def _right(shape: BatchMatmulShape, y, batch) -> Callable:
 
 def _word_of(code: Callable, keep: Callable | None = None):
     """Four codes as uint32."""
-    word = None
+    word: Any = None
     for i in range(LANE):
         byte = code(i).astype("uint32")
         if keep is not None:

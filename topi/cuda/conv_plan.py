@@ -152,7 +152,8 @@ def pack_weights(codes: np.ndarray, depth: int) -> np.ndarray:
 def plan_conv(shape: ConvShape, codes: np.ndarray, hopper: bool = False) -> ConvPlan | None:
     """The plan for weights OHWI; None where tensor cores do not fit: groups, few channels, sums that are not exact.
 
-    ``hopper`` asks for a ``GroupPlan``, which is given where channels allow it, an ``IntegerPlan`` where layouts do, too.
+    ``hopper`` asks for a ``GroupPlan``, which is given where channels allow it; where layouts are int8, too, it is an
+    ``IntegerPlan``.
     """
     if shape.groups != 1 or shape.channels_first or shape.input_dilation != (1, 1) or shape.channels < CHUNK:
         return None

@@ -164,7 +164,11 @@ class _Filters:
     def __init__(self, block: Block, weights, base) -> None:
         plan, tile = block.plan, block.tile
         columns = round_up(plan.shape.out_channels, TOGETHER)
-        self.base, self.bytes, self.runs = T.bind(base), tile.columns * warpgroup.ROW_BYTES, plan.depth // INTEGER_RUN
+        self.base, self.bytes, self.runs = (
+            T.bind(base),
+            tile.columns * warpgroup.ROW_BYTES,
+            plan.depth // INTEGER_RUN,
+        )
         self.weights = words_of(weights, columns * plan.depth)
         piece = T.bind(block.thread % PIECES)
         self.starts, self.offsets = [], []

@@ -1,9 +1,9 @@
 """Tensor cores of Hopper GPUs (sm_90a): a product of four warps that runs beside other instructions.
 
-``wgmma`` multiplies 64 x 16 by 16 x ``columns`` float16, or 64 x 32 by 32 x ``columns`` int8. The left operand comes from registers, in the places of
-``device.mma``, a warp having 16 of the rows. The right one lies in shared memory: 64 values, four products' worth, for
-each column, 128 bytes, whose eight chunks of 16 bytes are at ``chunk ^ (column % 8)`` ("128-byte swizzle"; PTX ISA,
-"Asynchronous Warpgroup Level Matrix Shared Memory Layout"), so that no two columns share a bank.
+``wgmma`` multiplies 64 x 16 by 16 x ``columns`` float16, or 64 x 32 by 32 x ``columns`` int8. The left operand comes
+from registers, in the places of ``device.mma``, a warp having 16 of the rows. The right one lies in shared memory: 128
+bytes for each column, four products' worth, whose eight chunks of 16 bytes are at ``chunk ^ (column % 8)`` ("128-byte
+swizzle"; PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout"), so that no two columns share a bank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.backend.cuda.op import cuda_func_call
 
 ROW_BYTES = 128
-"""Of 64 values in shared memory."""
+"""Of a column in shared memory."""
 ALIGNMENT = 1024
 """Of such rows: the swizzle is one of address bits."""
 

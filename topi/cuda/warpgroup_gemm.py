@@ -265,7 +265,7 @@ class _Filters:
 
 
 def finish_tile(block: Block, sums: Any, shared, epilogue: Callable) -> None:
-    """Pass sums, ``value(index)`` of ``dtype``, through shared memory: neighbouring threads finish neighbouring columns."""
+    """Pass sums through shared memory, so that neighbouring threads finish neighbouring columns."""
     plan, tile = block.plan, block.tile
     values = T.decl_buffer((tile.threads // 32 * PATCH,), sums.dtype, data=shared.data)
     for part in range(tile.columns // PATCH_COLUMNS):
