@@ -17,7 +17,15 @@ from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, emit_row_operator, 
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.batch_matmul import emit_batch_matmul
-from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, GroupPlan, IntegerPlan, pack_weights, plan_conv
+from tvm_qfp8.topi.cuda.conv_plan import (
+    ConvPlan,
+    GroupPlan,
+    IntegerGroupPlan,
+    IntegerPlan,
+    as_integers,
+    pack_weights,
+    plan_conv,
+)
 from tvm_qfp8.topi.cuda.direct_conv import emit_direct_conv, emit_float_conv, pack_direct_weights
 from tvm_qfp8.topi.cuda.gemm import emit_conv
 from tvm_qfp8.topi.cuda.gemv import GemvPlan, emit_gemv, plan_gemv
@@ -63,10 +71,12 @@ def _conv(call, isa: InstructionSet, operands: Operands, shape: ConvShape, weigh
     if plan is None:
         return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_direct_conv)
     packed = pack_weights(weights, plan.depth)
-    if isinstance(plan, IntegerPlan):
+    if isinstance(plan, IntegerGroupPlan):
         return _with_scales(call, operands, plan, pack_integers(packed), emit_integer_conv)
     if isinstance(plan, GroupPlan):
         return _with_scales(call, operands, plan, pack_for_groups(packed), emit_group_conv)
+    if isinstance(plan, IntegerPlan):
+        packed = as_integers(packed)
     return _with_scales(call, operands, plan, packed, emit_conv)
 
 

@@ -202,10 +202,12 @@ def linear(
         packed, emit = gemv.pack_weights(codes, plan.depth), gemv.emit_gemv
     else:
         packed, emit = conv_plan.pack_weights(filters, plan.depth), gemm.emit_conv
-        if isinstance(plan, conv_plan.IntegerPlan):
+        if isinstance(plan, conv_plan.IntegerGroupPlan):
             packed, emit = integer_gemm.pack_integers(packed), integer_gemm.emit_integer_conv
         elif isinstance(plan, conv_plan.GroupPlan):
             packed, emit = warpgroup_gemm.pack_for_groups(packed), warpgroup_gemm.emit_group_conv
+        elif isinstance(plan, conv_plan.IntegerPlan):
+            packed = conv_plan.as_integers(packed)
 
     def body(source, weights, result) -> None:
         def write(value, row, column, _valid) -> None:

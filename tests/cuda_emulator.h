@@ -64,7 +64,7 @@ struct GroupStep {
   long generation = 0;
 };
 struct Step {
-  float* c[32];
+  void* c[32];
   unsigned a[32][4], b[32][2];
   int arrived = 0;
   long generation = 0;
@@ -103,11 +103,32 @@ inline void Compute(Step& step) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + i % 2;
-      double sum = step.c[lane][i];
+      float& total = static_cast<float*>(step.c[lane])[i];
+      double sum = total;
       for (int k = 0; k < 16; ++k) sum += double(left[row][k]) * right[k][column];
-      step.c[lane][i] = float(sum);
+      total = float(sum);
     }
   }
+}
+
+inline int Byte(const unsigned* words, int index, bool is_signed) {
+  int byte = words[index / 4] >> (8 * (index % 4)) & 255;
+  return is_signed ? static_cast<signed char>(byte) : byte;
+}
+
+// mma.m16n8k32 of integers: bytes lie where float16's halves do, four in a word.
+inline void ComputeIntegers(Step& step, bool is_signed) {
+  static int left[16][32], right[32][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    int group = lane / 4, place = lane % 4;
+    for (int i = 0; i < 16; ++i)
+      left[group + (i / 4 % 2 ? 8 : 0)][place * 4 + i % 4 + (i >= 8 ? 16 : 0)] = Byte(step.a[lane], i, is_signed);
+    for (int i = 0; i < 8; ++i) right[place * 4 + i % 4 + (i >= 4 ? 16 : 0)][group] = Byte(step.b[lane], i, true);
+  }
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 32; ++k)
+        static_cast<int*>(step.c[lane])[i] += left[lane / 4 + (i >= 2 ? 8 : 0)][k] * right[k][lane % 4 * 2 + i % 2];
 }
 
 // One value of an operand in shared memory, 128 bytes a row, 128-byte swizzle: PTX ISA, "Shared memory matrix layout".
@@ -145,8 +166,7 @@ inline void ComputeIntegers(GroupStep& step, int columns, bool is_signed) {
   for (int thread = 0; thread < 128; ++thread)
     for (int i = 0; i < 16; ++i) {
       int row = thread / 32 * 16 + thread % 32 / 4 + (i / 4 % 2 ? 8 : 0), k = thread % 4 * 4 + i % 4 + (i >= 8 ? 16 : 0);
-      int byte = step.a[thread][i / 4] >> (8 * (i % 4)) & 255;
-      left[row][k] = is_signed ? static_cast<signed char>(byte) : byte;
+      left[row][k] = Byte(step.a[thread], i, is_signed);
     }
   for (int thread = 0; thread < 128; ++thread)
     for (int i = 0; i < columns / 2; ++i) {
@@ -173,7 +193,8 @@ inline void __syncthreads() {
   for (long own = barrier; barrier == own;) Yield();
 }
 
-inline void qfp8_mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+template <class Sum, bool is_signed = true>
+inline void WarpProduct(Sum* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   using namespace emulator;
   int lane = current % 32;
   Step& step = steps[current / 32];
@@ -182,13 +203,20 @@ inline void qfp8_mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a
   std::memcpy(step.a[lane], a, sizeof a);
   std::memcpy(step.b[lane], b, sizeof b);
   if (++step.arrived == 32) {
-    Compute(step);
+    if constexpr (std::is_same_v<Sum, float>)
+      Compute(step);
+    else
+      ComputeIntegers(step, is_signed);
     step.arrived = 0;
     ++step.generation;
     return;
   }
   for (long own = step.generation; step.generation == own;) Yield();
 }
+
+#define qfp8_mma WarpProduct<float>
+#define qfp8_mma_s8 WarpProduct<int>
+#define qfp8_mma_u8 WarpProduct<int, false>
 
 template <int columns, class Sum, bool is_signed = true>
 inline void Product(Sum* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned right) {

@@ -7,7 +7,14 @@ from cuda_emulator import run_kernel
 from test_cuda import NEEDS_COMPILER, conv, kernel_of, on_gpu, operands
 
 from tvm_qfp8.topi import reference
-from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, GroupPlan, GroupTile, IntegerPlan, pack_weights, plan_conv
+from tvm_qfp8.topi.cuda.conv_plan import (
+    ConvPlan,
+    GroupPlan,
+    GroupTile,
+    IntegerGroupPlan,
+    pack_weights,
+    plan_conv,
+)
 from tvm_qfp8.topi.cuda.integer_gemm import emit_integer_conv, pack_integers
 from tvm_qfp8.topi.cuda.warpgroup_gemm import emit_group_conv, pack_for_groups
 
@@ -33,7 +40,7 @@ def group_kernel(shape):
     plan = plan_conv(shape, codes, hopper=True)
     assert isinstance(plan, GroupPlan)
     packed, emit = pack_weights(codes, plan.depth), emit_group_conv
-    if isinstance(plan, IntegerPlan):
+    if isinstance(plan, IntegerGroupPlan):
         packed, emit = pack_integers(packed), emit_integer_conv
     else:
         packed = pack_for_groups(packed)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from tvm_qfp8.format import decode_grid, get_layout
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.exact_blocks import exact_steps
 from tvm_qfp8.topi.panels import round_up
@@ -15,7 +16,7 @@ from tvm_qfp8.topi.panels import round_up
 CHUNK = 8
 """Codes that a thread loads at once: neighbouring channels of one tap."""
 STEP = 32
-"""Codes of a row that are decoded together, two steps of a tensor core."""
+"""Codes of a row that are decoded to float16 together, two steps of a tensor core."""
 WARP_COLUMNS = 32
 MANY_BLOCKS = 128
 """About as many as a large GPU has multiprocessors."""
@@ -95,7 +96,12 @@ class ConvPlan:
     @property
     def depth(self) -> int:
         """Codes of a stored row."""
-        return round_up(self._row, STEP)
+        return round_up(self._row, self.step)
+
+    @property
+    def step(self) -> int:
+        """Codes of a row that are decoded together."""
+        return STEP
 
     @property
     def _row(self) -> int:
@@ -115,6 +121,15 @@ class ConvPlan:
         return tiles[-1]
 
 
+class IntegerPlan(ConvPlan):
+    """The same where grid values are int8, or uint8 those of activations: sums are int32 throughout."""
+
+    @property
+    def step(self) -> int:
+        """Codes of a row that are decoded together: as many bytes as float16's."""
+        return 2 * STEP
+
+
 class GroupPlan(ConvPlan):
     """The same on Hopper's tensor cores, ``warpgroup_gemm.py``."""
 
@@ -129,8 +144,8 @@ class GroupPlan(ConvPlan):
         return self._largest(GROUP_TILES, GROUP_BLOCKS)
 
 
-class IntegerPlan(GroupPlan):
-    """The same where grid values are int8, weights signed, ``integer_gemm.py``: sums are int32 throughout."""
+class IntegerGroupPlan(GroupPlan):
+    """The same for grid values as in ``IntegerPlan``, ``integer_gemm.py``."""
 
     @property
     def depth(self) -> int:
@@ -149,21 +164,25 @@ def pack_weights(codes: np.ndarray, depth: int) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, depth - rows.shape[1])))
 
 
+def as_integers(codes: np.ndarray) -> np.ndarray:
+    """Codes E1M6 as bytes int8, held as uint8."""
+    return decode_grid(codes, get_layout("E1M6")).astype(np.int8).view(np.uint8)
+
+
 def plan_conv(shape: ConvShape, codes: np.ndarray, hopper: bool = False) -> ConvPlan | None:
     """The plan for weights OHWI; None where tensor cores do not fit: groups, few channels, sums that are not exact.
 
-    ``hopper`` asks for a ``GroupPlan``, which is given where channels allow it; where layouts are int8, too, it is an
-    ``IntegerPlan``.
+    ``hopper`` asks for a ``GroupPlan``, which is given where channels allow it. Where grid values are int8 it is the
+    plan for integers.
     """
     if shape.groups != 1 or shape.channels_first or shape.input_dilation != (1, 1) or shape.channels < CHUNK:
         return None
     activation, weight = shape.layouts()
-    plan, step = ConvPlan, STEP
-    if hopper and shape.channels % GROUP_LOAD == 0:
-        if activation.exponent_bits == 1 and weight.exponent_bits == 1 and weight.signed:
-            return IntegerPlan(shape, 0)
-        plan, step = GroupPlan, GROUP_RUN
+    by_groups = hopper and shape.channels % GROUP_LOAD == 0
+    if activation.exponent_bits == 1 and weight.exponent_bits == 1 and weight.signed:
+        return (IntegerGroupPlan if by_groups else IntegerPlan)(shape, 0)
+    plan, step = (GroupPlan, GROUP_RUN) if by_groups else (ConvPlan, STEP)
     steps = exact_steps(pack_weights(codes, plan(shape, 0).depth), weight, activation, step)
     if steps:
         return plan(shape, steps * step)
-    return plan_conv(shape, codes) if plan is GroupPlan else None
+    return plan_conv(shape, codes) if by_groups else None

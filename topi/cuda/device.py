@@ -30,6 +30,42 @@ __forceinline__ __device__ void qfp8_mma(float* c, unsigned a0, unsigned a1, uns
 MMA_ROWS, MMA_COLUMNS, MMA_DEPTH = 16, 8, 16
 
 
+def _integer_source(kind: str) -> str:
+    return f"""
+__forceinline__ __device__ void qfp8_mma_{kind}(int* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                            unsigned b0, unsigned b1) {{
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.{kind}.s8.s32 "
+               "{{%0,%1,%2,%3}},{{%4,%5,%6,%7}},{{%8,%9}},{{%0,%1,%2,%3}};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}}
+"""
+
+
+def mma_integers(totals, index, left: list, right: list, signed: bool):
+    """Add to four int32 ``totals[index:]`` a product of 16 x 32 int8, or uint8, by 32 x 8 int8; operands as in ``mma``.
+
+    A word holds four values.
+    """
+    kind = "s8" if signed else "u8"
+    return cuda_func_call(
+        f"qfp8_mma_{kind}",
+        tirx.address_of(totals[index]),
+        *left,
+        *right,
+        source_code=_integer_source(kind),
+        return_type="void",
+    )
+
+
+def integers_of(codes):
+    """Four codes E1M6, sign and magnitude, as four int8."""
+    ones = codes >> tirx.const(7, "uint32") & tirx.const(0x01010101, "uint32")
+    magnitudes = codes & tirx.const(0x7F7F7F7F, "uint32")
+    # No code is -0, so that no byte carries into the next.
+    return (magnitudes ^ (ones * tirx.const(255, "uint32"))) + ones
+
+
 def mma(accumulators, index, left: list, right: list):
     """Add a product to the four float32 ``accumulators[index:]``; operands are float16 pairs in uint32.
 

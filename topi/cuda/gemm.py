@@ -9,17 +9,24 @@ write the same bits again, so that no thread stands aside.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.format import Layout
-from tvm_qfp8.topi.cuda.conv_plan import CHUNK, STEP, WARP_COLUMNS, ConvPlan, Tile
-from tvm_qfp8.topi.cuda.device import MMA_ROWS, decode_pairs, grid_exponent, mma
+from tvm_qfp8.topi.cuda.conv_plan import CHUNK, STEP, WARP_COLUMNS, ConvPlan, IntegerPlan, Tile
+from tvm_qfp8.topi.cuda.device import (
+    MMA_ROWS,
+    decode_pairs,
+    grid_exponent,
+    integers_of,
+    mma,
+    mma_integers,
+)
 from tvm_qfp8.topi.prim_func import load, store
 
 WORDS = STEP // 2
-"""uint32 words of a decoded row of ``STEP`` values."""
+"""uint32 words of a decoded row of a step."""
 FRAGMENT = 8
 """Columns of one step of a tensor core."""
 
@@ -36,8 +43,17 @@ class Accumulators:
             if self.integers is not None:
                 store(self.integers, index, tirx.const(0, "int32"), 1)
 
+    @property
+    def dtype(self) -> str:
+        """Of what ``value`` gives."""
+        return "float32" if self.integers is None else "int32"
+
+    def add(self, index: int, left: list, right: list) -> None:
+        """Add a product to four sums."""
+        T.evaluate(mma(self.floats, index, left, right))
+
     def value(self, index: int):
-        """A sum as int32."""
+        """A sum."""
         return (
             load(self.floats, index, 1) * self.scale
             if self.integers is None
@@ -51,6 +67,26 @@ class Accumulators:
             exact = (load(self.floats, index, 1) * self.scale).astype("int32")
             store(self.integers, index, load(self.integers, index, 1) + exact, 1)
             store(self.floats, index, tirx.const(0.0, "float32"), 1)
+
+
+class IntegerSums:
+    """int32 accumulators."""
+
+    dtype = "int32"
+
+    def __init__(self, size: int, signed: bool = True) -> None:
+        self.integers = T.alloc_buffer((size,), "int32", scope="local")
+        self._signed = signed
+        for index in range(size):
+            store(self.integers, index, tirx.const(0, "int32"), 1)
+
+    def add(self, index: int, left: list, right: list) -> None:
+        """Add a product to four sums."""
+        T.evaluate(mma_integers(self.integers, index, left, right, self._signed))
+
+    def value(self, index: int):
+        """A sum."""
+        return load(self.integers, index, 1)
 
 
 def words_of(buffer, size: int):
@@ -84,20 +120,33 @@ def emit_conv(plan: ConvPlan, x, weights, epilogue: Callable) -> None:
     """Emit the kernel; ``epilogue(sum, row, column, valid)`` finishes one value of output pixel ``row``."""
     shape, tile = plan.shape, plan.tile
     activation, weight = shape.layouts()
-    rows, columns, steps = plan.rows, shape.out_channels, plan.depth // STEP
+    rows, columns, steps = plan.rows, shape.out_channels, plan.depth // plan.step
     exponent = grid_exponent(activation) + grid_exponent(weight)
+    integers = isinstance(plan, IntegerPlan)
+
+    def words_of_filters(codes):
+        return (codes,) if integers else decode_pairs(codes, weight)
+
+    def words_of_pixels(codes):
+        if not integers:
+            return decode_pairs(codes, activation)
+        return (integers_of(codes) if activation.signed else codes,)
+
     with T.launch_thread("blockIdx.x", -(-rows // tile.rows)) as block_row:
         with T.launch_thread("blockIdx.y", -(-columns // tile.columns)) as block_column:
             with T.launch_thread("threadIdx.x", tile.threads) as thread:
                 first_row, first_column = block_row * tile.rows, block_column * tile.columns
-                left = _Operand(
-                    activation, tile.rows, tile.threads, thread, _pixel_reader(plan, x, first_row)
-                )
-                right = _Operand(
-                    weight, tile.columns, tile.threads, thread, _filter_reader(plan, weights, first_column)
-                )
+                read = _pixel_reader(plan, x, first_row)
+                left = _Operand(words_of_pixels, plan.step, tile.rows, tile.threads, thread, read)
+                read = _filter_reader(plan, weights, first_column)
+                right = _Operand(words_of_filters, plan.step, tile.columns, tile.threads, thread, read)
                 warp = _Warp(tile, thread)
-                sums = Accumulators(tile.fragments * 16, exponent, plan.exact >= plan.depth)
+                size = tile.fragments * 16
+                sums: Any = (
+                    IntegerSums(size, activation.signed)
+                    if integers
+                    else Accumulators(size, exponent, plan.exact >= plan.depth)
+                )
                 left.fetch(0)
                 right.fetch(0)
                 left.decode(0)
@@ -108,7 +157,7 @@ def emit_conv(plan: ConvPlan, x, weights, epilogue: Callable) -> None:
                             left.fetch(step + 1)
                             right.fetch(step + 1)
                     warp.multiply(left, right, step % 2, sums)
-                    if sums.integers is not None:
+                    if not integers and sums.integers is not None:
                         exact = plan.exact // STEP
                         whole = tirx.floormod(step, exact) == exact - 1
                         with T.If(tirx.Or(whole, step == steps - 1)):
@@ -194,10 +243,10 @@ def _filter_reader(plan: ConvPlan, weights, first_column) -> Callable:
 class _Operand:
     """One operand of a block: codes in registers, and two decoded steps in shared memory, ``(2, rows, WORDS)``."""
 
-    def __init__(self, layout: Layout, rows: int, threads: int, thread, reader: Callable) -> None:
-        self.layout, self.rows = layout, rows
+    def __init__(self, words: Callable, step: int, rows: int, threads: int, thread, reader: Callable) -> None:
+        self.words, self.rows = words, rows
         self.shared = T.alloc_buffer((2 * rows * WORDS,), "uint32", scope="shared")
-        chunks = STEP // CHUNK
+        self.chunks = chunks = step // CHUNK
         self.count = rows * chunks // threads
         self.chunk = T.bind(thread % chunks)
         self.places = [T.bind(thread // chunks + i * (threads // chunks)) for i in range(self.count)]
@@ -207,18 +256,20 @@ class _Operand:
     def fetch(self, step) -> None:
         """Load the codes of a step into registers."""
         for i, read in enumerate(self.readers):
-            read(step * (STEP // CHUNK) + self.chunk, self.codes, 2 * i)
+            read(step * self.chunks + self.chunk, self.codes, 2 * i)
 
     def decode(self, half) -> None:
-        """Write them to shared memory as float16."""
+        """Write them to shared memory as tensor cores take them."""
+        width = WORDS // self.chunks
         for i, place in enumerate(self.places):
-            values = T.alloc_buffer((4,), "uint32", scope="local")
-            for word in range(2):
-                for k, pair in enumerate(
-                    decode_pairs(T.bind(load(self.codes, 2 * i + word, 1)), self.layout)
-                ):
-                    store(values, 2 * word + k, pair, 1)
-            store(self.shared, (half * self.rows + place) * WORDS + self.chunk * 4, load(values, 0, 4), 4)
+            values = T.alloc_buffer((width,), "uint32", scope="local")
+            words = [
+                part for word in range(2) for part in self.words(T.bind(load(self.codes, 2 * i + word, 1)))
+            ]
+            for k, word in enumerate(words):
+                store(values, k, word, 1)
+            at = (half * self.rows + place) * WORDS + self.chunk * width
+            store(self.shared, at, load(values, 0, width), width)
 
     def fragment(self, half, row, place, target, at: int) -> None:
         """The four words of ``row`` that a thread holds: pairs of the first and of the second step."""
@@ -236,7 +287,7 @@ class _Warp:
         self.column = T.bind(self.warp // tile.warps_down * WARP_COLUMNS)
         self.columns = WARP_COLUMNS // FRAGMENT
 
-    def multiply(self, left: _Operand, right: _Operand, half, sums: Accumulators) -> None:
+    def multiply(self, left: _Operand, right: _Operand, half, sums: Any) -> None:
         """Add one step. A thread's columns of all fragments are neighbours: fragment j has 2j and 2j + 1 of its 8."""
         b = T.alloc_buffer((4 * self.columns,), "uint32", scope="local")
         for j in range(self.columns):
@@ -251,14 +302,13 @@ class _Warp:
                 for s in range(2):
                     rows = [load(a, word, 1) for word in (2 * s, 4 + 2 * s, 2 * s + 1, 5 + 2 * s)]
                     pair = [load(b, 4 * j + 2 * s + k, 1) for k in range(2)]
-                    T.evaluate(mma(sums.floats, (i * self.columns + j) * 4, rows, pair))
+                    sums.add((i * self.columns + j) * 4, rows, pair)
 
-    def finish(self, sums: Accumulators, first_row, first_column, rows: int, columns: int, epilogue) -> None:
+    def finish(self, sums: Any, first_row, first_column, rows: int, columns: int, epilogue) -> None:
         """Pass the sums through shared memory, so that neighbouring threads finish neighbouring columns."""
-        dtype = "float32" if sums.integers is None else "int32"
         warps = self.tile.threads // 32
         patch = MMA_ROWS * WARP_COLUMNS
-        shared = T.alloc_buffer((warps * patch,), dtype, scope="shared")
+        shared = T.alloc_buffer((warps * patch,), sums.dtype, scope="shared")
         column = T.bind(tirx.min(first_column + self.column + self.lane, columns - 1))
         for i in range(self.tile.fragments):
             for j in range(self.columns):

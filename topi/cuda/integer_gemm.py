@@ -12,10 +12,10 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.format import decode_grid, get_layout
 from tvm_qfp8.topi.cuda import warpgroup
-from tvm_qfp8.topi.cuda.conv_plan import CHUNK, GROUP_LOAD, INTEGER_RUN, IntegerPlan
-from tvm_qfp8.topi.cuda.gemm import pixel_locator, words_of
+from tvm_qfp8.topi.cuda.conv_plan import CHUNK, GROUP_LOAD, INTEGER_RUN, IntegerGroupPlan, as_integers
+from tvm_qfp8.topi.cuda.device import integers_of
+from tvm_qfp8.topi.cuda.gemm import IntegerSums, pixel_locator, words_of
 from tvm_qfp8.topi.cuda.warpgroup_gemm import PATCH, TOGETHER, Block, finish_tile
 from tvm_qfp8.topi.panels import round_up
 from tvm_qfp8.topi.prim_func import load, store
@@ -47,13 +47,12 @@ def pack_integers(codes: np.ndarray) -> np.ndarray:
     Runs of eight columns lie together; each is in ``order_of_run``. Columns that are missing are zero.
     """
     columns, depth = codes.shape
-    values = decode_grid(codes, get_layout("E1M6")).astype(np.int8).view(np.uint8)
-    padded = np.pad(values, ((0, round_up(columns, TOGETHER) - columns), (0, 0)))
+    padded = np.pad(as_integers(codes), ((0, round_up(columns, TOGETHER) - columns), (0, 0)))
     runs = padded.reshape(-1, TOGETHER, depth // INTEGER_RUN, INTEGER_RUN)[..., order_of_run()]
     return np.ascontiguousarray(runs.transpose(0, 2, 1, 3))
 
 
-def emit_integer_conv(plan: IntegerPlan, x, weights, epilogue: Callable) -> None:
+def emit_integer_conv(plan: IntegerGroupPlan, x, weights, epilogue: Callable) -> None:
     """Emit the kernel; ``epilogue(sum, row, column, valid)`` finishes one value of output pixel ``row``."""
     shape, tile = plan.shape, plan.group_tile
     activation, _ = shape.layouts()
@@ -67,7 +66,7 @@ def emit_integer_conv(plan: IntegerPlan, x, weights, epilogue: Callable) -> None
                 shared = T.alloc_buffer((words,), "uint32", scope="shared.dyn")
                 left = _Pixels(block, x, activation.signed)
                 right = _Filters(block, weights, warpgroup.shared_address(shared))
-                sums = _Sums(tile.columns // 2)
+                sums = IntegerSums(tile.columns // 2)
                 left.fetch(0)
                 for run in range(2):
                     right.copy(run)
@@ -94,21 +93,6 @@ def emit_integer_conv(plan: IntegerPlan, x, weights, epilogue: Callable) -> None
                 T.evaluate(warpgroup.await_copies(0))
                 T.evaluate(warpgroup.publish())
                 finish_tile(block, sums, shared, epilogue)
-
-
-class _Sums:
-    """int32 accumulators."""
-
-    dtype = "int32"
-
-    def __init__(self, size: int) -> None:
-        self.integers = T.alloc_buffer((size,), "int32", scope="local")
-        for index in range(size):
-            store(self.integers, index, tirx.const(0, "int32"), 1)
-
-    def value(self, index: int):
-        """A sum."""
-        return load(self.integers, index, 1)
 
 
 class _Pixels:
@@ -143,19 +127,11 @@ class _Pixels:
         """Let the operands be what was loaded."""
         for word in range(16):
             value = load(self.codes, word, 1)
-            store(self.values, word, _negated_where_signed(T.bind(value)) if self.signed else value, 1)
+            store(self.values, word, integers_of(T.bind(value)) if self.signed else value, 1)
 
     def operand(self, step: int) -> list:
         """The four words of one step."""
         return [load(self.values, 8 * i + 2 * step + half, 1) for half in range(2) for i in range(2)]
-
-
-def _negated_where_signed(codes):
-    """Four codes E1M6, sign and magnitude, as four int8."""
-    ones = T.bind(codes >> tirx.const(7, "uint32") & tirx.const(0x01010101, "uint32"))
-    magnitudes = codes & tirx.const(0x7F7F7F7F, "uint32")
-    # No code is -0, so that no byte carries into the next.
-    return (magnitudes ^ (ones * tirx.const(255, "uint32"))) + ones
 
 
 class _Filters:
