@@ -45,6 +45,7 @@ from tvm_qfp8.length_programs import (
 from tvm_qfp8.lengths import Lengths, Variant
 from tvm_qfp8.linker import architecture
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
+from tvm_qfp8.relay_passes.copy_inputs import CopyInputs
 from tvm_qfp8.relay_passes.for_cuda import ForCuda
 from tvm_qfp8.relay_passes.interpolate import Interpolate
 from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
@@ -107,7 +108,7 @@ def lowering_passes(
         relax.transform.LegalizeOps(),
         relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),
-        ForCuda() if isa.name == "cuda" else ScheduleRest(threads),
+        *([CopyInputs(), ForCuda()] if isa.name == "cuda" else [ScheduleRest(threads)]),
     ]
 
 
