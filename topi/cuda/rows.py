@@ -13,6 +13,10 @@ from tvm_qfp8.topi.prim_func import load, store
 
 KEPT = 64
 """Most elements of a row that a thread keeps in registers."""
+ROWS_TOGETHER = (THREADS // LANES, 8, 4, 2)
+"""Rows of a block; two are a warp."""
+BLOCKS = 128
+"""About as many as a large GPU has multiprocessors: where rows are few, each gets a block to itself."""
 
 
 class ThreadRow:
@@ -96,9 +100,9 @@ class ThreadRow:
 
 def for_each_row(rows: int, length: int, read: Callable, body: Callable) -> None:
     """``body(row, index)`` with a ``ThreadRow`` for each row; ``read(index, offset, lanes)`` loads."""
-    per_block = THREADS // LANES
+    per_block = next((n for n in ROWS_TOGETHER if -(-rows // n) >= BLOCKS), ROWS_TOGETHER[-1])
     with T.launch_thread("blockIdx.x", -(-rows // per_block)) as block:
-        with T.launch_thread("threadIdx.x", THREADS) as thread:
+        with T.launch_thread("threadIdx.x", per_block * LANES) as thread:
             place, lane = T.bind(thread // LANES), T.bind(thread % LANES)
             index = T.bind(tirx.min(block * per_block + place, rows - 1))
 
