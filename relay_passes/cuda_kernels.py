@@ -13,10 +13,11 @@ from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, scaled_by
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
+from tvm_qfp8.relay_passes.qfp8_ops import logical_shapes
 from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, emit_row_operator, pool_shape
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
-from tvm_qfp8.topi.cuda.batch_matmul import emit_batch_matmul
+from tvm_qfp8.topi.cuda.batch_matmul import Product, emit_batch_matmul
 from tvm_qfp8.topi.cuda.conv_plan import (
     ConvPlan,
     GroupPlan,
@@ -101,6 +102,8 @@ def _with_scales(
 
 def _batch_matmul(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
     shape = batch_matmul_shape(call)
+    inside = bool(call.attrs["x_heads_inside"]), bool(call.attrs["y_heads_inside"])
+    product = Product(shape, logical_shapes(call)[0][1] if any(inside) else 1, *inside)
     x_at, y_at = (operands.tensor(argument) for argument in call.args)
     scale = operands.scalar(float(call.attrs["scale"]))
 
@@ -108,9 +111,9 @@ def _batch_matmul(call, _isa: InstructionSet, operands: Operands, _max_error: fl
         def epilogue(total, row, column, valid) -> None:
             finish(bind(mul(total, load(inputs[-1], scale, 1))), row, column, 1, valid)
 
-        emit_batch_matmul(shape, inputs[x_at], inputs[y_at], epilogue)
+        emit_batch_matmul(product, inputs[x_at], inputs[y_at], epilogue)
 
-    return body, shape
+    return body, product
 
 
 def _take(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:

@@ -14,6 +14,7 @@ from tvm_qfp8.calibration.contents import contents
 from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
+from tvm_qfp8.relay_passes.qfp8_ops import logical_shapes
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, emit_batch_matmul
 from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
@@ -246,7 +247,7 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
 def batch_matmul_shape(call) -> BatchMatmulShape:
     """The static description of a ``qfp8.batch_matmul`` call."""
     x, y = call.args
-    x_shape, y_shape = shape_of(x), shape_of(y)
+    x_shape, y_shape = ([int(extent) for extent in shape] for shape in logical_shapes(call))
     transpose = bool(call.attrs["transpose_y"])
     return BatchMatmulShape(
         int(np.prod(x_shape[:-2], dtype=np.int64)),

@@ -84,9 +84,20 @@ def _conv2d_type(call, _builder):
 
 
 def _batch_matmul_type(call, _builder):
-    x, y = (list(arg.ty.shape) for arg in call.args[:2])
+    x, y = logical_shapes(call)
     columns = y[-2] if bool(call.attrs["transpose_y"]) else y[-1]
     return relax.TensorType([*x[:-1], columns], "float32")
+
+
+def logical_shapes(call) -> list[list]:
+    """Shapes of a product's operands with heads, where they lie inside, among the batches."""
+    found = []
+    for argument, inside in zip(call.args, ("x_heads_inside", "y_heads_inside"), strict=True):
+        shape = list(argument.ty.shape)
+        if bool(call.attrs[inside]):
+            shape[1], shape[2] = shape[2], shape[1]
+        found.append(shape)
+    return found
 
 
 def _take_type(call, _builder):
@@ -203,9 +214,15 @@ def conv2d(
     )
 
 
-def batch_matmul(x, y, scale: float, *, transpose_y: bool) -> relax.Call:
-    """Product of two activations, ``(..., m, k)`` by ``(..., k, n)``, or ``(..., n, k)`` transposed."""
-    return _call("batch_matmul", [x, y], scale=float(scale), transpose_y=transpose_y)
+def batch_matmul(
+    x, y, scale: float, *, transpose_y: bool, heads_inside: tuple[bool, bool] = (False, False)
+) -> relax.Call:
+    """``x (..., m, k)`` by ``y (..., k, n)``, or by ``(..., n, k)`` transposed, times ``scale``.
+
+    An operand with ``heads_inside`` is ``(batch, m, heads, k)`` instead of ``(batch, heads, m, k)``; likewise y.
+    """
+    inside = dict(zip(("x_heads_inside", "y_heads_inside"), heads_inside, strict=True))
+    return _call("batch_matmul", [x, y], scale=float(scale), transpose_y=transpose_y, **inside)
 
 
 def take(table, scale, indices) -> relax.Call:

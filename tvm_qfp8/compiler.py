@@ -46,6 +46,7 @@ from tvm_qfp8.lengths import Lengths, Variant
 from tvm_qfp8.linker import architecture
 from tvm_qfp8.overflow_guard import keep_sums_in_int32
 from tvm_qfp8.relay_passes.copy_inputs import CopyInputs
+from tvm_qfp8.relay_passes.fold_heads import FoldHeads
 from tvm_qfp8.relay_passes.for_cuda import ForCuda
 from tvm_qfp8.relay_passes.interpolate import Interpolate
 from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
@@ -100,6 +101,7 @@ def lowering_passes(
         TabulateCodes(),
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
+        *([FoldHeads()] if isa.name == "cuda" else []),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
         LowerGroups(isa, threads, config.max_error, choose, memory),
         # -- the rest: remaining QFP8 tensors become bytes, remaining operators get a generic schedule

@@ -7,6 +7,7 @@ after as many steps as are exact for the largest grid values; a step is 16 codes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -29,11 +30,27 @@ LANE = 4
 """Codes of a step that a thread has of a row: a word."""
 
 
-def emit_batch_matmul(shape: BatchMatmulShape, x, y, epilogue: Callable) -> None:
+@dataclass(frozen=True)
+class Product:
+    """A product, and where its operands' heads are: the last of the batches, or between rows and depth."""
+
+    shape: BatchMatmulShape
+    heads: int = 1
+    x_inside: bool = False
+    y_inside: bool = False
+
+    def line(self, inside: bool, batch, lines: int, line):
+        """The place of a batch's ``line`` of so many among all: rows of x, columns or steps of y."""
+        if not inside:
+            return batch * lines + line
+        return (batch // self.heads * lines + line) * self.heads + batch % self.heads
+
+
+def emit_batch_matmul(product: Product, x, y, epilogue: Callable) -> None:
     """``epilogue(sum, row, column, valid)``, ``row`` counted over all batches; codes or, without layouts, float32."""
-    steps = exact_steps_of_any(shape)
+    shape, steps = product.shape, exact_steps_of_any(product.shape)
     if steps:
-        _emit_by_warps(shape, steps, x, y, epilogue)
+        _emit_by_warps(product, steps, x, y, epilogue)
         return
 
     def one(index) -> None:
@@ -41,11 +58,16 @@ def emit_batch_matmul(shape: BatchMatmulShape, x, y, epilogue: Callable) -> None
         batch = T.bind(row // shape.rows)
 
         def right(k):
-            at = column * shape.depth + k if shape.transpose_y else k * shape.columns + column
-            return load(y, batch * (shape.depth * shape.columns) + at, 1)
+            if shape.transpose_y:
+                return load(
+                    y, product.line(product.y_inside, batch, shape.columns, column) * shape.depth + k, 1
+                )
+            return load(y, product.line(product.y_inside, batch, shape.depth, k) * shape.columns + column, 1)
+
+        first = T.bind(product.line(product.x_inside, batch, shape.rows, row % shape.rows) * shape.depth)
 
         def left(k):
-            return load(x, row * shape.depth + k, 1)
+            return load(x, first + k, 1)
 
         total = _float_sum(shape, left, right) if shape.x is None else _code_sum(shape, left, right)
         epilogue(total, row, column, 1)
@@ -61,7 +83,8 @@ def exact_steps_of_any(shape: BatchMatmulShape) -> int:
     return (EXACT - 1) // (x.max_grid * y.max_grid) // MMA_DEPTH
 
 
-def _emit_by_warps(shape: BatchMatmulShape, exact: int, x, y, epilogue: Callable) -> None:
+def _emit_by_warps(product: Product, exact: int, x, y, epilogue: Callable) -> None:
+    shape = product.shape
     layouts = shape.layouts()
     exponent = sum(grid_exponent(layout) for layout in layouts)
     fragments = min(MOST_FRAGMENTS, -(-shape.columns // MMA_COLUMNS))
@@ -76,14 +99,14 @@ def _emit_by_warps(shape: BatchMatmulShape, exact: int, x, y, epilogue: Callable
             first_row = T.bind(within // across * MMA_ROWS)
             first_column = T.bind(within % across * (fragments * MMA_COLUMNS))
             rows = [
-                T.bind(batch * shape.rows + tirx.min(first_row + h * 8 + group, shape.rows - 1))
-                for h in range(2)
+                T.bind(product.line(product.x_inside, batch, shape.rows, row))
+                for row in (tirx.min(first_row + h * 8 + group, shape.rows - 1) for h in range(2))
             ]
             columns = [
                 T.bind(tirx.min(first_column + part * MMA_COLUMNS + group, shape.columns - 1))
                 for part in range(fragments)
             ]
-            left, right = _Rows(shape.depth, x, shape.batch * shape.rows), _right(shape, y, batch)
+            left, right = _Rows(shape.depth, x, shape.batch * shape.rows), _right(product, y, batch)
             one_block = steps <= exact
             sums = [Accumulators(4, exponent, one_block) for _ in range(fragments)]
             with T.serial(0, steps) as step:
@@ -129,20 +152,17 @@ class _Rows:
         )
 
 
-def _right(shape: BatchMatmulShape, y, batch) -> Callable:
+def _right(product: Product, y, batch) -> Callable:
     """``word(column, k)`` of the right operand; beyond the last k the left one is 0."""
+    shape, inside = product.shape, product.y_inside
     if shape.transpose_y:
         rows = _Rows(shape.depth, y, shape.batch * shape.columns)
-        first = T.bind(batch * shape.columns)
-        return lambda column, k: rows.word(first + column, k)
-    start = T.bind(batch * (shape.depth * shape.columns))
+        return lambda column, k: rows.word(T.bind(product.line(inside, batch, shape.columns, column)), k)
 
-    def word(column, k):
-        return _word_of(
-            lambda i: load(y, start + tirx.min(k + i, shape.depth - 1) * shape.columns + column, 1)
-        )
+    def code(k, column):
+        return load(y, product.line(inside, batch, shape.depth, k) * shape.columns + column, 1)
 
-    return word
+    return lambda column, k: _word_of(lambda i: code(tirx.min(k + i, shape.depth - 1), column))
 
 
 def _word_of(code: Callable, keep: Callable | None = None):
