@@ -17,6 +17,7 @@ PRODUCTS = {
     "odd depth, transposed": (2, 20, 7, 29, "E3M4", "E2M5", True),
     "words, no whole step": (1, 16, 64, 300, "E2M5", "E2M5", True),
     "one of each": (1, 1, 1, 1, "E2M5", "E1M6", False),
+    "tiles for many warps": (70, 33, 68, 20, "E2M5", "E2M5", True),
     "no exact step": (1, 3, 5, 20, "E3M4", "E3M4", False),
 }
 INSIDE = {name: PRODUCTS[name] for name in ("queries and keys", "shares and values", "no exact step")}

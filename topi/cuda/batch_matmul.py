@@ -15,6 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.codec import decode_expr
+from tvm_qfp8.topi.cuda.conv_plan import MANY_BLOCKS
 from tvm_qfp8.topi.cuda.device import MMA_COLUMNS, MMA_DEPTH, MMA_ROWS, decode_pairs, grid_exponent, mma
 from tvm_qfp8.topi.cuda.exact_blocks import EXACT
 from tvm_qfp8.topi.cuda.float_sum import FloatSum
@@ -23,9 +24,12 @@ from tvm_qfp8.topi.cuda.launch import for_each
 from tvm_qfp8.topi.float_contract import add, to_float
 from tvm_qfp8.topi.prim_func import load, store
 
-WARPS = 4
-MOST_FRAGMENTS = 4
-"""Times eight columns of a warp."""
+WARPS = (4, 1)
+"""Of a block, and where tiles are few."""
+FRAGMENTS = (4, 2, 1)
+"""Times eight columns of a warp: the most that keep a GPU busy."""
+UNROLLED = 8
+"""Most steps whose loads are on their way together."""
 LANE = 4
 """Codes of a step that a thread has of a row: a word."""
 
@@ -87,14 +91,22 @@ def _emit_by_warps(product: Product, exact: int, x, y, epilogue: Callable) -> No
     shape = product.shape
     layouts = shape.layouts()
     exponent = sum(grid_exponent(layout) for layout in layouts)
-    fragments = min(MOST_FRAGMENTS, -(-shape.columns // MMA_COLUMNS))
-    down, across = -(-shape.rows // MMA_ROWS), -(-shape.columns // (fragments * MMA_COLUMNS))
-    tiles, steps = shape.batch * down * across, -(-shape.depth // MMA_DEPTH)
-    with T.launch_thread("blockIdx.x", -(-tiles // WARPS)) as block:
-        with T.launch_thread("threadIdx.x", 32 * WARPS) as thread:
+    down, steps = -(-shape.rows // MMA_ROWS), -(-shape.depth // MMA_DEPTH)
+
+    def across_with(fragments: int) -> int:
+        return -(-shape.columns // (fragments * MMA_COLUMNS))
+
+    sizes = [n for n in FRAGMENTS if n * MMA_COLUMNS < shape.columns + MMA_COLUMNS]
+    busy = [n for n in sizes if shape.batch * down * across_with(n) >= MANY_BLOCKS]
+    fragments = (busy or sizes[-1:])[0]
+    across = across_with(fragments)
+    tiles = shape.batch * down * across
+    warps = next((n for n in WARPS if tiles // n >= MANY_BLOCKS), WARPS[-1])
+    with T.launch_thread("blockIdx.x", -(-tiles // warps)) as block:
+        with T.launch_thread("threadIdx.x", 32 * warps) as thread:
             lane = T.bind(thread % 32)
             group, place = T.bind(lane // 4), T.bind(lane % 4)
-            tile = T.bind(tirx.min(block * WARPS + thread // 32, tiles - 1))
+            tile = T.bind(tirx.min(block * warps + thread // 32, tiles - 1))
             batch, within = T.bind(tile // (down * across)), T.bind(tile % (down * across))
             first_row = T.bind(within // across * MMA_ROWS)
             first_column = T.bind(within % across * (fragments * MMA_COLUMNS))
@@ -109,7 +121,7 @@ def _emit_by_warps(product: Product, exact: int, x, y, epilogue: Callable) -> No
             left, right = _Rows(shape.depth, x, shape.batch * shape.rows), _right(product, y, batch)
             one_block = steps <= exact
             sums = [Accumulators(4, exponent, one_block) for _ in range(fragments)]
-            with T.serial(0, steps) as step:
+            with (T.unroll if steps <= UNROLLED else T.serial)(0, steps) as step:
                 k = T.bind(step * MMA_DEPTH + place * LANE)
                 upper, lower = (decode_pairs(left.word(row, k, zero_beyond=True), layouts[0]) for row in rows)
                 pixels = [T.bind(v) for v in (upper[0], lower[0], upper[1], lower[1])]
