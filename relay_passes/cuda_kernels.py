@@ -9,6 +9,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, scaled_by
@@ -36,6 +37,7 @@ from tvm_qfp8.topi.cuda.isa import HOPPER, INSTRUCTION_SET
 from tvm_qfp8.topi.cuda.launch import BUSY, for_each
 from tvm_qfp8.topi.cuda.rows import emit_softmax, for_each_row
 from tvm_qfp8.topi.cuda.warpgroup_gemm import emit_group_conv, pack_for_groups
+from tvm_qfp8.topi.encode_rows import emit_encode_row
 from tvm_qfp8.topi.float_contract import bind, mul, to_float
 from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
@@ -139,13 +141,61 @@ def _take(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> 
 
 
 def _rows(call, _isa: InstructionSet, operands: Operands, max_error: float) -> Emitter:
+    return _walked(call, operands, max_error, None)
+
+
+def _walked(call, operands: Operands, max_error: float, after: Callable | None) -> Emitter:
+    """``after(row, index)`` is emitted when a row's threads have stored what they found."""
+
     def each(rows: Rows, read: Callable, body: Callable) -> None:
-        for_each_row(rows.count, rows.length, read, body)
+        def one(row, index) -> None:
+            body(row, index)
+            if after is not None:
+                after(row, index)
+
+        for_each_row(rows.count, rows.length, read, one)
 
     def softmax(rows: Rows, read: Callable, exp: Callable, finish: Callable) -> None:
         emit_softmax(rows.count, rows.length, read, exp, finish)
 
     return emit_row_operator(call, INSTRUCTION_SET, operands, max_error, RowWalk(each, softmax))
+
+
+class EncodedRows:
+    """The encode with a scale for each row of what a norm's kernel stores, in the same kernel."""
+
+    def __init__(self, call, operands: Operands) -> None:
+        self.layout = get_layout(str(call.attrs["layout"]))
+        self.shape, self.source = shape_of(call.args[0]), call.args[0]
+        self._factors = operands.constant(array_of(call.args[1]))
+        self.outputs = [TensorSpec(self.shape, "uint8"), TensorSpec(self.shape[:-1], "float32")]
+        self.buffers: tuple = ()
+        """Inputs, the source as stored, codes, scales; known when the kernel is written."""
+
+    def emit(self, row, index) -> None:
+        """Encode one row."""
+        inputs, source, codes, scales = self.buffers
+        length = self.shape[-1]
+
+        def read(offset, lanes: int):
+            factor = load(inputs[self._factors], offset, lanes)
+            return bind(mul(bind(load(source, index * length + offset, lanes)), factor))
+
+        def write(code, offset, lanes: int) -> None:
+            store(codes, index * length + offset, code, lanes)
+
+        values = row.again(read)
+        scale = emit_encode_row(values, values.mapped(tirx.abs), self.layout, INSTRUCTION_SET, write)
+        store(scales, index, scale, 1)
+
+
+def norm_with_encoded_rows(
+    anchor, encode, operands: Operands, max_error: float
+) -> tuple[Emitter, EncodedRows]:
+    """The kernel of a norm over rows that encodes them, too."""
+    encoded = EncodedRows(encode, operands)
+    body, described = _walked(anchor, operands, max_error, encoded.emit)
+    return (body, (described, "encode_rows", encoded.layout)), encoded
 
 
 def _pool(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:

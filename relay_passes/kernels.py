@@ -9,7 +9,7 @@ import numpy as np
 from tvm import relax, tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.relay_passes.cuda_kernels import CUDA_ANCHORS, elementwise_body
+from tvm_qfp8.relay_passes.cuda_kernels import CUDA_ANCHORS, elementwise_body, norm_with_encoded_rows
 from tvm_qfp8.relay_passes.epilogue import Epilogue, External
 from tvm_qfp8.relay_passes.fuse import Group, op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import LINEAR_ANCHORS
@@ -50,7 +50,12 @@ def write_kernel(
     anchor_var, anchor = group.members[0]
     name = op_name(anchor)
     operands = Operands(memory)
-    if name in LINEAR_ANCHORS or name in ROW_ANCHORS:
+    encoded = None
+    if group.encode_rows is not None:
+        (body, shape_key), encoded = norm_with_encoded_rows(anchor, group.encode_rows[1], operands, max_error)
+        epilogue = Epilogue(group, isa, operands, skip=1)
+        start = anchor_var
+    elif name in LINEAR_ANCHORS or name in ROW_ANCHORS:
         if isa.name == "cuda":
             body, shape_key = CUDA_ANCHORS[name](anchor, isa, operands, max_error)
         elif name in LINEAR_ANCHORS:
@@ -69,14 +74,19 @@ def write_kernel(
         start = None
     scalars = operands.finish()
     outputs = [TensorSpec(shape_of(var), storage_dtype(str(var.ty.dtype))) for var in group.outputs]
-    short = "_".join(op_name(call).split(".")[-1] for _, call in group.members)
+    members_and_more = [*group.members, *([group.encode_rows] if group.encode_rows else [])]
+    short = "_".join(op_name(call).split(".")[-1] for _, call in members_and_more)
+    if encoded is not None:
+        outputs += encoded.outputs
 
     def function() -> tirx.PrimFunc:
         def emit(*buffers) -> None:
             inputs, results = buffers[: len(operands.specs)], buffers[len(operands.specs) :]
             epilogue.buffers = list(inputs)
             epilogue.scalar_buffer = inputs[scalars]
-            epilogue.outputs = dict(zip(group.outputs, results, strict=True))
+            epilogue.outputs = dict(zip(group.outputs, results, strict=False))
+            if encoded is not None:
+                encoded.buffers = (inputs, epilogue.outputs[encoded.source], *results[len(group.outputs) :])
             body(inputs, lambda *position: epilogue.emit(start, *position))
 
         return build_prim_func(short[:60], [*operands.specs, *outputs], emit)

@@ -26,7 +26,15 @@ from tvm import relax
 
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import cuda_kernels
-from tvm_qfp8.relay_passes.fuse import Group, Single, op_name, partition, shape_of, static_shape
+from tvm_qfp8.relay_passes.fuse import (
+    Group,
+    Single,
+    op_name,
+    partition,
+    shape_of,
+    static_shape,
+    with_encoded_rows,
+)
 from tvm_qfp8.relay_passes.kernels import Kernel, write_kernel
 from tvm_qfp8.relay_passes.operands import array_of, storage_dtype
 from tvm_qfp8.relay_passes.recurrent_kernels import recurrent_kernel
@@ -83,6 +91,8 @@ class _Rewriter(MainRewriter):
         super().__init__(mod)
         self.options = options
         self._written: dict[str, relax.GlobalVar] = {}
+        self._encoded: dict[relax.Expr, list[relax.Expr]] = {}
+        """Codes and scales of the rows that a norm's kernel encodes."""
 
     def parameter(self, old: relax.Var) -> relax.Var:
         return relax.Var(old.name, relax.TensorType(old.ty.shape, storage_dtype(str(old.ty.dtype))))
@@ -90,8 +100,14 @@ class _Rewriter(MainRewriter):
     def body(self) -> None:
         results = _results(self.main)
         for block in self.main.body.blocks:
-            for step in partition(block, results):
+            steps = partition(block, results)
+            for step in with_encoded_rows(steps) if self.options.isa.name == "cuda" else steps:
                 self.step(step)
+
+    def expression(self, expr: relax.Expr) -> relax.Expr:
+        if isinstance(expr, relax.TupleGetItem) and expr.tuple_value in self._encoded:
+            return self._encoded[expr.tuple_value][expr.index]
+        return super().expression(expr)
 
     def concat(self, var: relax.Var, value: relax.Call) -> None:
         parts = [self.expression(part) for part in value.args[0].fields]
@@ -171,6 +187,11 @@ class _Rewriter(MainRewriter):
                 if len(kernel.outputs) == 1
                 else self.builder.emit(relax.TupleGetItem(result, index), var.name)
             )
+        if step.encode_rows is not None:
+            first = len(step.outputs)
+            self._encoded[step.encode_rows[0]] = [
+                self.builder.emit(relax.TupleGetItem(result, first + part)) for part in range(2)
+            ]
 
     def recurrent(self, var: relax.Var, value: relax.Call) -> None:
         options = self.options

@@ -55,9 +55,7 @@ def encode_rows_prim_func(
 
         if isa.name == "cuda":
             # The walk is over values; magnitudes are seen by the same threads.
-            for_each_cuda_row(
-                rows, length, read, lambda row, index: one(row, row.mapped(lambda v: tirx.abs(v)), index)
-            )
+            for_each_cuda_row(rows, length, read, lambda row, index: one(row, row.mapped(tirx.abs), index))
         else:
             for_each_row(rows, length, threads, cpu_row)
 

@@ -35,6 +35,10 @@ class ThreadRow:
         row = cls(length, lambda group: bind(read(row.offset(group), 1)), place, lane)
         return row.kept()
 
+    def again(self, read: Callable) -> ThreadRow:
+        """The row of what this row's threads have stored meanwhile, each reading its own elements."""
+        return ThreadRow.loaded(self.length, read, self._place, self._lane)
+
     def offset(self, group):
         """The place of the thread's element in the row; after the last one it is repeated."""
         return T.bind(tirx.min(group * LANES + self._lane, self.length - 1))
