@@ -187,9 +187,11 @@ class CompiledModule:
             return  # the loader refuses it
         missing = missing_features(reported_features(self.cpu["architecture"], self.cpu["features"]))
         if missing:
+            on_cpu = self.device.type == "cpu"
+            advice = "with --target native" if on_cpu else "for the GPU alone, such as --target cuda-sm80"
             raise ModelError(
                 f"the module is compiled for {self.report.target} and uses {', '.join(missing)}, which this CPU "
-                "does not have; compile it with --target native"
+                f"does not have; compile it {advice}"
             )
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
