@@ -20,7 +20,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.relay_passes.fuse import static_shape
+from tvm_qfp8.relay_passes.fuse import shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.topi.cuda.launch import for_each
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
@@ -43,7 +43,7 @@ class _Rewriter(MainRewriter):
         super().body()
 
     def _copy(self, inputs: list[relax.Var]) -> None:
-        specs = [TensorSpec(static_shape(p) or (), str(p.ty.dtype)) for p in inputs]
+        specs = [TensorSpec(shape_of(p), str(p.ty.dtype)) for p in inputs]
         function = self.builder.add_func(copy_prim_func(specs).without_attr("global_symbol"), "copy_inputs")
         arguments = [self.variables[p] for p in inputs]
         types = [argument.ty for argument in arguments]
@@ -60,8 +60,9 @@ def copy_prim_func(specs: list[TensorSpec]) -> tirx.PrimFunc:
 
         def one(index) -> None:
             for source, target, spec in zip(buffers, buffers[len(specs) :], specs, strict=False):
-                at = T.bind(tirx.min(index, math.prod(spec.shape) - 1))
-                store(target, at, load(source, at, 1), 1)
+                with T.If(index < math.prod(spec.shape)):
+                    with T.Then():
+                        store(target, index, load(source, index, 1), 1)
 
         for_each(count, one)
 

@@ -9,7 +9,6 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, scaled_by
@@ -19,27 +18,12 @@ from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, emit_row_operator, 
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.batch_matmul import Product, emit_batch_matmul
-from tvm_qfp8.topi.cuda.conv_plan import (
-    ConvPlan,
-    GroupPlan,
-    IntegerGroupPlan,
-    IntegerPlan,
-    as_integers,
-    pack_weights,
-    plan_conv,
-)
-from tvm_qfp8.topi.cuda.direct_conv import emit_direct_conv, emit_float_conv, pack_direct_weights
-from tvm_qfp8.topi.cuda.gemm import emit_conv
-from tvm_qfp8.topi.cuda.gemv import GemvPlan, emit_gemv, plan_gemv
-from tvm_qfp8.topi.cuda.gemv import pack_weights as pack_gemv_weights
-from tvm_qfp8.topi.cuda.integer_gemm import emit_integer_conv, pack_integers
+from tvm_qfp8.topi.cuda.direct_conv import emit_float_conv, pack_direct_weights
 from tvm_qfp8.topi.cuda.isa import HOPPER, INSTRUCTION_SET
 from tvm_qfp8.topi.cuda.launch import BUSY, for_each
+from tvm_qfp8.topi.cuda.linear import Described, linear_kernel
 from tvm_qfp8.topi.cuda.rows import emit_softmax, for_each_row
-from tvm_qfp8.topi.cuda.warpgroup_gemm import emit_group_conv, pack_for_groups
-from tvm_qfp8.topi.encode_rows import emit_encode_row
 from tvm_qfp8.topi.float_contract import bind, mul, to_float
-from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
 from tvm_qfp8.topi.pooling import pixel_mean, pooled
@@ -63,30 +47,13 @@ def _conv2d(call, isa: InstructionSet, operands: Operands, _max_error: float) ->
 def _conv(call, isa: InstructionSet, operands: Operands, shape: ConvShape, weights: np.ndarray) -> Emitter:
     if shape.activation is None or shape.weight is None:
         return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_float_conv)
-    if shape.is_pointwise:
-        rows = shape.batch * shape.height * shape.width
-        dense = GemmShape(rows, shape.out_channels, shape.channels, shape.activation, shape.weight)
-        codes = weights.reshape(shape.out_channels, shape.channels)
-        few = plan_gemv(dense, codes)
-        if few is not None:
-            return _with_scales(call, operands, few, pack_gemv_weights(codes, few.depth), emit_gemv)
-    plan = plan_conv(shape, weights, isa is HOPPER)
-    if plan is None:
-        return _with_scales(call, operands, shape, pack_direct_weights(weights), emit_direct_conv)
-    packed = pack_weights(weights, plan.depth)
-    if isinstance(plan, IntegerGroupPlan):
-        return _with_scales(call, operands, plan, pack_integers(packed), emit_integer_conv)
-    if isinstance(plan, GroupPlan):
-        return _with_scales(call, operands, plan, pack_for_groups(packed), emit_group_conv)
-    if isinstance(plan, IntegerPlan):
-        packed = as_integers(packed)
-    return _with_scales(call, operands, plan, packed, emit_conv)
+    return _with_scales(call, operands, *linear_kernel(shape, weights, isa is HOPPER))
 
 
 def _with_scales(
     call,
     operands: Operands,
-    described: ConvPlan | GemvPlan | ConvShape,
+    described: Described,
     weights,
     emit: Callable,
 ) -> Emitter:
@@ -140,12 +107,10 @@ def _take(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> 
     return body, ("embedding", layout, (rows, width), count)
 
 
-def _rows(call, _isa: InstructionSet, operands: Operands, max_error: float) -> Emitter:
-    return _walked(call, operands, max_error, None)
-
-
-def _walked(call, operands: Operands, max_error: float, after: Callable | None) -> Emitter:
-    """``after(row, index)`` is emitted when a row's threads have stored what they found."""
+def emit_rows(
+    call, _isa: InstructionSet, operands: Operands, max_error: float, after: Callable | None = None
+) -> Emitter:
+    """Softmax or a norm; ``after(row, index)`` is emitted when a norm's threads have stored their row."""
 
     def each(rows: Rows, read: Callable, body: Callable) -> None:
         def one(row, index) -> None:
@@ -159,43 +124,6 @@ def _walked(call, operands: Operands, max_error: float, after: Callable | None) 
         emit_softmax(rows.count, rows.length, read, exp, finish)
 
     return emit_row_operator(call, INSTRUCTION_SET, operands, max_error, RowWalk(each, softmax))
-
-
-class EncodedRows:
-    """The encode with a scale for each row of what a norm's kernel stores, in the same kernel."""
-
-    def __init__(self, call, operands: Operands) -> None:
-        self.layout = get_layout(str(call.attrs["layout"]))
-        self.shape, self.source = shape_of(call.args[0]), call.args[0]
-        self._factors = operands.constant(array_of(call.args[1]))
-        self.outputs = [TensorSpec(self.shape, "uint8"), TensorSpec(self.shape[:-1], "float32")]
-        self.buffers: tuple = ()
-        """Inputs, the source as stored, codes, scales; known when the kernel is written."""
-
-    def emit(self, row, index) -> None:
-        """Encode one row."""
-        inputs, source, codes, scales = self.buffers
-        length = self.shape[-1]
-
-        def read(offset, lanes: int):
-            factor = load(inputs[self._factors], offset, lanes)
-            return bind(mul(bind(load(source, index * length + offset, lanes)), factor))
-
-        def write(code, offset, lanes: int) -> None:
-            store(codes, index * length + offset, code, lanes)
-
-        values = row.again(read)
-        scale = emit_encode_row(values, values.mapped(tirx.abs), self.layout, INSTRUCTION_SET, write)
-        store(scales, index, scale, 1)
-
-
-def norm_with_encoded_rows(
-    anchor, encode, operands: Operands, max_error: float
-) -> tuple[Emitter, EncodedRows]:
-    """The kernel of a norm over rows that encodes them, too."""
-    encoded = EncodedRows(encode, operands)
-    body, described = _walked(anchor, operands, max_error, encoded.emit)
-    return (body, (described, "encode_rows", encoded.layout)), encoded
 
 
 def _pool(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
@@ -270,11 +198,11 @@ CUDA_ANCHORS: dict[str, Callable[..., Emitter]] = {
     "relax.qfp8.conv2d": _conv2d,
     "relax.qfp8.batch_matmul": _batch_matmul,
     "relax.qfp8.take": _take,
-    "relax.nn.softmax": _rows,
-    "relax.nn.log_softmax": _rows,
-    "relax.nn.layer_norm": _rows,
-    "relax.nn.rms_norm": _rows,
-    "relax.qfp8.l2_normalize": _rows,
+    "relax.nn.softmax": emit_rows,
+    "relax.nn.log_softmax": emit_rows,
+    "relax.nn.layer_norm": emit_rows,
+    "relax.nn.rms_norm": emit_rows,
+    "relax.qfp8.l2_normalize": emit_rows,
     "relax.mean": _pool,
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,

@@ -40,7 +40,7 @@ class Group:
     members: list[tuple[relax.Var, relax.Call]]
     outputs: list[relax.Var] = field(default_factory=list)
     encode_rows: tuple[relax.Var, relax.Call] | None = None
-    """On GPUs the encode with a scale for each row of one of the outputs, see ``with_encoded_rows``."""
+    """On GPUs the encode with a scale for each row of one of the outputs, see ``encoded_rows``."""
 
     @property
     def anchor(self) -> relax.Call:
@@ -193,28 +193,3 @@ def _group_to_join(value, position: dict, group_of: dict, steps: list) -> Group 
         if position.get(argument, -1) >= place:
             return None
     return group
-
-
-def with_encoded_rows(steps: list[Group | Single]) -> list[Group | Single]:
-    """Let an encode with a scale for each row join the norm whose result it reads; the threads of a row have it."""
-    norm_of = {
-        var: step
-        for step in steps
-        if isinstance(step, Group) and is_norm_of_rows(step.anchor)
-        for var in step.outputs
-    }
-    kept: list[Group | Single] = []
-    for step in steps:
-        if isinstance(step, Single) and op_name(step.value) == "relax.qfp8.encode_rows":
-            group = norm_of.get(step.value.args[0])
-            if group is not None and group.encode_rows is None:
-                group.encode_rows = step.var, step.value
-                continue
-        kept.append(step)
-    return kept
-
-
-def is_norm_of_rows(call: relax.Call) -> bool:
-    """LayerNorm or RMSNorm over the last axis."""
-    norm = op_name(call) in ("relax.nn.layer_norm", "relax.nn.rms_norm")
-    return norm and normalized_axis(call) == len(shape_of(call.args[0])) - 1

@@ -9,7 +9,8 @@ import numpy as np
 from tvm import relax, tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.relay_passes.cuda_kernels import CUDA_ANCHORS, elementwise_body, norm_with_encoded_rows
+from tvm_qfp8.relay_passes.cuda_kernels import CUDA_ANCHORS, elementwise_body
+from tvm_qfp8.relay_passes.encoded_rows import norm_with_encoded_rows
 from tvm_qfp8.relay_passes.epilogue import Epilogue, External
 from tvm_qfp8.relay_passes.fuse import Group, op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import LINEAR_ANCHORS
@@ -51,12 +52,11 @@ def write_kernel(
     name = op_name(anchor)
     operands = Operands(memory)
     encoded = None
-    if group.encode_rows is not None:
-        (body, shape_key), encoded = norm_with_encoded_rows(anchor, group.encode_rows[1], operands, max_error)
-        epilogue = Epilogue(group, isa, operands, skip=1)
-        start = anchor_var
-    elif name in LINEAR_ANCHORS or name in ROW_ANCHORS:
-        if isa.name == "cuda":
+    if name in LINEAR_ANCHORS or name in ROW_ANCHORS:
+        if group.encode_rows is not None:
+            encode = group.encode_rows[1]
+            (body, shape_key), encoded = norm_with_encoded_rows(anchor, encode, operands, max_error)
+        elif isa.name == "cuda":
             body, shape_key = CUDA_ANCHORS[name](anchor, isa, operands, max_error)
         elif name in LINEAR_ANCHORS:
             body, shape_key = LINEAR_ANCHORS[name](anchor, isa, threads, operands, choose)

@@ -26,6 +26,7 @@ from tvm import relax
 
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import cuda_kernels
+from tvm_qfp8.relay_passes.encoded_rows import with_encoded_rows
 from tvm_qfp8.relay_passes.fuse import (
     Group,
     Single,
@@ -33,7 +34,6 @@ from tvm_qfp8.relay_passes.fuse import (
     partition,
     shape_of,
     static_shape,
-    with_encoded_rows,
 )
 from tvm_qfp8.relay_passes.kernels import Kernel, write_kernel
 from tvm_qfp8.relay_passes.operands import array_of, storage_dtype

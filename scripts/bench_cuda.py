@@ -10,12 +10,13 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cuda_bench.models import whole_models
+from cuda_bench.timing import figures, seconds
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GEMMS = ((4096, 4096, 4096), (1024, 4096, 1024), (512, 768, 3072))
@@ -90,34 +91,6 @@ def check(rows: list[dict[str, Any]], kind: str, figure: str, asked: float) -> l
         }
         for layout, found in worst.items()
     ]
-
-
-def seconds(torch: Any, contestants: dict[str, Callable[[int], object]], turns: int, calls: int = 64) -> dict:
-    """Seconds of one call of each contestant, a list of one figure a turn; contestants get a running number.
-
-    Calls are captured as a graph, so that what a CPU needs to launch them is not what is timed.
-    """
-    import tvm_ffi
-
-    graphs = {}
-    for name, call in contestants.items():
-        call(0)  # loads its kernels
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with tvm_ffi.use_torch_stream(torch.cuda.graph(graphs[name])):
-            for index in range(calls):
-                call(index)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(turns + 2):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if turn >= 2:  # the first ones warm up
-                times[name].append(start.elapsed_time(end) / 1e3 / calls)
-    return times
 
 
 def copy_bandwidth(torch: Any, turns: int) -> float:
@@ -198,8 +171,8 @@ def linear(
     from tvm_qfp8.quantize import quantize
     from tvm_qfp8.topi import reference
     from tvm_qfp8.topi.conv2d import ConvShape
-    from tvm_qfp8.topi.cuda import conv_plan, gemm, gemv, integer_gemm, warpgroup_gemm
-    from tvm_qfp8.topi.gemm import GemmShape
+    from tvm_qfp8.topi.cuda.gemv import GemvPlan
+    from tvm_qfp8.topi.cuda.linear import linear_kernel
     from tvm_qfp8.topi.prim_func import TensorSpec, store
 
     rng = np.random.default_rng(0)
@@ -207,21 +180,10 @@ def linear(
     layouts = get_layout(names[0]), get_layout(names[1])
     x_codes = quantize(x, layout=names[0], bias="max").codes
     codes = quantize(w, axis=0, layout=names[1], bias="max").codes
-    vector = gemv.plan_gemv(GemmShape(rows, columns, depth, *layouts), codes)
     extents = (1, 1, rows, depth, columns)
     shape = ConvShape(*extents, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, *layouts)
-    filters = codes.reshape(columns, 1, 1, depth)
-    plan: Any = vector or conv_plan.plan_conv(shape, filters, gpu_target().attrs["arch"] == "sm_90a")
-    if vector:
-        packed, emit = gemv.pack_weights(codes, plan.depth), gemv.emit_gemv
-    else:
-        packed, emit = conv_plan.pack_weights(filters, plan.depth), gemm.emit_conv
-        if isinstance(plan, conv_plan.IntegerGroupPlan):
-            packed, emit = integer_gemm.pack_integers(packed), integer_gemm.emit_integer_conv
-        elif isinstance(plan, conv_plan.GroupPlan):
-            packed, emit = warpgroup_gemm.pack_for_groups(packed), warpgroup_gemm.emit_group_conv
-        elif isinstance(plan, conv_plan.IntegerPlan):
-            packed = conv_plan.as_integers(packed)
+    hopper = gpu_target().attrs["arch"] == "sm_90a"
+    plan, packed, emit = linear_kernel(shape, codes.reshape(columns, 1, 1, depth), hopper)
 
     def body(source, weights, result) -> None:
         def write(value, row, column, _valid) -> None:
@@ -231,7 +193,7 @@ def linear(
 
     specs = [TensorSpec(a.shape, "uint8") for a in (x_codes, packed)]
     call = build("linear", [*specs, TensorSpec((rows, columns), "float32")], body)
-    copies = max(1, ROTATION // packed.nbytes) if vector else 1
+    copies = max(1, ROTATION // packed.nbytes) if isinstance(plan, GemvPlan) else 1
     ours = [torch.from_numpy(packed).cuda() for _ in range(copies)]
     halves = [torch.from_numpy(w).cuda().half().t() for _ in range(copies)]
     left, result = torch.from_numpy(x_codes).cuda(), torch.empty((rows, columns), device="cuda")
@@ -269,75 +231,6 @@ def linear(
         / bandwidth,
         "absent": absent,
     } | figures(times)
-
-
-def whole_models(torch: Any, folder: Path) -> list[dict[str, Any]]:
-    """Exported modules: their outputs against a CPU's, and the time of a call, of its device part alone, and of torch.
-
-    torch's is the same architecture in float16 with random weights, captured as a graph, inputs in the GPU's memory.
-    """
-    import tvm_qfp8
-
-    found = []
-    for path in sorted(folder.glob("*.so")):
-        module, stored = tvm_qfp8.load(path), np.load(path.with_suffix(".npz"))
-        inputs = {name.removeprefix("input "): stored[name] for name in stored if name.startswith("input ")}
-        expected = [stored[name] for name in stored if name.startswith("output ")]
-        outputs = module.run(inputs)
-        times = []
-        for _ in range(50):
-            start = time.perf_counter()
-            module.run(inputs)
-            times.append(time.perf_counter() - start)
-        row: dict[str, Any] = {
-            "model": path.stem,
-            "equal": all(np.array_equal(a, b) for a, b in zip(outputs, expected, strict=True)),
-            "seconds_with_copies": statistics.median(times),
-            "seconds": statistics.median(module.time_evaluator(inputs, repeat=50)),
-        }
-        peer = MODELS[path.stem](torch) if path.stem in MODELS else None
-        if peer is not None:
-            with torch.no_grad():
-                (taken,) = seconds(torch, {"torch": peer}, 15, 4).values()
-            row |= {"torch_seconds": statistics.median(taken)}
-            row["times_torch"] = row["torch_seconds"] / row["seconds"]
-        found.append(row)
-        print(row, file=sys.stderr)
-    return found
-
-
-def float16_mobilenet(torch: Any) -> Callable[[int], object] | None:
-    """torchvision's, where it is installed, channels last."""
-    try:
-        import torchvision
-    except ImportError:
-        return None
-    kind = {"device": "cuda", "dtype": torch.float16, "memory_format": torch.channels_last}
-    model = torchvision.models.mobilenet_v2().eval().to(**kind)
-    x = torch.randn(1, 3, 224, 224).to(**kind)
-    return lambda _: model(x)
-
-
-def float16_minilm(torch: Any) -> Callable[[int], object]:
-    """Embedding and encoder of all-MiniLM-L6-v2's sizes."""
-    layer = torch.nn.TransformerEncoderLayer(384, 12, 1536, activation="gelu", batch_first=True)
-    parts = torch.nn.Embedding(30522, 384), torch.nn.LayerNorm(384), torch.nn.TransformerEncoder(layer, 6)
-    model = torch.nn.Sequential(*parts).eval().to("cuda", torch.float16)
-    tokens = torch.randint(0, 30522, (1, 64), device="cuda")
-    return lambda _: model(tokens)
-
-
-MODELS = {"mobilenetv2": float16_mobilenet, "minilm": float16_minilm}
-
-
-def figures(times: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians of seconds, and how many times as fast as each other contestant ours are."""
-    found: dict[str, Any] = {"seconds": {name: statistics.median(values) for name, values in times.items()}}
-    for name, values in times.items():
-        if name != "ours":
-            ratios = [other / own for other, own in zip(values, times["ours"], strict=True)]
-            found[f"times_{name}"] = statistics.median(ratios)
-    return found
 
 
 def add_peers(torch: Any, contestants: dict, rows: int, depth: int, columns: int) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import onnx
 import pytest
-from test_cuda import lowered_for_cuda
+from test_cuda_modules import lowered_for_cuda
 from tvm import relax
 
 

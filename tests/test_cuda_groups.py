@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import tvm
-from cuda_emulator import run_kernel
-from test_cuda import NEEDS_COMPILER, conv, kernel_of, on_gpu, operands
+from cuda_emulator import cuda_source, run_kernel
+from test_cuda import NEEDS_COMPILER, NEEDS_NVCC, conv, kernel_of, on_gpu, operands
 
+from tvm_qfp8 import cuda_code
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.cuda.conv_plan import (
     ConvPlan,
@@ -39,11 +40,10 @@ def group_kernel(shape):
     x, codes = operands(shape)
     plan = plan_conv(shape, codes, hopper=True)
     assert isinstance(plan, GroupPlan)
-    packed, emit = pack_weights(codes, plan.depth), emit_group_conv
     if isinstance(plan, IntegerGroupPlan):
-        packed, emit = pack_integers(packed), emit_integer_conv
+        packed, emit = pack_integers(pack_weights(codes, plan.depth)), emit_integer_conv
     else:
-        packed = pack_for_groups(packed)
+        packed, emit = pack_for_groups(pack_weights(codes, plan.depth)), emit_group_conv
     function = kernel_of(lambda *a: emit(plan, *a), x, packed, shape.out_channels, plan.rows)
     return function, x, packed, reference.conv2d(x, codes, shape).reshape(plan.rows, -1)
 
@@ -57,6 +57,15 @@ def test_convolution_by_groups_of_warps(name, tile, tmp_path, monkeypatch):
     found = np.zeros(expected.shape, np.float32)
     run_kernel(function, [x, packed, found], tmp_path)
     np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+@NEEDS_NVCC
+@pytest.mark.parametrize("name, product", [("one block", "k16.f32.f16.f16"), ("int8", "k32.s32.s8.s8")])
+def test_groups_of_warps_compile_to_machine_code(name, product):
+    source = cuda_source(group_kernel(HOPPER[name])[0])
+    assembly = cuda_code.compile_cuda(source, "sm_90a", "ptx").decode()
+    assert "wgmma.mma_async.sync.aligned.m64n" in assembly and product in assembly
+    assert cuda_code.compile_cuda(source, "sm_90a", "cubin")[:4] == b"\x7fELF"
 
 
 def test_which_convolutions_go_by_groups():

@@ -4,7 +4,8 @@ import numpy as np
 import onnx
 import pytest
 from cuda_emulator import run_program
-from test_cuda import NEEDS_COMPILER, lowered_for_cuda
+from test_cuda import NEEDS_COMPILER
+from test_cuda_modules import lowered_for_cuda
 
 import tvm_qfp8
 

@@ -34,18 +34,13 @@ def encode_rows_prim_func(
     codes, scales = TensorSpec(shape, "uint8"), TensorSpec(shape[:-1], "float32")
 
     def body(source, factor_buffer, code_buffer, scale_buffer) -> None:
-        def read(index, offset, lanes: int):
-            value = bind(load(source, index * length + offset, lanes))
-            return bind(mul(value, load(factor_buffer, offset, lanes)))
+        read = scaled_reader(source, factor_buffer, length)
 
         def magnitude(index, offset, lanes: int):
             return tirx.abs(read(index, offset, lanes))
 
         def one(values, magnitudes, index) -> None:
-            def write(code, offset, lanes: int) -> None:
-                store(code_buffer, index * length + offset, code, lanes)
-
-            store(scale_buffer, index, emit_encode_row(values, magnitudes, layout, isa, write), 1)
+            store_encoded_row(values, magnitudes, index, layout, isa, code_buffer, scale_buffer)
 
         def cpu_row(index) -> None:
             def row(reader: Callable) -> Row:
@@ -60,6 +55,25 @@ def encode_rows_prim_func(
             for_each_row(rows, length, threads, cpu_row)
 
     return build_prim_func("encode_rows", [x, factors, codes, scales], body)
+
+
+def scaled_reader(source, factors, length: int) -> Callable:
+    """``read(index, offset, lanes)`` of the rows of ``source``, times the factors of their channels."""
+
+    def read(index, offset, lanes: int):
+        value = bind(load(source, index * length + offset, lanes))
+        return bind(mul(value, load(factors, offset, lanes)))
+
+    return read
+
+
+def store_encoded_row(values, magnitudes, index, layout: Layout, isa: InstructionSet, codes, scales) -> None:
+    """Encode row ``index`` into the buffers ``codes`` and ``scales``."""
+
+    def write(code, offset, lanes: int) -> None:
+        store(codes, index * values.length + offset, code, lanes)
+
+    store(scales, index, emit_encode_row(values, magnitudes, layout, isa, write), 1)
 
 
 def emit_encode_row(values, magnitudes, layout: Layout, isa: InstructionSet, write: Callable):

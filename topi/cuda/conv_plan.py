@@ -11,6 +11,7 @@ import numpy as np
 from tvm_qfp8.format import decode_grid, get_layout
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.exact_blocks import exact_steps
+from tvm_qfp8.topi.cuda.launch import MANY_BLOCKS
 from tvm_qfp8.topi.panels import round_up
 
 CHUNK = 8
@@ -18,8 +19,6 @@ CHUNK = 8
 STEP = 32
 """Codes of a row that are decoded to float16 together, two steps of a tensor core."""
 WARP_COLUMNS = 32
-MANY_BLOCKS = 128
-"""About as many as a large GPU has multiprocessors."""
 
 
 @dataclass(frozen=True)

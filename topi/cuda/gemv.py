@@ -57,9 +57,9 @@ class GemvPlan:
     warps: int
     runs: int
     counted: bool
-    """Sums of one step can be counted as they leave the tensor core; else accumulators go to int32 after ..."""
+    """Sums of one step can be counted as they leave the tensor core."""
     exact: int = RUN
-    """... so many codes: a run, or one step."""
+    """Codes, a run or one step, after which accumulators go to int32 where sums are not counted."""
     fragments: int = 1
     """Times eight rows of a block."""
 

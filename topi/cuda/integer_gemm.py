@@ -15,15 +15,12 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.cuda import warpgroup
 from tvm_qfp8.topi.cuda.conv_plan import CHUNK, GROUP_LOAD, INTEGER_RUN, IntegerGroupPlan, as_integers
 from tvm_qfp8.topi.cuda.device import integers_of
-from tvm_qfp8.topi.cuda.gemm import IntegerSums, pixel_locator, words_of
-from tvm_qfp8.topi.cuda.warpgroup_gemm import PATCH, TOGETHER, Block, finish_tile
-from tvm_qfp8.topi.panels import round_up
+from tvm_qfp8.topi.cuda.gemm import IntegerSums
+from tvm_qfp8.topi.cuda.warpgroup_tile import PATCH, Block, FilterRuns, PixelLoads, finish_tile, pack_runs
 from tvm_qfp8.topi.prim_func import load, store
 
 STEPS = INTEGER_RUN // 32
 """Of a tensor core, 32 values each."""
-PIECES = INTEGER_RUN // GROUP_LOAD
-"""Loads of 16 bytes of a column's run."""
 HALF = INTEGER_RUN // 2
 """Codes that the four threads of a row load at once."""
 BUFFERS = 4
@@ -42,14 +39,8 @@ def order_of_run() -> np.ndarray:
 
 
 def pack_integers(codes: np.ndarray) -> np.ndarray:
-    """Codes E1M6 ``(out_channels, depth)`` -> int8 bytes ``(out_channels / 8, runs, 8, 128)``, uint8.
-
-    Runs of eight columns lie together; each is in ``order_of_run``. Columns that are missing are zero.
-    """
-    columns, depth = codes.shape
-    padded = np.pad(as_integers(codes), ((0, round_up(columns, TOGETHER) - columns), (0, 0)))
-    runs = padded.reshape(-1, TOGETHER, depth // INTEGER_RUN, INTEGER_RUN)[..., order_of_run()]
-    return np.ascontiguousarray(runs.transpose(0, 2, 1, 3))
+    """Codes E1M6 ``(out_channels, depth)`` -> int8 bytes ``(out_channels / 8, runs, 8, 128)``, uint8."""
+    return pack_runs(as_integers(codes), order_of_run())
 
 
 def emit_integer_conv(plan: IntegerGroupPlan, x, weights, epilogue: Callable) -> None:
@@ -65,11 +56,12 @@ def emit_integer_conv(plan: IntegerGroupPlan, x, weights, epilogue: Callable) ->
                 words = max(bytes_in_all // 4, tile.threads // 32 * PATCH)
                 shared = T.alloc_buffer((words,), "uint32", scope="shared.dyn")
                 left = _Pixels(block, x, activation.signed)
-                right = _Filters(block, weights, warpgroup.shared_address(shared))
+                base = warpgroup.shared_address(shared)
+                right = FilterRuns(block, weights, base, INTEGER_RUN, BUFFERS)
                 sums = IntegerSums(tile.columns // 2)
                 left.fetch(0)
                 for run in range(2):
-                    right.copy(run)
+                    _copy(right, run, runs)
                 T.evaluate(warpgroup.await_copies(1))
                 T.evaluate(warpgroup.publish())
                 with T.serial(0, runs) as run:
@@ -77,9 +69,9 @@ def emit_integer_conv(plan: IntegerGroupPlan, x, weights, epilogue: Callable) ->
                     T.evaluate(warpgroup.await_products(0))
                     left.decode()
                     left.fetch(T.bind(tirx.min(run + 1, runs - 1)))
-                    right.copy(T.bind(run + 2))
+                    _copy(right, T.bind(run + 2), runs)
                     T.evaluate(warpgroup.begin_products())
-                    at = T.bind(right.address(run))
+                    at = T.bind(right.buffer(run))
                     for step in range(STEPS):
                         address = at + tirx.const(32 * step, "uint32")
                         operand = left.operand(step)
@@ -99,29 +91,18 @@ class _Pixels:
     """The left operand: a run as the tensor cores take it, and codes of the next one."""
 
     def __init__(self, block: Block, x, signed: bool) -> None:
-        shape = block.plan.shape
         self.block, self.signed, self.kind = block, signed, "s8" if signed else "u8"
-        self.size = shape.batch * shape.height * shape.width * shape.channels
-        self.x = words_of(x, self.size)
-        locator = pixel_locator(block.plan, block.first_row)
-        self.locators = [locator(block.warp * 16 + block.group + 8 * half) for half in range(2)]
+        self.loads = PixelLoads(block, x)
         self.codes = T.alloc_buffer((16,), "uint32", scope="local")
         self.values = T.alloc_buffer((16,), "uint32", scope="local")
 
     def fetch(self, run) -> None:
         """Load the codes of a run: of each row 16 of either half."""
-        for i, locate in enumerate(self.locators):
-            for half in range(2):
-                chunk = run * (INTEGER_RUN // CHUNK) + half * (HALF // CHUNK)
-                address, inside = locate(T.bind(chunk + self.block.place * (GROUP_LOAD // CHUNK)))
-                # Beyond the last channel filters are zero, and anything may be read.
-                start = T.bind(tirx.min(address, tirx.const(self.size - GROUP_LOAD, "int32")) // 4)
-                at = 8 * i + 4 * half
-                store(self.codes, at, load(self.x, start, 4), 4)
-                if inside is not None:
-                    for word in range(at, at + 4):
-                        kept = tirx.Select(inside, load(self.codes, word, 1), tirx.const(0, "uint32"))
-                        store(self.codes, word, kept, 1)
+        for half in range(2):
+            first = run * (INTEGER_RUN // CHUNK) + half * (HALF // CHUNK)
+            chunk = T.bind(first + self.block.place * (GROUP_LOAD // CHUNK))
+            for row in range(2):
+                self.loads.load(row, chunk, self.codes, 8 * row + 4 * half)
 
     def decode(self) -> None:
         """Let the operands be what was loaded."""
@@ -134,37 +115,11 @@ class _Pixels:
         return [load(self.values, 8 * i + 2 * step + half, 1) for half in range(2) for i in range(2)]
 
 
-class _Filters:
-    """The right operand, int8 in shared memory."""
-
-    def __init__(self, block: Block, weights, base) -> None:
-        plan, tile = block.plan, block.tile
-        columns = round_up(plan.shape.out_channels, TOGETHER)
-        self.base, self.bytes, self.runs = (
-            T.bind(base),
-            tile.columns * warpgroup.ROW_BYTES,
-            plan.depth // INTEGER_RUN,
-        )
-        self.weights = words_of(weights, columns * plan.depth)
-        piece = T.bind(block.thread % PIECES)
-        self.starts, self.offsets = [], []
-        for i in range(tile.columns * PIECES // tile.threads):
-            place = T.bind(block.thread // PIECES + i * (tile.threads // PIECES))
-            column = T.bind(tirx.min(block.first_column + place, plan.shape.out_channels - 1))
-            within = column % TOGETHER * INTEGER_RUN + piece * GROUP_LOAD
-            self.starts.append(T.bind((column // TOGETHER * (TOGETHER * plan.depth) + within) // 4))
-            chunk = tirx.bitwise_xor(piece, tirx.bitwise_and(place, 7))
-            self.offsets.append(T.bind(tirx.Cast("uint32", place * warpgroup.ROW_BYTES + chunk * GROUP_LOAD)))
-
-    def address(self, run):
-        """Where a run lies."""
-        return self.base + tirx.Cast("uint32", tirx.floormod(run, BUFFERS) * self.bytes)
-
-    def copy(self, run) -> None:
-        """Begin to copy a run; beyond the last one the last again, where nothing reads it."""
-        target = T.bind(self.address(run))
-        first = T.bind(tirx.min(run, self.runs - 1) * (TOGETHER * INTEGER_RUN // 4))
-        for start, offset in zip(self.starts, self.offsets, strict=True):
-            source = tirx.address_of(self.weights[start + first])
-            T.evaluate(warpgroup.copy_chunk(target + offset, source))
-        T.evaluate(warpgroup.end_copies())
+def _copy(filters: FilterRuns, run, runs: int) -> None:
+    """Begin to copy a run to its buffer; beyond the last one the last again, where nothing reads it."""
+    target = T.bind(filters.buffer(run))
+    starts = filters.starts(tirx.min(run, runs - 1))
+    for column, start in zip(filters.columns, starts, strict=True):
+        source = tirx.address_of(filters.stored[start])
+        T.evaluate(warpgroup.copy_chunk(target + filters.offset(column, filters.piece), source))
+    T.evaluate(warpgroup.end_copies())

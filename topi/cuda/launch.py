@@ -8,7 +8,8 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 THREADS = 256
-
+MANY_BLOCKS = 128
+"""About as many as a large GPU has multiprocessors."""
 
 BUSY = 2**20
 """Elements from which on a large GPU has more threads than it can run at once."""

@@ -7,16 +7,14 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.cuda.launch import THREADS
+from tvm_qfp8.topi.cuda.launch import MANY_BLOCKS, THREADS
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, inverse_sum, mul, sub, tree_sum
 from tvm_qfp8.topi.prim_func import load, store
 
 KEPT = 64
 """Most elements of a row that a thread keeps in registers."""
 ROWS_TOGETHER = (THREADS // LANES, 8, 4, 2)
-"""Rows of a block; two are a warp."""
-BLOCKS = 128
-"""About as many as a large GPU has multiprocessors: where rows are few, each gets a block to itself."""
+"""Rows of a block: the most that keep a GPU busy, or two, a warp."""
 
 
 class ThreadRow:
@@ -104,7 +102,7 @@ class ThreadRow:
 
 def for_each_row(rows: int, length: int, read: Callable, body: Callable) -> None:
     """``body(row, index)`` with a ``ThreadRow`` for each row; ``read(index, offset, lanes)`` loads."""
-    per_block = next((n for n in ROWS_TOGETHER if -(-rows // n) >= BLOCKS), ROWS_TOGETHER[-1])
+    per_block = next((n for n in ROWS_TOGETHER if -(-rows // n) >= MANY_BLOCKS), ROWS_TOGETHER[-1])
     with T.launch_thread("blockIdx.x", -(-rows // per_block)) as block:
         with T.launch_thread("threadIdx.x", per_block * LANES) as thread:
             place, lane = T.bind(thread // LANES), T.bind(thread % LANES)

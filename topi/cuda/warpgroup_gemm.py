@@ -8,7 +8,6 @@ of 16 values, the next step's pixels and a quarter of the next run's filters are
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from tvm import tirx
@@ -17,21 +16,15 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.cuda import warpgroup
 from tvm_qfp8.topi.cuda.conv_plan import CHUNK, GROUP_LOAD, GROUP_RUN, GroupPlan
 from tvm_qfp8.topi.cuda.device import decode_pairs, grid_exponent
-from tvm_qfp8.topi.cuda.gemm import pixel_locator, words_of
-from tvm_qfp8.topi.panels import round_up
+from tvm_qfp8.topi.cuda.warpgroup_tile import PATCH, Block, FilterRuns, PixelLoads, finish_tile, pack_runs
 from tvm_qfp8.topi.prim_func import load, store
 
 STEPS = GROUP_RUN // GROUP_LOAD
 """Of a tensor core; a thread has four codes of each of them among those that it loads at once."""
-TOGETHER = 8
-"""Columns whose runs lie together."""
 GROUP = 128
 """Threads whose products are one: four warps."""
 BUFFERS = 3
 """Runs of filters in shared memory: one is multiplied, one may still be by slower warps, one is written."""
-PATCH_COLUMNS = 32
-PATCH = 16 * PATCH_COLUMNS
-"""Sums that a warp passes on at once."""
 
 
 def order_of_run() -> np.ndarray:
@@ -47,15 +40,8 @@ def order_of_run() -> np.ndarray:
 
 
 def pack_for_groups(codes: np.ndarray) -> np.ndarray:
-    """Codes ``(out_channels, depth)`` of ``pack_weights`` -> ``(out_channels / 8, runs, 8, 64)``.
-
-    Runs of eight columns lie together, so that a warp loads whole cache lines; each is in ``order_of_run``.
-    Columns that are missing are zero.
-    """
-    columns, depth = codes.shape
-    padded = np.pad(codes, ((0, round_up(columns, TOGETHER) - columns), (0, 0)))
-    runs = padded.reshape(-1, TOGETHER, depth // GROUP_RUN, GROUP_RUN)[..., order_of_run()]
-    return np.ascontiguousarray(runs.transpose(0, 2, 1, 3))
+    """Codes ``(out_channels, depth)`` of ``pack_weights`` -> ``(out_channels / 8, runs, 8, 64)``."""
+    return pack_runs(codes, order_of_run())
 
 
 def emit_group_conv(plan: GroupPlan, x, weights, epilogue: Callable) -> None:
@@ -70,15 +56,16 @@ def emit_group_conv(plan: GroupPlan, x, weights, epilogue: Callable) -> None:
                 block = Block(plan, thread, block_row * tile.rows, block_column * tile.columns)
                 shared, totals = _shared_memory(plan, exact < runs)
                 left = _Pixels(block, x)
-                right = _Filters(block, weights, warpgroup.shared_address(shared))
+                base = T.bind(warpgroup.shared_address(shared))
+                right = _Filters(block, weights, base)
                 exponent = grid_exponent(activation) + grid_exponent(weight)
-                sums = _Sums(block, exponent, None if totals is None else right.base + totals)
+                sums = _Sums(block, exponent, None if totals is None else base + totals)
 
                 def multiply(run, parity: int) -> None:
                     left.fetch(T.bind(tirx.min(run + 1, runs - 1)), 1 - parity)
                     right.fetch(T.bind(tirx.min(run + 2, runs - 1)), parity)
                     left.decode(parity, 0)
-                    at = T.bind(right.address(run))
+                    at = T.bind(right.runs.buffer(run))
                     for step in range(STEPS):
                         address = at + tirx.const(2 * GROUP_LOAD * step, "uint32")
                         T.evaluate(warpgroup.begin_products())
@@ -170,43 +157,21 @@ class _Sums:
         return value * self.scale if self._totals is None else tirx.reinterpret("int32", value)
 
 
-class Block:
-    """Where a thread stands in its block, and the block in the output."""
-
-    def __init__(self, plan: GroupPlan, thread, first_row, first_column) -> None:
-        self.plan, self.tile, self.thread = plan, plan.group_tile, thread
-        self.first_row, self.first_column = first_row, first_column
-        self.warp, self.lane = T.bind(thread // 32), T.bind(thread % 32)
-        self.group, self.place = T.bind(self.lane // 4), T.bind(self.lane % 4)
-
-
 class _Pixels:
     """The left operand: codes of two runs in registers, and two steps of them as float16 pairs."""
 
     def __init__(self, block: Block, x) -> None:
-        shape = block.plan.shape
-        assert shape.activation is not None
-        self.block, self.layout = block, shape.activation
-        self.size = shape.batch * shape.height * shape.width * shape.channels
-        self.x = words_of(x, self.size)
-        locator = pixel_locator(block.plan, block.first_row)
-        self.locators = [locator(block.warp * 16 + block.group + 8 * half) for half in range(2)]
+        assert block.plan.shape.activation is not None
+        self.block, self.layout = block, block.plan.shape.activation
+        self.loads = PixelLoads(block, x)
         self.codes = [T.alloc_buffer((8,), "uint32", scope="local") for _ in range(2)]
         self.pairs = [T.alloc_buffer((4,), "uint32", scope="local") for _ in range(2)]
 
     def fetch(self, run, parity: int) -> None:
         """Load the codes of a run."""
-        codes = self.codes[parity]
-        for i, locate in enumerate(self.locators):
-            chunk = T.bind(run * (GROUP_RUN // CHUNK) + self.block.place * (GROUP_LOAD // CHUNK))
-            address, inside = locate(chunk)
-            # Beyond the last channel filters are zero, and anything may be read.
-            start = T.bind(tirx.min(address, tirx.const(self.size - GROUP_LOAD, "int32")) // 4)
-            store(codes, 4 * i, load(self.x, start, 4), 4)
-            if inside is not None:
-                for word in range(4 * i, 4 * i + 4):
-                    kept = tirx.Select(inside, load(codes, word, 1), tirx.const(0, "uint32"))
-                    store(codes, word, kept, 1)
+        chunk = T.bind(run * (GROUP_RUN // CHUNK) + self.block.place * (GROUP_LOAD // CHUNK))
+        for row in range(2):
+            self.loads.load(row, chunk, self.codes[parity], 4 * row)
 
     def decode(self, parity: int, step: int) -> None:
         """Decode one step of what was loaded."""
@@ -224,60 +189,23 @@ class _Filters:
     """The right operand: codes of two runs in registers, and three decoded ones in shared memory."""
 
     def __init__(self, block: Block, weights, base) -> None:
-        plan, tile = block.plan, block.tile
-        assert plan.shape.weight is not None
-        self.layout, self.base = plan.shape.weight, T.bind(base)
-        self.bytes = tile.columns * warpgroup.ROW_BYTES
-        columns = round_up(plan.shape.out_channels, TOGETHER)
-        self.weights = words_of(weights, columns * plan.depth)
-        self.piece = T.bind(block.thread % STEPS)
-        self.places = [
-            T.bind(block.thread // STEPS + i * (tile.threads // STEPS))
-            for i in range(tile.columns * STEPS // tile.threads)
-        ]
-        self.starts = []
-        for place in self.places:
-            column = T.bind(tirx.min(block.first_column + place, plan.shape.out_channels - 1))
-            within = column % TOGETHER * GROUP_RUN + self.piece * GROUP_LOAD
-            self.starts.append(T.bind((column // TOGETHER * (TOGETHER * plan.depth) + within) // 4))
-        self.codes = [T.alloc_buffer((4 * len(self.places),), "uint32", scope="local") for _ in range(2)]
-
-    def address(self, run):
-        """Where a decoded run lies."""
-        return self.base + tirx.Cast("uint32", tirx.floormod(run, BUFFERS) * self.bytes)
+        assert block.plan.shape.weight is not None
+        self.layout = block.plan.shape.weight
+        self.runs = FilterRuns(block, weights, base, GROUP_RUN, BUFFERS)
+        words = 4 * len(self.runs.columns)
+        self.codes = [T.alloc_buffer((words,), "uint32", scope="local") for _ in range(2)]
 
     def fetch(self, run, parity: int) -> None:
         """Load the codes of a run."""
-        for i, start in enumerate(self.starts):
-            at = start + run * (TOGETHER * GROUP_RUN // 4)
-            store(self.codes[parity], 4 * i, load(self.weights, at, 4), 4)
+        for i, start in enumerate(self.runs.starts(run)):
+            store(self.codes[parity], 4 * i, load(self.runs.stored, start, 4), 4)
 
     def decode(self, run, parity: int, quarter: int) -> None:
         """Write a quarter of them to shared memory as float16."""
-        chunks = [(i, h) for i in range(len(self.places)) for h in range(2)]
+        chunks = [(i, h) for i in range(len(self.runs.columns)) for h in range(2)]
         for i, h in chunks[quarter::STEPS]:
             pairs: list = []
             for word in range(2):
                 pairs += decode_pairs(T.bind(load(self.codes[parity], 4 * i + 2 * h + word, 1)), self.layout)
-            chunk = tirx.bitwise_xor(self.piece * 2 + h, tirx.bitwise_and(self.places[i], 7))
-            offset = T.bind(tirx.Cast("uint32", self.places[i] * warpgroup.ROW_BYTES + chunk * 16))
-            T.evaluate(warpgroup.store_chunk(self.address(run) + offset, pairs))
-
-
-def finish_tile(block: Block, sums: Any, shared, epilogue: Callable) -> None:
-    """Pass sums through shared memory, so that neighbouring threads finish neighbouring columns."""
-    plan, tile = block.plan, block.tile
-    values = T.decl_buffer((tile.threads // 32 * PATCH,), sums.dtype, data=shared.data)
-    for part in range(tile.columns // PATCH_COLUMNS):
-        for j in range(PATCH_COLUMNS // 8):
-            for h in range(2):
-                for e in range(2):
-                    at = (h * 8 + block.group) * PATCH_COLUMNS + 8 * j + 2 * block.place + e
-                    value = sums.value((part * (PATCH_COLUMNS // 8) + j) * 4 + 2 * h + e)
-                    store(values, block.warp * PATCH + at, value, 1)
-        last = plan.shape.out_channels - 1
-        column = T.bind(tirx.min(block.first_column + part * PATCH_COLUMNS + block.lane, last))
-        with T.serial(0, 16) as r:
-            row = T.bind(tirx.min(block.first_row + block.warp * 16 + r, plan.rows - 1))
-            value = T.bind(load(values, block.warp * PATCH + r * PATCH_COLUMNS + block.lane, 1))
-            epilogue(value, row, column, 1)
+            offset = self.runs.offset(self.runs.columns[i], self.runs.piece * 2 + h)
+            T.evaluate(warpgroup.store_chunk(self.runs.buffer(run) + offset, pairs))
