@@ -15,6 +15,7 @@ from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.relay_passes.qfp8_ops import logical_shapes
+from tvm_qfp8.topi.amx.gemm import emit_tile_gemm, pack_tile_weights, plan_tile_gemm
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, emit_batch_matmul
 from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
@@ -120,6 +121,10 @@ def dense_kernel(
     shape = GemmShape(rows, columns, depth, activation, layout)
     if activation is None:
         isa, choose = _in_floats(isa, choose)
+    plan = plan_tile_gemm(isa, shape, weight)
+    if plan is not None:
+        packed = pack_tile_weights(plan, layout, weight[:, None])
+        return packed, functools.partial(emit_tile_gemm, isa, shape, plan, threads=threads), (shape, plan)
     isa = _in_bytes(isa, rows, weight, activation, layout)
     if isa.split is None and multiplies_magnitudes(isa, shape, weight):
         packed = pack_few_rows(isa, shape, weight)

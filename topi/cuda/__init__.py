@@ -5,5 +5,5 @@ gives ``G * 2**-k`` with one ``k`` for all codes of a layout, the smallest ones 
 (``device.py``). So decoding is a shift and a mask, and tensor cores take the result as it is.
 
 Sums are exact: the reduction is cut into blocks in which no sum can leave float32's 24 bits, given the actual weights
-(``exact_blocks.py``), and blocks are added in int32. The results are the CPU kernels' bits.
+(``exact_sums.py``), and blocks are added in int32. The results are the CPU kernels' bits.
 """

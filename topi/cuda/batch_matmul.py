@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.cuda.device import MMA_COLUMNS, MMA_DEPTH, MMA_ROWS, decode_pairs, grid_exponent, mma
-from tvm_qfp8.topi.cuda.exact_blocks import EXACT
+from tvm_qfp8.topi.exact_sums import EXACT
 from tvm_qfp8.topi.cuda.float_sum import FloatSum
 from tvm_qfp8.topi.cuda.gemm import Accumulators, words_of
 from tvm_qfp8.topi.cuda.launch import MANY_BLOCKS, for_each

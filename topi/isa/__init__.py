@@ -64,6 +64,8 @@ class InstructionSet:
     """A multiply-add of bytes takes only twice as many as of int16 values, so that splitting values does not pay."""
     halved_pairs: bool = False
     """A vector of weights holds the first half of each ``pair``, then the second."""
+    tiles: bool = False
+    """Multiplies matrices in tile registers, see ``topi/amx``."""
     fused: bool = True
     """Has a fused float32 multiply-add."""
     operand: str = "int16"
@@ -190,6 +192,7 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
     found = replace(
         sets[name].INSTRUCTION_SET,
         byte_permute="avx512vbmi" in features,
+        tiles={"amx-tile", "amx-int8", "amx-bf16"} <= set(features),
         fused=not FUSED.isdisjoint(features),
     )
     if name == "avx512" and "avx512vnni" in features:

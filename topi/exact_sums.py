@@ -1,6 +1,6 @@
-"""How long a sum on tensor cores stays exact.
+"""How long a sum of matrix units stays exact: a GPU's tensor cores, a CPU's tile registers.
 
-Tensor cores add products to a float32 accumulator. Products of grid values are integers, so nothing is rounded while
+They add products to a float32 accumulator. Products of grid values are integers, so nothing is rounded while
 no partial sum, in whatever order, can reach 2**24: the sum of magnitudes bounds them all. Weights are constants, so the
 actual ones decide.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from tvm_qfp8.format import Layout, decode_grid
 
 EXACT = 2**24
-"""Integers below this are float32 numbers, and aligned in the 24 bits that a tensor core keeps."""
+"""Integers below this are float32 numbers, and aligned in the 24 bits that a tensor core keeps at least."""
 
 
 def exact_steps(

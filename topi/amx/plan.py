@@ -1,0 +1,105 @@
+"""How a linear layer is cut into products of tiles.
+
+Byte layouts are multiplied as bytes into int32, all others as bfloat16 into float32: integers below 2**24, exact in
+whatever order they are added. Where a whole sum could be larger (the weights are constants and decide), it is taken in
+``blocks`` that could not, and these are added as int32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tvm_qfp8.format import Layout
+from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, SIGNED, SUMS, UNSIGNED, TileKind, TileRegisters
+from tvm_qfp8.topi.exact_sums import exact_steps
+from tvm_qfp8.topi.panels import round_up
+
+LATENCY = 52 / ROWS
+"""Products that a tile of sums waits for between two of its own (Intel's Optimization Reference Manual, 20.5)."""
+
+
+def tile_kind(activation: Layout, weight: Layout) -> TileKind:
+    """Bytes where both layouts are linear: the weight a signed byte, the activation one of either kind."""
+    if weight.max_grid <= 127 and activation.signed and activation.max_grid <= 127:
+        return SIGNED
+    if weight.max_grid <= 127 and not activation.signed and activation.max_grid <= 255:
+        return UNSIGNED
+    return BFLOAT16
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """``runs`` stretches of ``run`` neighbouring activations make up a sum: one, or the rows of a window."""
+
+    kind: TileKind
+    rows: int
+    """Rows of one tile of activations, at most 16."""
+    row_tiles: int
+    column_tiles: int
+    run: int
+    runs: int
+    steps: int
+    """Reduction steps of one product."""
+    block: int
+    """Products of an exact sum."""
+
+    @property
+    def chunks(self) -> int:
+        """Products of a run; the last may reach beyond it, where weights are zero."""
+        return -(-self.run // self.steps)
+
+    @property
+    def products(self) -> int:
+        return self.chunks * self.runs
+
+    @property
+    def depth(self) -> int:
+        """Weights of a column, padding included."""
+        return self.products * self.steps
+
+    @property
+    def registers(self) -> TileRegisters:
+        return TileRegisters(self.kind, self.rows, self.row_tiles, self.column_tiles, self.steps)
+
+
+def plan_tiles(
+    kind: TileKind, codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, columns: int
+) -> TilePlan | None:
+    """The plan for weight ``codes`` ``(columns, runs, run)``, or None where one product alone may not be exact.
+
+    ``row_length`` rows of activations are at equal distances: all of a dense layer, a row of pixels of a convolution.
+    """
+    _, runs, run = codes.shape
+    chunks = -(-run // kind.most)
+    steps = round_up(-(-run // chunks), kind.pair)
+    padded = np.zeros((len(codes), runs, chunks * steps), codes.dtype)
+    padded[:, :, :run] = codes
+    flat = padded.reshape(len(codes), -1)
+    products = runs * chunks
+    if kind is BFLOAT16:
+        activation, weight = layouts
+        block = exact_steps(flat, weight, activation, steps)
+        if not block:
+            return None
+    else:
+        block = products
+    tiles = -(-row_length // ROWS)
+    rows = -(-row_length // tiles)
+    row_tiles, column_tiles = best_block(tiles, -(-columns // ROWS))
+    return TilePlan(kind, rows, row_tiles, column_tiles, run, runs, steps, block)
+
+
+def best_block(row_tiles: int, column_tiles: int) -> tuple[int, int]:
+    """(rows, columns) of the block of tiles that covers a matrix of tiles in least time."""
+
+    def cost(block: tuple[int, int]) -> float:
+        rows, columns = block
+        count = rows * columns
+        blocks = -(-row_tiles // rows) * -(-column_tiles // columns)
+        # A load takes half of a product's time on its port, and the products of a block wait for each other.
+        return blocks * max(count, LATENCY, (rows + columns) / 2)
+
+    blocks = [(r, c) for r in range(1, SUMS + 1) for c in range(1, SUMS // r + 1)]
+    return min(blocks, key=lambda block: (cost(block), abs(block[0] - block[1])))
