@@ -15,7 +15,9 @@ from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.relay_passes.qfp8_ops import logical_shapes
-from tvm_qfp8.topi.amx.gemm import emit_tile_gemm, pack_tile_weights, plan_tile_gemm
+from tvm_qfp8.topi.amx.conv2d import emit_tile_conv, plan_tile_conv
+from tvm_qfp8.topi.amx.gemm import emit_tile_gemm, plan_tile_gemm
+from tvm_qfp8.topi.amx.panels import pack_tile_weights
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, emit_batch_matmul
 from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
@@ -181,6 +183,12 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         if shape.activation is None:
             isa, choose = _in_floats(isa, choose)
         in_bytes = _in_bytes(isa, pixels, codes, shape.activation, shape.weight, dense=False)
+        tiles = plan_tile_conv(isa, shape, codes)
+        if tiles is not None:
+            plan, runs = tiles
+            packed = pack_tile_weights(plan, shape.layouts()[1], runs)
+            emit = functools.partial(emit_tile_conv, isa, shape, plan, threads=threads)
+            return _with_scales(call, operands, packed, emit), (shape, plan)
         if operands.memory is not None and in_bytes.split is None:
             plan = plan_winograd(shape, codes)
             if plan is not None and winograd_is_faster(plan):

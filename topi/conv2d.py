@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout
@@ -30,10 +29,9 @@ from tvm_qfp8.topi.panels import (
     pack_weights,
     panel_size,
     round_up,
-    zero_run,
 )
-from tvm_qfp8.topi.prim_func import load, store, vector_runs
 from tvm_qfp8.topi.schedules import ConvSchedule
+from tvm_qfp8.topi.slab import slab_filler
 
 
 @dataclass(frozen=True)
@@ -144,63 +142,7 @@ def emit_conv2d(
         else:
             decode_run(isa, activation, x, source_at, target, target_at, length)
 
-    def interleave_planes(image, source_row, slab, start) -> None:
-        """One row of an NCHW image: the planes' pixels next to each other, zeros as the channels missing."""
-        planes = T.alloc_buffer((slab_channels * shape.width,), slab_dtype, align=64)
-        for channel in range(channels):
-            source = ((image * channels + channel) * shape.height + source_row) * shape.width
-            bring(source, planes, channel * shape.width, shape.width)
-        zero_run(isa, planes, channels * shape.width, (slab_channels - channels) * shape.width)
-
-        def emit(offset, lanes) -> None:
-            parts = [load(planes, channel * shape.width + offset, lanes) for channel in range(slab_channels)]
-            order = [channel * lanes + lane for lane in range(lanes) for channel in range(slab_channels)]
-            pixels = tirx.Shuffle(parts, [tirx.const(place, "int32") for place in order])
-            store(slab, start + offset * slab_channels, pixels, lanes * slab_channels)
-
-        vector_runs(shape.width, isa.lanes, emit)
-
-    def fill_row(image, source_row, group, slab, slab_at) -> None:
-        source = ((image * shape.height + source_row) * shape.width) * shape.channels + group * channels
-        left = shape.padding[1] * slab_channels
-        zero_run(isa, slab, slab_at, left)
-        if shape.channels_first:
-            interleave_planes(image, source_row, slab, slab_at + left)
-        elif shape.input_dilation[1] == 1 and shape.groups == 1 and slab_channels == channels:
-            bring(source, slab, slab_at + left, shape.width * channels)
-        elif shape.input_dilation[1] == 1 and shape.groups == 1:
-            # Decode the row in one run, then spread the pixels to their padded length.
-            row = T.alloc_buffer((shape.width * channels,), slab_dtype, align=64)
-            bring(source, row, 0, shape.width * channels)
-            with T.serial(0, shape.width) as pixel:
-                at = slab_at + left + pixel * slab_channels
-                for c in range(channels):
-                    store(slab, at + c, load(row, pixel * channels + c, 1), 1)
-                zero_run(isa, slab, at + channels, slab_channels - channels)
-        else:
-            pixel_step = shape.input_dilation[1] * slab_channels
-            if shape.input_dilation[1] > 1:
-                zero_run(isa, slab, slab_at, slab_row)
-            with T.serial(0, shape.width) as pixel:
-                at = slab_at + left + pixel * pixel_step
-                bring(source + pixel * shape.channels, slab, at, channels)
-                zero_run(isa, slab, at + channels, slab_channels - channels)
-        right = shape.padding[3] * slab_channels
-        zero_run(isa, slab, slab_at + slab_row - right, right)
-
-    def fill_slab(image, first_out_row, group, slab) -> None:
-        with T.serial(0, slab_h) as r:
-            slab_at = T.bind(first_out_row * stride_h + r - shape.padding[0])
-            step = shape.input_dilation[0]
-            source_row = tirx.floordiv(slab_at, step) if step > 1 else slab_at
-            inside = tirx.And(slab_at >= 0, source_row < shape.height)
-            if step > 1:
-                inside = tirx.And(inside, tirx.floormod(slab_at, step) == 0)
-            with T.If(inside):
-                with T.Then():
-                    fill_row(image, source_row, group, slab, r * slab_row)
-                with T.Else():
-                    zero_run(isa, slab, r * slab_row, slab_row)
+    fill_slab = slab_filler(isa, shape, x, slab_h, slab_channels, slab_dtype, bring)
 
     def tile(slab, row_in_block, first_pixel, out_row_at, group, weights: PanelWeights) -> None:
         registers = RegisterTile(isa, tile_rows, vectors)

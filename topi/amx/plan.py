@@ -20,6 +20,13 @@ LATENCY = 52 / ROWS
 """Products that a tile of sums waits for between two of its own (Intel's Optimization Reference Manual, 20.5)."""
 
 
+SCRATCH_BYTES = 512 * 1024
+"""Operands of a block of rows: a quarter of these CPUs' second-level cache."""
+
+BLOCK = 8
+"""Most products of a block of the reduction."""
+
+
 def tile_kind(activation: Layout, weight: Layout) -> TileKind:
     """Bytes where both layouts are linear: the weight a signed byte, the activation one of either kind."""
     if weight.max_grid <= 127 and activation.signed and activation.max_grid <= 127:
@@ -43,7 +50,7 @@ class TilePlan:
     steps: int
     """Reduction steps of one product."""
     block: int
-    """Products of an exact sum."""
+    """Products of one block of the reduction: its weights stay in the first-level cache, its sums are exact."""
 
     @property
     def chunks(self) -> int:
@@ -51,13 +58,17 @@ class TilePlan:
         return -(-self.run // self.steps)
 
     @property
-    def products(self) -> int:
+    def real_products(self) -> int:
         return self.chunks * self.runs
 
     @property
-    def depth(self) -> int:
-        """Weights of a column, padding included."""
-        return self.products * self.steps
+    def blocks(self) -> int:
+        return -(-self.real_products // self.block)
+
+    @property
+    def products(self) -> int:
+        """With those beyond the last, which fill the last block; their weights are zero."""
+        return self.blocks * self.block
 
     @property
     def registers(self) -> TileRegisters:
@@ -65,11 +76,12 @@ class TilePlan:
 
 
 def plan_tiles(
-    kind: TileKind, codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, columns: int
+    kind: TileKind, codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, repeats: int = 1
 ) -> TilePlan | None:
     """The plan for weight ``codes`` ``(columns, runs, run)``, or None where one product alone may not be exact.
 
-    ``row_length`` rows of activations are at equal distances: all of a dense layer, a row of pixels of a convolution.
+    ``row_length`` rows of activations are at equal distances: all of a dense layer, or a row of pixels of a
+    convolution, of which there are ``repeats``.
     """
     _, runs, run = codes.shape
     chunks = -(-run // kind.most)
@@ -78,16 +90,17 @@ def plan_tiles(
     padded[:, :, :run] = codes
     flat = padded.reshape(len(codes), -1)
     products = runs * chunks
+    most = products
     if kind is BFLOAT16:
         activation, weight = layouts
-        block = exact_steps(flat, weight, activation, steps)
-        if not block:
+        most = exact_steps(flat, weight, activation, steps)
+        if not most:
             return None
-    else:
-        block = products
+    blocks = -(-products // min(most, BLOCK))
+    block = -(-products // blocks)
     tiles = -(-row_length // ROWS)
     rows = -(-row_length // tiles)
-    row_tiles, column_tiles = best_block(tiles, -(-columns // ROWS))
+    row_tiles, column_tiles = best_block(tiles * repeats, -(-len(codes) // ROWS))
     return TilePlan(kind, rows, row_tiles, column_tiles, run, runs, steps, block)
 
 

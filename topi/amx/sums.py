@@ -1,8 +1,8 @@
-"""The sums of a block of tiles: products of all steps, in exact blocks, and what becomes of them."""
+"""The sums of a panel of columns: products of tiles, block by block of the reduction, and what becomes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -13,54 +13,73 @@ from tvm_qfp8.topi.float_contract import bind
 from tvm_qfp8.topi.prim_func import load, store
 
 
-def sums_buffer(plan: TilePlan) -> tuple:
-    """(what tiles are stored to, totals of several blocks or None)."""
+def emit_sums(
+    plan: TilePlan,
+    groups: int,
+    rows: Sequence[int],
+    columns: int,
+    prepare: Callable,
+    operands: Callable,
+    finish: Callable,
+) -> None:
+    """All products of ``groups`` blocks of tiles that share a panel of weights.
+
+    Parameters
+    ----------
+    rows : sequence of int
+        Rows of each tile of a block that ``finish`` gets.
+    columns : int
+        Vectors of columns that it gets.
+    prepare : (block of the reduction) -> weights
+        Emitted before that block's products.
+    operands : (weights, group, product of the block, product) -> (rows of tiles, columns of tiles)
+        Where the operands of one product lie, as ``TileRegisters.multiply`` takes them.
+    finish : (group, tile) -> (row, column, vector of sums) -> None
+    """
     registers = plan.registers
     size = registers.all_rows * registers.width
     sums = T.alloc_buffer((size,), plan.kind.sums, align=64)
-    totals = T.alloc_buffer((size,), "int32", align=64) if plan.block < plan.products else None
-    return sums, totals
 
-
-def add_products(plan: TilePlan, buffers: tuple, rows: Callable, columns: Callable) -> None:
-    """All products; ``rows(product)(tile)`` and ``columns(product)(tile)`` say where operands lie."""
-    registers = plan.registers
-    sums, totals = buffers
-
-    def block(first, count: int) -> None:
+    def products(weights, group, reduction) -> None:
         registers.clear()
-        with T.serial(0, count) as index:
-            product = T.bind(first + index)
-            registers.multiply(rows(product), columns(product))
+        with T.serial(0, plan.block) as index:
+            product = index
+            if plan.blocks > 1:
+                # What is beyond the last has weights of zero.
+                product = T.bind(tirx.min(reduction * plan.block + index, plan.real_products - 1))
+            registers.multiply(*operands(weights, group, index, product))
         registers.write(sums)
 
-    if totals is None:
-        block(0, plan.products)
+    def finish_all(buffer, group, start) -> None:
+        for tile, count in enumerate(rows):
+            finish_row = finish(group, tile)
+            with T.serial(0, count) as row:
+                for column in range(columns):
+                    at = start + (tile * plan.rows + row) * registers.width + column * ROWS
+                    finish_row(row, column, T.bind(load(buffer, at, ROWS)))
+
+    if plan.blocks == 1:
+        weights = prepare(0)
+        with T.serial(0, groups) as group:
+            products(weights, group, 0)
+            finish_all(sums, group, 0)
         return
+    totals = T.alloc_buffer((groups * size,), "int32", align=64)
 
-    def add_to_totals(start: bool) -> None:
-        with T.serial(0, registers.all_rows * registers.width // ROWS) as vector:
-            total = bind(load(sums, vector * ROWS, ROWS).astype("int32x16"))
-            if not start:
-                total = total + load(totals, vector * ROWS, ROWS)
-            store(totals, vector * ROWS, total, ROWS)
+    def add_to_totals(group, first: bool) -> None:
+        with T.serial(0, size // ROWS) as vector:
+            at = group * size + vector * ROWS
+            found = bind(load(sums, vector * ROWS, ROWS).astype("int32x16"))
+            store(totals, at, found if first else found + load(totals, at, ROWS), ROWS)
 
-    whole, rest = divmod(plan.products, plan.block)
-    block(0, plan.block)
-    add_to_totals(start=True)
-    if whole > 1:
-        with T.serial(1, whole) as index:
-            block(index * plan.block, plan.block)
-            add_to_totals(start=False)
-    if rest:
-        block(whole * plan.block, rest)
-        add_to_totals(start=False)
-
-
-def for_each_sum(plan: TilePlan, buffers: tuple, rows, columns: int, finish: Callable) -> None:
-    """``finish(row, column tile, vector of sums)`` for the first ``rows`` rows and ``columns`` column tiles."""
-    sums, totals = buffers
-    with T.serial(0, rows) as row:
-        for column in range(columns):
-            at = row * plan.registers.width + column * ROWS
-            finish(row, column, T.bind(load(totals if totals is not None else sums, at, ROWS)))
+    with T.serial(0, plan.blocks) as reduction:
+        weights = prepare(reduction)
+        with T.serial(0, groups) as group:
+            products(weights, group, reduction)
+            with T.If(reduction == 0):
+                with T.Then():
+                    add_to_totals(group, first=True)
+                with T.Else():
+                    add_to_totals(group, first=False)
+    with T.serial(0, groups) as group:
+        finish_all(totals, group, group * size)

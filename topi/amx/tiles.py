@@ -99,8 +99,7 @@ class TileRegisters:
     steps: int
     """Reduction steps of one product, a multiple of the kind's ``pair``."""
 
-    def configure(self) -> None:
-        """To be emitted first in whatever one thread runs; ``release`` last."""
+    def _configure(self) -> None:
         by_rows = self.row_tiles <= self.column_tiles
         few, many = (self.row_tiles, self.column_tiles) if by_rows else (self.column_tiles, self.row_tiles)
         of_rows = (self.rows, self.steps * self.kind.element_bytes)
@@ -118,8 +117,17 @@ class TileRegisters:
             store(config, word, tirx.const(value, "int64"), 1)
         _emit("ldtilecfg", tirx.address_of(config[0]))
 
-    def release(self) -> None:
-        """Gives the registers up, so that the system need not save them."""
+    def for_each(self, count: int, parallel: bool, body: Callable) -> None:
+        """``body(index)`` with the registers set up, which each thread does for itself, and given up at the end."""
+        if parallel:
+            with T.parallel(0, count) as index:
+                self._configure()
+                body(index)
+                _emit("tilerelease")
+            return
+        self._configure()
+        with T.serial(0, count) as index:
+            body(index)
         _emit("tilerelease")
 
     def clear(self) -> None:

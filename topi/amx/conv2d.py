@@ -1,0 +1,149 @@
+"""Convolutions over windows on tiles: a row of a tile is a window's stretch of neighbouring input pixels.
+
+Input rows that a block of output rows needs become operands in a padded slab, from which tiles are read where they
+lie: neighbouring output pixels are rows at equal distances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.topi.amx.decode import decode_for_tiles
+from tvm_qfp8.topi.amx.panels import TilePanels
+from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, tile_kind
+from tvm_qfp8.topi.amx.sums import emit_sums
+from tvm_qfp8.topi.amx.tiles import with_tiles
+from tvm_qfp8.topi.conv2d import ConvShape
+from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start, round_up, zero_run
+from tvm_qfp8.topi.slab import slab_filler
+
+
+def _slab_channels(shape: ConvShape) -> int:
+    """Planes are interleaved by fours; other pixels need no padding."""
+    return round_up(shape.channels, 4) if shape.channels_first else shape.channels
+
+
+def _runs(shape: ConvShape, codes: np.ndarray) -> np.ndarray:
+    """OHWI codes as ``(columns, runs, run)``: taps of a row lie beside each other unless they are dilated."""
+    padding = _slab_channels(shape) - shape.channels
+    padded = np.pad(codes, ((0, 0), (0, 0), (0, 0), (0, padding)))
+    runs = shape.kernel[0] * (1 if shape.dilation[1] == 1 else shape.kernel[1])
+    return padded.reshape(shape.out_channels, runs, -1)
+
+
+def plan_tile_conv(isa: InstructionSet, shape: ConvShape, codes: np.ndarray) -> tuple[TilePlan, np.ndarray] | None:
+    """(plan, codes ``(columns, runs, run)``) of a convolution of one group; None where other kernels are better."""
+    quantized = shape.activation is not None and shape.weight is not None
+    if not isa.tiles or not quantized or shape.groups > 1:
+        return None
+    layouts, runs = shape.layouts(), _runs(shape, codes)
+    plan = plan_tiles(tile_kind(*layouts), runs, layouts, shape.out_width, shape.out_height)
+    return (plan, runs) if plan is not None else None
+
+
+def emit_tile_conv(
+    isa: InstructionSet, shape: ConvShape, plan: TilePlan, x, packed, epilogue: Callable, threads: int
+) -> None:
+    """Emit the kernel; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel."""
+    kind, registers = plan.kind, plan.registers
+    activation, weight = shape.layouts()
+    panels = TilePanels(isa, plan, weight, shape.out_channels)
+    stride_h, stride_w = shape.stride
+    out_h, out_w = shape.out_height, shape.out_width
+    channels = _slab_channels(shape)
+    slab_row = shape.slab_width * channels
+    reach = shape.dilation[0] * (shape.kernel[0] - 1) + 1
+
+    macs = shape.batch * out_h * out_w * shape.out_channels * plan.run * plan.runs
+    parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
+    by_rows = parallel and out_h >= 2 * threads
+    most = max(1, min(out_h, (SCRATCH_BYTES // (slab_row * kind.element_bytes) - reach) // stride_h + 1))
+    if by_rows:
+        most = min(most, -(-out_h // (2 * threads)))
+    block_h, blocks = balanced_blocks(out_h, most)
+    slab_h = (block_h - 1) * stride_h + reach
+    slab_size = slab_h * slab_row
+
+    tiles_of_row = -(-out_w // plan.rows)
+    tiles = block_h * tiles_of_row
+    groups = -(-tiles // plan.row_tiles)
+
+    def bring(source_at, target, target_at, length: int) -> None:
+        decode_for_tiles(isa, kind, activation, x, source_at, target, target_at, length)
+
+    fill = slab_filler(isa, shape, x, slab_h, channels, kind.dtype, bring)
+
+    def place(group, tile) -> tuple:
+        """(output row of the block, first pixel) of a tile; the last block computes the last tile again."""
+        index = group * plan.row_tiles + tile
+        if tiles % plan.row_tiles:
+            index = T.bind(tirx.min(index, tiles - 1))
+        if tiles_of_row == 1:
+            return index, 0
+        row = T.bind(index // tiles_of_row)
+        return row, overlapped_start(index - row * tiles_of_row, plan.rows, out_w)
+
+    def run_start(product):
+        """Where the stretch of a product begins, from the window's corner."""
+        run = T.bind(product // plan.chunks) if plan.chunks > 1 else product
+        chunk = (product - run * plan.chunks) * plan.steps if plan.chunks > 1 else 0
+        if shape.dilation[1] == 1:
+            return run * (shape.dilation[0] * slab_row) + chunk
+        row = T.bind(run // shape.kernel[1])
+        tap = run - row * shape.kernel[1]
+        return row * (shape.dilation[0] * slab_row) + tap * (shape.dilation[1] * channels) + chunk
+
+    def panel_of_block(panel, image, first_out_row, slab) -> None:
+        first_column = overlapped_start(panel, registers.width, shape.out_channels)
+
+        def operands_of(prepared, group, index, product):
+            offset = T.bind(run_start(product))
+
+            def rows_of(tile):
+                row, pixel = place(group, tile)
+                corner = row * (stride_h * slab_row) + pixel * (stride_w * channels)
+                return slab, corner + offset, stride_w * channels
+
+            return rows_of, panels.tiles(prepared, index)
+
+        def finish(group, tile):
+            row, pixel = place(group, tile)
+            first = T.bind((image * out_h + first_out_row + row) * out_w + pixel)
+            return lambda row, column, total: epilogue(
+                total, first + row, first_column + column * 16, panels.valid[column]
+            )
+
+        def prepare(reduction):
+            return panels.prepare(packed, panel, reduction)
+
+        emit_sums(
+            plan, groups, [plan.rows] * plan.row_tiles, len(panels.valid), prepare, operands_of, finish
+        )
+
+    def block(image, index) -> None:
+        first_out_row = overlapped_start(index, block_h, out_h)
+        # A product's last steps may lie beyond the slab; their weights are zero, but not what NaN times zero is.
+        slab = T.alloc_buffer((slab_size + plan.steps,), kind.dtype, align=64)
+        zero_run(isa, slab, slab_size, plan.steps)
+        fill(image, first_out_row, 0, slab)
+        registers.for_each(
+            panels.count,
+            parallel and not by_rows,
+            lambda panel: panel_of_block(panel, image, first_out_row, slab),
+        )
+
+    def body() -> None:
+        with T.serial(0, shape.batch) as image:
+            if blocks == 1:
+                block(image, 0)
+                return
+            with (T.parallel if by_rows else T.serial)(0, blocks) as index:
+                block(image, index)
+
+    with_tiles(body)
