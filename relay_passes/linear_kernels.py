@@ -15,6 +15,7 @@ from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.relay_passes.qfp8_ops import logical_shapes
+from tvm_qfp8.topi.amx.batch_matmul import emit_tile_products, plan_tile_products
 from tvm_qfp8.topi.amx.conv2d import emit_tile_conv, plan_tile_conv
 from tvm_qfp8.topi.amx.gemm import emit_tile_gemm, plan_tile_gemm
 from tvm_qfp8.topi.amx.panels import pack_tile_weights
@@ -280,8 +281,13 @@ def _batch_matmul(
     shape = batch_matmul_shape(call)
     x_at, y_at = operands.tensor(x), operands.tensor(y)
     scale = operands.scalar(float(call.attrs["scale"]))
-    variant, chooser = _in_floats(isa, choose) if shape.x is None else (isa, choose)
-    schedule = chooser(BatchMatmulSchedule, variant, shape, threads)
+    plan = plan_tile_products(isa, shape)
+    if plan is not None:
+        emit = functools.partial(emit_tile_products, isa, shape, plan, threads=threads)
+    else:
+        variant, chooser = _in_floats(isa, choose) if shape.x is None else (isa, choose)
+        schedule = chooser(BatchMatmulSchedule, variant, shape, threads)
+        emit = functools.partial(emit_batch_matmul, variant, shape, threads=threads, schedule=schedule)
 
     def body(inputs, finish) -> None:
         scalars = inputs[-1]
@@ -290,9 +296,9 @@ def _batch_matmul(
             factor = tirx.Broadcast(load(scalars, scale, 1), isa.lanes)
             finish(bind(mul(total, factor)), row, column, isa.lanes, valid)
 
-        emit_batch_matmul(variant, shape, inputs[x_at], inputs[y_at], epilogue, threads, schedule)
+        emit(inputs[x_at], inputs[y_at], epilogue)
 
-    return body, shape
+    return body, (shape, plan)
 
 
 LINEAR_ANCHORS: dict[str, Callable] = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+
 import numpy as np
 import tvm
 from tvm import relax
 
+from tvm_qfp8.cpu_features import missing_features, reported_features, used_features
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
@@ -14,15 +17,19 @@ from tvm_qfp8.targets import isa as isa_of
 from tvm_qfp8.topi.isa import instruction_set
 from tvm_qfp8.topi.static_memory import StaticMemory
 
-TARGETS = {"sse2": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+TARGETS = {
+    "sse2": "x86-64",
+    "avx2": "x86-64-v3",
+    "avx512": "x86-64-v4",
+    "amx": "llvm -mcpu=x86-64-v4 -mattr=+avx512vbmi,+avx512vnni,+amx-tile,+amx-int8,+amx-bf16",
+}
 """A target for each instruction set of x86."""
 
 
 def machine_runs(name: str) -> bool:
-    """Whether this CPU runs code for an x86 instruction set."""
-    order = ["sse2", "avx2", "avx512"]
-    own = isa_of(parse_target("native"))
-    return own in order and order.index(name) <= order.index(own)
+    """Whether this CPU runs code for one of ``TARGETS``."""
+    features = used_features(parse_target(TARGETS[name]))
+    return platform.machine() == "x86_64" and not missing_features(reported_features("x86_64", features))
 
 
 def program(inputs, emit):

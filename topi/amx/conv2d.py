@@ -16,7 +16,7 @@ from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import TilePanels
 from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, tile_kind
 from tvm_qfp8.topi.amx.sums import emit_sums
-from tvm_qfp8.topi.amx.tiles import with_tiles
+from tvm_qfp8.topi.amx.tiles import tile_buffer, with_tiles
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
@@ -99,43 +99,36 @@ def emit_tile_conv(
         tap = run - row * shape.kernel[1]
         return row * (shape.dilation[0] * slab_row) + tap * (shape.dilation[1] * channels) + chunk
 
-    def panel_of_block(panel, image, first_out_row, slab) -> None:
-        first_column = overlapped_start(panel, registers.width, shape.out_channels)
-
-        def operands_of(prepared, group, index, product):
+    def products(panel_range: tuple, image, first_out_row, slab) -> None:
+        def rows_of(group, product):
             offset = T.bind(run_start(product))
 
-            def rows_of(tile):
+            def of_tile(tile):
                 row, pixel = place(group, tile)
                 corner = row * (stride_h * slab_row) + pixel * (stride_w * channels)
                 return slab, corner + offset, stride_w * channels
 
-            return rows_of, panels.tiles(prepared, index)
+            return of_tile
 
-        def finish(group, tile):
-            row, pixel = place(group, tile)
-            first = T.bind((image * out_h + first_out_row + row) * out_w + pixel)
-            return lambda row, column, total: epilogue(
-                total, first + row, first_column + column * 16, panels.valid[column]
-            )
+        def finish(panel, group, row):
+            first_column = overlapped_start(panel, registers.width, shape.out_channels)
+            tile = T.bind(row // plan.rows) if plan.row_tiles > 1 else 0
+            out_row, pixel = place(group, tile)
+            at = T.bind((image * out_h + first_out_row + out_row) * out_w + pixel + row - tile * plan.rows)
+            return lambda column, total: epilogue(total, at, first_column + column * 16, panels.valid[column])
 
-        def prepare(reduction):
-            return panels.prepare(packed, panel, reduction)
-
-        emit_sums(
-            plan, groups, [plan.rows] * plan.row_tiles, len(panels.valid), prepare, operands_of, finish
-        )
+        emit_sums(panels, packed, panel_range, groups, registers.all_rows, rows_of, finish)
 
     def block(image, index) -> None:
         first_out_row = overlapped_start(index, block_h, out_h)
         # A product's last steps may lie beyond the slab; their weights are zero, but not what NaN times zero is.
-        slab = T.alloc_buffer((slab_size + plan.steps,), kind.dtype, align=64)
+        slab = tile_buffer(slab_size + plan.steps, kind.dtype)
         zero_run(isa, slab, slab_size, plan.steps)
         fill(image, first_out_row, 0, slab)
-        registers.for_each(
+        registers.share(
             panels.count,
-            parallel and not by_rows,
-            lambda panel: panel_of_block(panel, image, first_out_row, slab),
+            threads if parallel and not by_rows else 1,
+            lambda *panel_range: products(panel_range, image, first_out_row, slab),
         )
 
     def body() -> None:

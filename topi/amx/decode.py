@@ -25,32 +25,39 @@ def decode_for_tiles(
 
     def emit(offset, lanes: int) -> None:
         codes = load(source, source_at + offset, lanes)
-        for at, value in _operands(isa, kind, layout, codes):
+        for at, value in operands_of(isa, kind, layout, codes):
             store(target, target_at + offset + at, value, lanes_of(value))
 
     vector_runs(length, 64, emit)
 
 
-def _operands(isa: InstructionSet, kind: TileKind, layout: Layout, codes) -> list[tuple]:
+def operands_of(isa: InstructionSet, kind: TileKind, layout: Layout, codes) -> list[tuple]:
     """[(offset, vector)] of the operands of a vector of codes."""
     lanes = lanes_of(codes)
     if kind is not BFLOAT16:
         if not layout.signed:
             return [(0, bind(tirx.reinterpret(with_lanes("int8", lanes), codes)))]
         return [(0, decode_parts(codes, layout, AS_BYTES, (WHOLE,))[0])]
-    if lanes == 64 and isa.byte_permute and layout.signed:
-        low, high = (look_up_128(codes, table) for table in _bytes_of_bfloat16(layout))
-        high = bind(high | (codes & tirx.const(0x80, "uint8x64")))
-        return [(at, _interleaved(low, high, at)) for at in (0, 32)]
     if lanes == 64:
-        halves = [tirx.Shuffle([codes], [tirx.const(at + i, "int32") for i in range(32)]) for at in (0, 32)]
-        return [(at, _from_grid(bind(half), layout, isa)) for at, half in zip((0, 32), halves, strict=True)]
+        return [(at, _interleaved(*_looked_up(codes, layout), at)) for at in (0, 32)]
+    if lanes == 32:
+        twice = bind(tirx.Shuffle([codes, codes], [tirx.const(i, "int32") for i in range(64)]))
+        return [(0, _interleaved(*_looked_up(twice, layout), 0))]
     return [(0, _from_grid(codes, layout, isa))]
 
 
-def _bytes_of_bfloat16(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) bytes of the grid values of codes without their sign."""
-    values = decode_grid(np.arange(128, dtype=np.uint8), layout).astype(np.float32)
+def _looked_up(codes, layout: Layout) -> tuple:
+    """(low, high) bytes of 64 numbers."""
+    top = tirx.const(0x80, "uint8x64")
+    low, high = ([look_up_128(codes, half) for half in table.reshape(-1, 128)] for table in _bytes(layout))
+    if layout.signed:
+        return low[0], bind(high[0] | (codes & top))
+    return tuple(bind(tirx.Select(codes >= top, second, first)) for first, second in (low, high))
+
+
+def _bytes(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """(low, high) bytes of the grid values of codes, without sign."""
+    values = decode_grid(np.arange(128 if layout.signed else 256, dtype=np.uint8), layout).astype(np.float32)
     halves = values.view(np.uint32) >> 16
     return (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
 

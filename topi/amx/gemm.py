@@ -15,7 +15,7 @@ from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import TilePanels
 from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, tile_kind
 from tvm_qfp8.topi.amx.sums import emit_sums
-from tvm_qfp8.topi.amx.tiles import UNSIGNED, with_tiles
+from tvm_qfp8.topi.amx.tiles import UNSIGNED, tile_buffer, with_tiles
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start, zero_run
@@ -52,32 +52,22 @@ def emit_tile_gemm(
     block_rows, blocks = balanced_blocks(shape.rows, most, registers.all_rows)
     groups = -(-block_rows // registers.all_rows)
     in_place = kind is UNSIGNED and depth == shape.depth and block_rows >= registers.all_rows
-    rows = [min(plan.rows, block_rows - tile * plan.rows) for tile in range(plan.row_tiles)]
+    rows = min(registers.all_rows, block_rows)
 
-    def panel_of_block(panel, first_row, operands, row_stride) -> None:
-        first_column = overlapped_start(panel, registers.width, shape.columns)
-
+    def products(panel_range: tuple, first_row, operands, row_stride) -> None:
         def first_of(group):
             return overlapped_start(group, registers.all_rows, block_rows)
 
-        def operands_of(prepared, group, index, product):
-            at = first_of(group) * row_stride + product * plan.steps
+        def rows_of(group, product):
+            at = T.bind(first_of(group) * row_stride + product * plan.steps)
+            return lambda tile: (operands, at + tile * (plan.rows * row_stride), row_stride)
 
-            def rows_of(tile):
-                return operands, at + tile * (plan.rows * row_stride), row_stride
+        def finish(panel, group, row):
+            first_column = overlapped_start(panel, registers.width, shape.columns)
+            at = T.bind(first_row + first_of(group) + row)
+            return lambda column, total: epilogue(total, at, first_column + column * 16, panels.valid[column])
 
-            return rows_of, panels.tiles(prepared, index)
-
-        def finish(group, tile):
-            first = T.bind(first_row + first_of(group) + tile * plan.rows)
-            return lambda row, column, total: epilogue(
-                total, first + row, first_column + column * 16, panels.valid[column]
-            )
-
-        def prepare(reduction):
-            return panels.prepare(packed, panel, reduction)
-
-        emit_sums(plan, groups, rows, len(panels.valid), prepare, operands_of, finish)
+        emit_sums(panels, packed, panel_range, groups, rows, rows_of, finish)
 
     def block(index) -> None:
         first_row = overlapped_start(index, block_rows, shape.rows)
@@ -87,16 +77,17 @@ def emit_tile_gemm(
             operands, row_stride = T.decl_buffer((size,), "uint8", data=x.data, elem_offset=offset), shape.depth
         else:
             size = groups * registers.all_rows * row_size
-            operands, row_stride = T.alloc_buffer((size,), kind.dtype, align=64), row_size
+            operands, row_stride = tile_buffer(size, kind.dtype), row_size
             with T.serial(0, block_rows) as row:
                 source, at = (first_row + row) * shape.depth, row * row_size
                 decode_for_tiles(isa, kind, activation, x, source, operands, at, shape.depth)
                 zero_run(isa, operands, at + shape.depth, depth - shape.depth)
 
-        def one_panel(panel) -> None:
-            panel_of_block(panel, first_row, operands, row_stride)
-
-        registers.for_each(panels.count, parallel and not by_rows, one_panel)
+        registers.share(
+            panels.count,
+            threads if parallel and not by_rows else 1,
+            lambda *panel_range: products(panel_range, first_row, operands, row_stride),
+        )
 
     def body() -> None:
         if blocks == 1:

@@ -6,15 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.plan import TilePlan
-from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS
+from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pack_panels
 from tvm_qfp8.topi.prim_func import prefetch_run
+
+
+PIECE = 64
+"""Codes that are decoded at once, and bytes of a cache line."""
 
 
 def pack_tile_weights(plan: TilePlan, layout: Layout, codes: np.ndarray) -> np.ndarray:
@@ -47,21 +52,41 @@ class TilePanels:
         width = self.plan.registers.width
         return [min(ROWS, self.columns - at) for at in range(0, min(width, self.columns), ROWS)]
 
-    def prepare(self, packed, panel, reduction) -> tuple:
-        """(operands, index) of a panel's weights for one block of the reduction."""
-        plan, kind = self.plan, self.plan.kind
-        size = plan.block * plan.steps * plan.registers.width
-        start = T.bind((panel * plan.blocks + reduction) * size)
-        if kind is not BFLOAT16:
-            return packed, start
-        prefetch_run(packed, start + size, size)
-        weights = T.alloc_buffer((size,), kind.dtype, align=64)
-        decode_for_tiles(self.isa, kind, self.layout, packed, start, weights, 0, size)
-        return weights, 0
+    @property
+    def unit(self) -> int:
+        """Weights of a panel for one block of the reduction; units follow each other."""
+        return self.plan.block * self.plan.steps * self.plan.registers.width
 
-    def tiles(self, prepared: tuple, index) -> Callable:
-        """Where the tiles of one product of the block lie."""
+    def start(self, packed, first_panel):
+        """The buffer that tiles of weights are read from: two units, the first of them decoded, or all as stored."""
+        if self.plan.kind is not BFLOAT16:
+            return packed
+        weights = tile_buffer(2 * self.unit, self.plan.kind.dtype)
+        source = first_panel * (self.plan.blocks * self.unit)
+        decode_for_tiles(self.isa, self.plan.kind, self.layout, packed, source, weights, 0, self.unit)
+        return weights
+
+    def next_slice(self, packed, weights, first_panel, unit, part, parts: int) -> None:
+        """Decode a part of the unit after ``unit``, counted from ``first_panel``, and fetch what comes after it."""
+        pieces = self.unit // PIECE
+        following = T.bind(tirx.min(first_panel * self.plan.blocks + unit + 1, self.count * self.plan.blocks - 1))
+        source = T.bind(following * self.unit)
+        first = T.bind(part * pieces // parts)
+        with T.serial(0, T.bind((part + 1) * pieces // parts) - first) as i:
+            at = T.bind((first + i) * PIECE)
+            if self.plan.kind is not BFLOAT16:
+                prefetch_run(packed, source + at, PIECE)
+                return
+            prefetch_run(packed, source + self.unit + at, PIECE)
+            target = T.bind((unit + 1) % 2 * self.unit + at)
+            decode_for_tiles(self.isa, self.plan.kind, self.layout, packed, source + at, weights, target, PIECE)
+
+    def tiles(self, weights, first_panel, unit, index) -> Callable:
+        """Where the tiles of one product of a unit lie."""
         plan, width = self.plan, self.plan.registers.width
-        weights, start = prepared
-        at = start + index * (plan.steps * width)
+        if plan.kind is BFLOAT16:
+            place = unit % 2
+        else:
+            place = first_panel * plan.blocks + unit
+        at = T.bind(place * self.unit + index * (plan.steps * width))
         return lambda tile: (weights, at + tile * (ROWS * plan.kind.pair), width * plan.kind.pair)

@@ -1,85 +1,111 @@
-"""The sums of a panel of columns: products of tiles, block by block of the reduction, and what becomes of them."""
+"""The products of a layer on tiles, with everything else between them.
+
+The unit that multiplies tiles works by itself for 16 cycles an instruction. So while it takes the products of one
+block of tiles, the same instruction stream finishes the sums of the block before and decodes the weights that come
+next: slices of both stand between the products. A processor alone could not look ahead so far.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.amx.plan import TilePlan
-from tvm_qfp8.topi.amx.tiles import ROWS
+from tvm_qfp8.topi.amx.panels import TilePanels
+from tvm_qfp8.topi.amx.tiles import ROWS, tile_buffer
 from tvm_qfp8.topi.float_contract import bind
 from tvm_qfp8.topi.prim_func import load, store
 
 
 def emit_sums(
-    plan: TilePlan,
+    panels: TilePanels,
+    packed,
+    panel_range: tuple,
     groups: int,
-    rows: Sequence[int],
-    columns: int,
-    prepare: Callable,
-    operands: Callable,
+    rows: int,
+    rows_of: Callable,
     finish: Callable,
 ) -> None:
-    """All products of ``groups`` blocks of tiles that share a panel of weights.
+    """All products of ``groups`` blocks of tiles with the panels of a range.
 
     Parameters
     ----------
-    rows : sequence of int
-        Rows of each tile of a block that ``finish`` gets.
-    columns : int
-        Vectors of columns that it gets.
-    prepare : (block of the reduction) -> weights
-        Emitted before that block's products.
-    operands : (weights, group, product of the block, product) -> (rows of tiles, columns of tiles)
-        Where the operands of one product lie, as ``TileRegisters.multiply`` takes them.
-    finish : (group, tile) -> (row, column, vector of sums) -> None
+    panel_range : (first, count)
+        Panels of weights; expressions.
+    rows : int
+        Rows of a block of tiles that ``finish`` gets.
+    rows_of : (group, product) -> (tile) -> (buffer, index, elements from row to row)
+        Where the tiles of activations lie.
+    finish : (panel, group, row) -> (column, vector of sums) -> None
     """
-    registers = plan.registers
+    plan = panels.plan
+    registers, blocks, block = plan.registers, plan.blocks, plan.block
+    first_panel, count = panel_range
     size = registers.all_rows * registers.width
-    sums = T.alloc_buffer((size,), plan.kind.sums, align=64)
+    sums = tile_buffer(2 * size, plan.kind.sums)
+    totals = tile_buffer(groups * size, "int32") if blocks > 1 else None
+    columns = len(panels.valid)
+    weights = panels.start(packed, first_panel)
+    stages = count * (blocks * groups)
 
-    def products(weights, group, reduction) -> None:
-        registers.clear()
-        with T.serial(0, plan.block) as index:
-            product = index
-            if plan.blocks > 1:
-                # What is beyond the last has weights of zero.
-                product = T.bind(tirx.min(reduction * plan.block + index, plan.real_products - 1))
-            registers.multiply(*operands(weights, group, index, product))
-        registers.write(sums)
+    def multiply(unit, reduction, group, index) -> None:
+        product = index
+        if blocks > 1:
+            # What is beyond the last has weights of zero.
+            product = T.bind(tirx.min(reduction * block + index, plan.real_products - 1))
+        registers.multiply(rows_of(group, product), panels.tiles(weights, first_panel, unit, index))
 
-    def finish_all(buffer, group, start) -> None:
-        for tile, count in enumerate(rows):
-            finish_row = finish(group, tile)
-            with T.serial(0, count) as row:
+    def finish_slice(stage, index) -> None:
+        """Rows of the sums of a stage that is over."""
+        unit, group = T.bind(stage // groups), T.bind(stage % groups)
+        at = T.bind(stage % 2 * size)
+        lowest, beyond = T.bind(index * rows // block), T.bind((index + 1) * rows // block)
+
+        def each_row(body: Callable) -> None:
+            with T.serial(0, beyond - lowest) as i:
+                row = T.bind(lowest + i)
                 for column in range(columns):
-                    at = start + (tile * plan.rows + row) * registers.width + column * ROWS
-                    finish_row(row, column, T.bind(load(buffer, at, ROWS)))
+                    place = row * registers.width + column * ROWS
+                    body(row, column, place, T.bind(load(sums, at + place, ROWS)))
 
-    if plan.blocks == 1:
-        weights = prepare(0)
-        with T.serial(0, groups) as group:
-            products(weights, group, 0)
-            finish_all(sums, group, 0)
-        return
-    totals = T.alloc_buffer((groups * size,), "int32", align=64)
+        def last(row, column, place, value) -> None:
+            if totals is not None:
+                value = bind(value.astype("int32x16") + load(totals, group * size + place, ROWS))
+            finish(first_panel + unit // blocks, group, row)(column, value)
 
-    def add_to_totals(group, first: bool) -> None:
-        with T.serial(0, size // ROWS) as vector:
-            at = group * size + vector * ROWS
-            found = bind(load(sums, vector * ROWS, ROWS).astype("int32x16"))
-            store(totals, at, found if first else found + load(totals, at, ROWS), ROWS)
+        if totals is None:
+            each_row(last)
+            return
+        reduction = T.bind(unit % blocks)
 
-    with T.serial(0, plan.blocks) as reduction:
-        weights = prepare(reduction)
-        with T.serial(0, groups) as group:
-            products(weights, group, reduction)
-            with T.If(reduction == 0):
+        def first(row, column, place, value) -> None:
+            store(totals, group * size + place, value.astype("int32x16"), ROWS)
+
+        def between(row, column, place, value) -> None:
+            place = group * size + place
+            store(totals, place, value.astype("int32x16") + load(totals, place, ROWS), ROWS)
+
+        with T.If(reduction == blocks - 1):
+            with T.Then():
+                each_row(last)
+            with T.Else():
+                with T.If(reduction == 0):
+                    with T.Then():
+                        each_row(first)
+                    with T.Else():
+                        each_row(between)
+
+    with T.serial(0, stages + 1) as stage:
+        unit, group = T.bind(stage // groups), T.bind(stage % groups)
+        reduction = T.bind(unit % blocks) if blocks > 1 else 0
+        registers.clear()
+        with T.serial(0, block) as index:
+            with T.If(stage < stages):
                 with T.Then():
-                    add_to_totals(group, first=True)
-                with T.Else():
-                    add_to_totals(group, first=False)
-    with T.serial(0, groups) as group:
-        finish_all(totals, group, group * size)
+                    multiply(unit, reduction, group, index)
+                    panels.next_slice(packed, weights, first_panel, unit, group * block + index, groups * block)
+            with T.If(stage > 0):
+                with T.Then():
+                    finish_slice(T.bind(stage - 1), index)
+        registers.write(sums, T.bind(stage % 2 * size))

@@ -80,6 +80,13 @@ def _emit(name: str, *arguments) -> None:
     T.evaluate(tirx.call_llvm_intrin("void", f"llvm.x86.{name}", *values))
 
 
+def tile_buffer(size: int, dtype: str):
+    """Scratch for tiles. TVM shortens a buffer to what its own loads and stores reach, and a tile's are none of them."""
+    buffer = T.alloc_buffer((size,), dtype, align=64)
+    store(buffer, size - 1, tirx.const(0, dtype), 1)
+    return buffer
+
+
 def with_tiles(body: Callable[[], None]) -> None:
     """A kernel's ``body``, with the code that asks Linux for the registers."""
     with T.attr(0, "pragma_import_llvm", _ASK):
@@ -117,18 +124,20 @@ class TileRegisters:
             store(config, word, tirx.const(value, "int64"), 1)
         _emit("ldtilecfg", tirx.address_of(config[0]))
 
-    def for_each(self, count: int, parallel: bool, body: Callable) -> None:
-        """``body(index)`` with the registers set up, which each thread does for itself, and given up at the end."""
-        if parallel:
-            with T.parallel(0, count) as index:
-                self._configure()
-                body(index)
-                _emit("tilerelease")
+    def share(self, count: int, workers: int, body: Callable) -> None:
+        """``body(first, count)`` for parts of ``count`` indices, one a worker, each with the registers set up."""
+
+        def part(first, number) -> None:
+            self._configure()
+            body(first, number)
+            _emit("tilerelease")
+
+        if workers == 1:
+            part(0, count)
             return
-        self._configure()
-        with T.serial(0, count) as index:
-            body(index)
-        _emit("tilerelease")
+        with T.parallel(0, workers) as worker:
+            first = T.bind(worker * count // workers)
+            part(first, T.bind((worker + 1) * count // workers - first))
 
     def clear(self) -> None:
         for register in range(self.row_tiles * self.column_tiles):
@@ -161,10 +170,10 @@ class TileRegisters:
     def width(self) -> int:
         return ROWS * self.column_tiles
 
-    def write(self, buffer) -> None:
-        """Store all sums into ``buffer``, ``(all_rows, width)`` of the kind's ``sums``."""
+    def write(self, buffer, start) -> None:
+        """Store all sums into ``buffer`` from ``start``, ``(all_rows, width)`` of the kind's ``sums``."""
         for row in range(self.row_tiles):
             for column in range(self.column_tiles):
-                at = row * self.rows * self.width + column * ROWS
+                at = start + (row * self.rows * self.width + column * ROWS)
                 stride = tirx.const(4 * self.width, "int64")
                 _emit("tilestored64", row * self.column_tiles + column, tirx.address_of(buffer[at]), stride)

@@ -25,6 +25,10 @@ IN_ORDER = frozenset({"a35", "a53"})
 """Arm CPUs that run in order, where the three dependent instructions of ``neon_mull`` take longer than they save."""
 
 
+TILES = frozenset({"avx512vbmi", "amx-tile", "amx-int8", "amx-bf16"})
+"""Features of CPUs whose tile registers the kernels use; those that have them look up bytes, too."""
+
+
 @dataclass(frozen=True)
 class InstructionSet:
     """What a kernel generator needs to know of a target."""
@@ -192,7 +196,7 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
     found = replace(
         sets[name].INSTRUCTION_SET,
         byte_permute="avx512vbmi" in features,
-        tiles={"amx-tile", "amx-int8", "amx-bf16"} <= set(features),
+        tiles=TILES <= set(features),
         fused=not FUSED.isdisjoint(features),
     )
     if name == "avx512" and "avx512vnni" in features:

@@ -1,0 +1,198 @@
+"""Products of two activations on tiles, as bfloat16: both operands are brought into the tiles' order at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from tvm_qfp8.topi.amx.decode import decode_for_tiles, operands_of
+from tvm_qfp8.topi.amx.plan import BLOCK, TilePlan, best_block
+from tvm_qfp8.topi.amx.sums import emit_sums
+from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer, with_tiles
+from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
+from tvm_qfp8.topi.exact_sums import EXACT
+from tvm_qfp8.topi.float_contract import bind, dtype_of, to_float
+from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.panels import overlapped_start, round_up, zero_run
+from tvm_qfp8.topi.prim_func import load, store
+
+PAIR = BFLOAT16.pair
+
+
+def plan_tile_products(isa: InstructionSet, shape: BatchMatmulShape) -> TilePlan | None:
+    """The plan for a product of codes; None where sums of tiles are not exact, or too long for int32."""
+    if not isa.tiles or shape.x is None or shape.rows < 2 or shape.depth > shape.block_depth:
+        return None
+    x, y = shape.layouts()
+    chunks = -(-shape.depth // BFLOAT16.most)
+    steps = round_up(-(-shape.depth // chunks), 4)
+    exact = (EXACT - 1) // (x.max_grid * y.max_grid * steps)
+    if not exact:
+        return None
+    tiles = -(-shape.rows // ROWS)
+    block = -(-chunks // -(-chunks // min(exact, BLOCK)))
+    blocks_of_tiles = best_block(tiles, -(-shape.columns // ROWS))
+    return TilePlan(BFLOAT16, -(-shape.rows // tiles), *blocks_of_tiles, shape.depth, 1, steps, block)
+
+
+@dataclass(frozen=True)
+class ActivationPanels:
+    """The right operand as ``emit_sums`` reads it: all of it lies in a buffer."""
+
+    plan: TilePlan
+    columns: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.columns // self.plan.registers.width)
+
+    @property
+    def valid(self) -> list[int]:
+        width = self.plan.registers.width
+        return [min(ROWS, self.columns - at) for at in range(0, min(width, self.columns), ROWS)]
+
+    def start(self, buffer, _first_panel):
+        return buffer
+
+    def next_slice(self, *_arguments) -> None:
+        """Nothing is left to decode."""
+
+    def tiles(self, buffer, first_panel, unit, index) -> Callable:
+        plan, width = self.plan, self.plan.registers.width
+        at = T.bind(((first_panel * plan.blocks + unit) * plan.block + index) * (plan.steps * width))
+        return lambda tile: (buffer, at + tile * (ROWS * PAIR), width * PAIR)
+
+
+def emit_tile_products(
+    isa: InstructionSet, shape: BatchMatmulShape, plan: TilePlan, x, y, epilogue: Callable, threads: int
+) -> None:
+    """Emit the kernel; ``epilogue(sum float32x16, row, column, valid)`` as in ``batch_matmul.py``."""
+    registers = plan.registers
+    x_layout, y_layout = shape.layouts()
+    panels = ActivationPanels(plan, shape.columns)
+    width, depth = registers.width, plan.products * plan.steps
+    row_size = (-(-depth // BFLOAT16.most) | 1) * BFLOAT16.most
+    groups = -(-shape.rows // registers.all_rows)
+    macs = shape.batch * shape.rows * shape.columns * shape.depth
+    parallel = threads > 1 and shape.batch > 1 and macs >= MIN_PARALLEL_MACS
+
+    def place(panel, step, column):
+        """Where in the panels the pair of steps from ``step`` of a column lies."""
+        return panel * (depth * width) + step * width + column * PAIR
+
+    def turn_columns(batch, panels_buffer) -> None:
+        """y is ``(columns, depth)``: 16 of its rows at a time, turned as a matrix of pairs."""
+        turned = tile_buffer(ROWS * row_size, BFLOAT16.dtype)
+        zero_run(isa, turned, 0, ROWS * row_size)
+        with T.serial(0, panels.count) as panel:
+            first = overlapped_start(panel, width, shape.columns)
+            for vector, valid in enumerate(panels.valid):
+                with T.serial(0, valid) as row:
+                    source = (batch * shape.columns + first + vector * ROWS + row) * shape.depth
+                    decode_for_tiles(isa, BFLOAT16, y_layout, y, source, turned, row * row_size, shape.depth)
+                with T.serial(0, -(-depth // BFLOAT16.most)) as chunk:
+                    at = T.bind(chunk * BFLOAT16.most)
+                    rows = [
+                        bind(tirx.reinterpret("int32x16", load(turned, row * row_size + at, BFLOAT16.most)))
+                        for row in range(ROWS)
+                    ]
+                    for pair, column in enumerate(transposed(rows)):
+                        # Steps beyond the depth belong to the next panel, which is written later.
+                        target = place(panel, at + pair * PAIR, vector * ROWS)
+                        store(panels_buffer, target, tirx.reinterpret("uint16x32", column), BFLOAT16.most)
+
+    def pair_rows(batch, panels_buffer) -> None:
+        """y is ``(depth, columns)``: two of its rows at a time, element beside element."""
+        zeros = tirx.const(0, "uint8x16")
+        with T.serial(0, panels.count) as panel:
+            first = overlapped_start(panel, width, shape.columns)
+
+            def pair(step, both: bool) -> None:
+                for vector, valid in enumerate(panels.valid):
+                    source = (batch * shape.depth + step) * shape.columns + first + vector * ROWS
+                    rows = [_codes(y, source, valid)]
+                    rows.append(_codes(y, source + shape.columns, valid) if both else zeros)
+                    order = [half * ROWS + lane for lane in range(ROWS) for half in (0, 1)]
+                    codes = bind(tirx.Shuffle(rows, [tirx.const(i, "int32") for i in order]))
+                    ((_, values),) = operands_of(isa, BFLOAT16, y_layout, codes)
+                    store(panels_buffer, place(panel, step, vector * ROWS), values, BFLOAT16.most)
+
+            with T.serial(0, shape.depth // PAIR) as index:
+                pair(T.bind(index * PAIR), both=True)
+            if shape.depth % PAIR:
+                pair(shape.depth - 1, both=False)
+            rest = round_up(shape.depth, PAIR)
+            zero_run(isa, panels_buffer, place(panel, rest, 0), (depth - rest) * width)
+
+    def one(batch) -> None:
+        operands = tile_buffer(groups * registers.all_rows * row_size, BFLOAT16.dtype)
+        with T.serial(0, shape.rows) as row:
+            source, at = (batch * shape.rows + row) * shape.depth, row * row_size
+            decode_for_tiles(isa, BFLOAT16, x_layout, x, source, operands, at, shape.depth)
+            zero_run(isa, operands, at + shape.depth, depth - shape.depth)
+        size = panels.count * depth * width + BFLOAT16.most // PAIR * width * PAIR
+        panels_buffer = tile_buffer(size, BFLOAT16.dtype)
+        (turn_columns if shape.transpose_y else pair_rows)(batch, panels_buffer)
+
+        def first_of(group):
+            return overlapped_start(group, registers.all_rows, shape.rows)
+
+        def rows_of(group, product):
+            at = T.bind(first_of(group) * row_size + product * plan.steps)
+            return lambda tile: (operands, at + tile * (plan.rows * row_size), row_size)
+
+        def finish(panel, group, row):
+            first_column = overlapped_start(panel, width, shape.columns)
+            at = T.bind(batch * shape.rows + first_of(group) + row)
+
+            def column(vector, total) -> None:
+                value = to_float(total) if dtype_of(total).startswith("int32") else total
+                epilogue(value, at, first_column + vector * ROWS, panels.valid[vector])
+
+            return column
+
+        rows = min(registers.all_rows, shape.rows)
+        registers.share(
+            panels.count,
+            1,
+            lambda *part: emit_sums(panels, panels_buffer, part, groups, rows, rows_of, finish),
+        )
+
+    def body() -> None:
+        with (T.parallel if parallel else T.serial)(0, shape.batch) as batch:
+            one(batch)
+
+    with_tiles(body)
+
+
+def _codes(y, at, valid: int):
+    """16 neighbouring codes, the last of them zeros if only ``valid`` are there."""
+    if valid == ROWS:
+        return load(y, at, ROWS)
+    lanes = [load(y, at + lane, 1) for lane in range(valid)]
+    return tirx.Shuffle(lanes + [tirx.const(0, "uint8")] * (ROWS - valid), [tirx.const(i, "int32") for i in range(ROWS)])
+
+
+def transposed(rows: list) -> list:
+    """16 vectors of 16 numbers, as a matrix turned: four rounds of exchanges between two vectors each."""
+    for distance in (1, 2, 4, 8):
+        rows = [_exchanged(rows, index, distance) for index in range(len(rows))]
+    return rows
+
+
+def _exchanged(rows: list, index: int, distance: int):
+    """Of vectors ``distance`` apart: where the lane's bit differs from the vector's, its partner's lane across."""
+    high = bool(index & distance)
+    a, b = (rows[index - distance], rows[index]) if high else (rows[index], rows[index + distance])
+    order = []
+    for lane in range(ROWS):
+        across = bool(lane & distance)
+        if high:
+            order.append(16 + lane if across else lane + distance)
+        else:
+            order.append(16 + lane - distance if across else lane)
+    return bind(tirx.Shuffle([a, b], [tirx.const(i, "int32") for i in order]))
