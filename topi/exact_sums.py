@@ -25,15 +25,20 @@ def exact_steps(
     weights : array ``(columns, depth)`` of uint8
         Codes in the order of the reduction, ``depth`` a multiple of ``step``.
     """
-    columns, depth = weights.shape
-    magnitudes = (
-        np.abs(decode_grid(weights, weight).astype(np.int64)).reshape(columns, depth // step, step).sum(2)
-    )
-    bound = (limit - 1) // activation.max_grid
-    count = depth // step
-    while count:
-        starts = range(0, depth // step, count)
-        if max(int(magnitudes[:, at : at + count].sum(1).max()) for at in starts) <= bound:
-            return count
+    magnitudes, bound = step_magnitudes(weights, weight, step), (limit - 1) // activation.max_grid
+    count = magnitudes.shape[1]
+    while count and not are_exact(magnitudes, count, bound):
         count = count * 3 // 4 if count > 1 else 0
-    return 0
+    return count
+
+
+def step_magnitudes(weights: np.ndarray, weight: Layout, step: int) -> np.ndarray:
+    """Sums of the magnitudes of ``step`` neighbouring grid values, int64 ``(columns, depth / step)``."""
+    columns, depth = weights.shape
+    return np.abs(decode_grid(weights, weight).astype(np.int64)).reshape(columns, depth // step, step).sum(2)
+
+
+def are_exact(magnitudes: np.ndarray, count: int, bound: int) -> bool:
+    """Whether blocks of ``count`` steps, one after the other, have magnitudes of at most ``bound`` each."""
+    starts = np.arange(0, magnitudes.shape[1], count)
+    return int(np.add.reduceat(magnitudes, starts, axis=1).max(initial=0)) <= bound

@@ -28,7 +28,7 @@ def slab_filler(
     dtype: str,
     bring: Callable,
 ) -> Callable:
-    """``fill(image, first output row, group, slab)``, which fills ``rows`` slab rows of ``dtype``.
+    """``fill(image, first output row, group, slab, start)``, which fills ``rows`` slab rows of ``dtype`` from there.
 
     ``slab_channels`` are the channels of a group with padding; ``bring(source index, target, target index, length)``
     makes elements of the slab from codes of ``x``.
@@ -80,7 +80,7 @@ def slab_filler(
         right = shape.padding[3] * slab_channels
         zero_run(isa, slab, slab_at + slab_row - right, right)
 
-    def fill_slab(image, first_out_row, group, slab) -> None:
+    def fill_slab(image, first_out_row, group, slab, start=0) -> None:
         with T.serial(0, rows) as r:
             slab_at = T.bind(first_out_row * shape.stride[0] + r - shape.padding[0])
             step = shape.input_dilation[0]
@@ -90,8 +90,8 @@ def slab_filler(
                 inside = tirx.And(inside, tirx.floormod(slab_at, step) == 0)
             with T.If(inside):
                 with T.Then():
-                    fill_row(image, source_row, group, slab, r * slab_row)
+                    fill_row(image, source_row, group, slab, start + r * slab_row)
                 with T.Else():
-                    zero_run(isa, slab, r * slab_row, slab_row)
+                    zero_run(isa, slab, start + r * slab_row, slab_row)
 
     return fill_slab

@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles, operands_of
-from tvm_qfp8.topi.amx.plan import BLOCK, TilePlan, best_block
+from tvm_qfp8.topi.amx.plan import TilePlan, best_block, exact_blocks
 from tvm_qfp8.topi.amx.sums import emit_sums
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer, with_tiles
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
@@ -24,19 +24,18 @@ PAIR = BFLOAT16.pair
 
 
 def plan_tile_products(isa: InstructionSet, shape: BatchMatmulShape) -> TilePlan | None:
-    """The plan for a product of codes; None where sums of tiles are not exact, or too long for int32."""
+    """The plan for a product of codes; None where sums are too long for int32."""
     if not isa.tiles or shape.x is None or shape.rows < 2 or shape.depth > shape.block_depth:
         return None
     x, y = shape.layouts()
     chunks = -(-shape.depth // BFLOAT16.most)
     steps = round_up(-(-shape.depth // chunks), 4)
-    exact = (EXACT - 1) // (x.max_grid * y.max_grid * steps)
-    if not exact:
-        return None
+    block, shift = exact_blocks(
+        chunks, x, lambda count, largest: count * steps * largest * y.max_grid < EXACT
+    )
     tiles = -(-shape.rows // ROWS)
-    block = -(-chunks // -(-chunks // min(exact, BLOCK)))
-    blocks_of_tiles = best_block(tiles, -(-shape.columns // ROWS))
-    return TilePlan(BFLOAT16, -(-shape.rows // tiles), *blocks_of_tiles, shape.depth, 1, steps, block)
+    block_of_tiles = best_block(tiles, -(-shape.columns // ROWS))
+    return TilePlan(BFLOAT16, -(-shape.rows // tiles), *block_of_tiles, shape.depth, 1, steps, block, shift)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def emit_tile_products(
     x_layout, y_layout = shape.layouts()
     panels = ActivationPanels(plan, shape.columns)
     width, depth = registers.width, plan.products * plan.steps
-    row_size = (-(-depth // BFLOAT16.most) | 1) * BFLOAT16.most
+    row_size = (-(-depth * plan.parts // BFLOAT16.most) | 1) * BFLOAT16.most
     groups = -(-shape.rows // registers.all_rows)
     macs = shape.batch * shape.rows * shape.columns * shape.depth
     parallel = threads > 1 and shape.batch > 1 and macs >= MIN_PARALLEL_MACS
@@ -93,7 +92,7 @@ def emit_tile_products(
             for vector, valid in enumerate(panels.valid):
                 with T.serial(0, valid) as row:
                     source = (batch * shape.columns + first + vector * ROWS + row) * shape.depth
-                    decode_for_tiles(isa, BFLOAT16, y_layout, y, source, turned, row * row_size, shape.depth)
+                    decode_for_tiles(BFLOAT16, y_layout, y, source, turned, row * row_size, shape.depth)
                 with T.serial(0, -(-depth // BFLOAT16.most)) as chunk:
                     at = T.bind(chunk * BFLOAT16.most)
                     rows = [
@@ -118,7 +117,7 @@ def emit_tile_products(
                     rows.append(_codes(y, source + shape.columns, valid) if both else zeros)
                     order = [half * ROWS + lane for lane in range(ROWS) for half in (0, 1)]
                     codes = bind(tirx.Shuffle(rows, [tirx.const(i, "int32") for i in order]))
-                    ((_, values),) = operands_of(isa, BFLOAT16, y_layout, codes)
+                    ((_, values),) = operands_of(BFLOAT16, y_layout, codes)
                     store(panels_buffer, place(panel, step, vector * ROWS), values, BFLOAT16.most)
 
             with T.serial(0, shape.depth // PAIR) as index:
@@ -131,9 +130,11 @@ def emit_tile_products(
     def one(batch) -> None:
         operands = tile_buffer(groups * registers.all_rows * row_size, BFLOAT16.dtype)
         with T.serial(0, shape.rows) as row:
-            source, at = (batch * shape.rows + row) * shape.depth, row * row_size
-            decode_for_tiles(isa, BFLOAT16, x_layout, x, source, operands, at, shape.depth)
-            zero_run(isa, operands, at + shape.depth, depth - shape.depth)
+            source = (batch * shape.rows + row) * shape.depth
+            for index, part in enumerate(plan.decoded_parts):
+                at = row * row_size + index * depth
+                decode_for_tiles(BFLOAT16, x_layout, x, source, operands, at, shape.depth, part)
+                zero_run(isa, operands, at + shape.depth, depth - shape.depth)
         size = panels.count * depth * width + BFLOAT16.most // PAIR * width * PAIR
         panels_buffer = tile_buffer(size, BFLOAT16.dtype)
         (turn_columns if shape.transpose_y else pair_rows)(batch, panels_buffer)
@@ -141,8 +142,8 @@ def emit_tile_products(
         def first_of(group):
             return overlapped_start(group, registers.all_rows, shape.rows)
 
-        def rows_of(group, product):
-            at = T.bind(first_of(group) * row_size + product * plan.steps)
+        def rows_of(group, product, part):
+            at = T.bind(first_of(group) * row_size + part * depth + product * plan.steps)
             return lambda tile: (operands, at + tile * (plan.rows * row_size), row_size)
 
         def finish(panel, group, row):

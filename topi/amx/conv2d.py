@@ -43,8 +43,7 @@ def plan_tile_conv(isa: InstructionSet, shape: ConvShape, codes: np.ndarray) -> 
     if not isa.tiles or not quantized or shape.groups > 1:
         return None
     layouts, runs = shape.layouts(), _runs(shape, codes)
-    plan = plan_tiles(tile_kind(*layouts), runs, layouts, shape.out_width, shape.out_height)
-    return (plan, runs) if plan is not None else None
+    return plan_tiles(tile_kind(*layouts), runs, layouts, shape.out_width, shape.out_height), runs
 
 
 def emit_tile_conv(
@@ -53,7 +52,7 @@ def emit_tile_conv(
     """Emit the kernel; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel."""
     kind, registers = plan.kind, plan.registers
     activation, weight = shape.layouts()
-    panels = TilePanels(isa, plan, weight, shape.out_channels)
+    panels = TilePanels(plan, weight, shape.out_channels)
     stride_h, stride_w = shape.stride
     out_h, out_w = shape.out_height, shape.out_width
     channels = _slab_channels(shape)
@@ -63,7 +62,7 @@ def emit_tile_conv(
     macs = shape.batch * out_h * out_w * shape.out_channels * plan.run * plan.runs
     parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
     by_rows = parallel and out_h >= 2 * threads
-    most = max(1, min(out_h, (SCRATCH_BYTES // (slab_row * kind.element_bytes) - reach) // stride_h + 1))
+    most = max(1, min(out_h, (SCRATCH_BYTES // (slab_row * kind.element_bytes * plan.parts) - reach) // stride_h + 1))
     if by_rows:
         most = min(most, -(-out_h // (2 * threads)))
     block_h, blocks = balanced_blocks(out_h, most)
@@ -74,10 +73,14 @@ def emit_tile_conv(
     tiles = block_h * tiles_of_row
     groups = -(-tiles // plan.row_tiles)
 
-    def bring(source_at, target, target_at, length: int) -> None:
-        decode_for_tiles(isa, kind, activation, x, source_at, target, target_at, length)
+    # A product's last steps may lie beyond the slab; their weights are zero, but not what NaN times zero is.
+    part_size = slab_size + plan.steps
 
-    fill = slab_filler(isa, shape, x, slab_h, channels, kind.dtype, bring)
+    def filler(part) -> Callable:
+        def bring(source_at, target, target_at, length: int) -> None:
+            decode_for_tiles(kind, activation, x, source_at, target, target_at, length, part)
+
+        return slab_filler(isa, shape, x, slab_h, channels, kind.dtype, bring)
 
     def place(group, tile) -> tuple:
         """(output row of the block, first pixel) of a tile; the last block computes the last tile again."""
@@ -100,8 +103,8 @@ def emit_tile_conv(
         return row * (shape.dilation[0] * slab_row) + tap * (shape.dilation[1] * channels) + chunk
 
     def products(panel_range: tuple, image, first_out_row, slab) -> None:
-        def rows_of(group, product):
-            offset = T.bind(run_start(product))
+        def rows_of(group, product, part):
+            offset = T.bind(part * part_size + run_start(product))
 
             def of_tile(tile):
                 row, pixel = place(group, tile)
@@ -121,10 +124,10 @@ def emit_tile_conv(
 
     def block(image, index) -> None:
         first_out_row = overlapped_start(index, block_h, out_h)
-        # A product's last steps may lie beyond the slab; their weights are zero, but not what NaN times zero is.
-        slab = tile_buffer(slab_size + plan.steps, kind.dtype)
-        zero_run(isa, slab, slab_size, plan.steps)
-        fill(image, first_out_row, 0, slab)
+        slab = tile_buffer(plan.parts * part_size, kind.dtype)
+        for index, part in enumerate(plan.decoded_parts):
+            filler(part)(image, first_out_row, 0, slab, index * part_size)
+            zero_run(isa, slab, index * part_size + slab_size, plan.steps)
         registers.share(
             panels.count,
             threads if parallel and not by_rows else 1,

@@ -39,10 +39,10 @@ def emit_tile_gemm(
     """Emit the kernel; ``epilogue(acc, row, column, valid)`` as in ``gemm.py``."""
     kind, registers = plan.kind, plan.registers
     activation, weight = shape.layouts()
-    panels = TilePanels(isa, plan, weight, shape.columns)
+    panels = TilePanels(plan, weight, shape.columns)
     depth = plan.real_products * plan.steps
     # Rows of scratch start an odd number of cache lines apart, so that those of a tile use different sets.
-    row_size = (-(-depth * kind.element_bytes // 64) | 1) * 64 // kind.element_bytes
+    row_size = (-(-depth * plan.parts * kind.element_bytes // 64) | 1) * 64 // kind.element_bytes
 
     parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
     by_rows = parallel and shape.rows >= 2 * threads * 48
@@ -58,8 +58,8 @@ def emit_tile_gemm(
         def first_of(group):
             return overlapped_start(group, registers.all_rows, block_rows)
 
-        def rows_of(group, product):
-            at = T.bind(first_of(group) * row_stride + product * plan.steps)
+        def rows_of(group, product, part):
+            at = T.bind(first_of(group) * row_stride + part * depth + product * plan.steps)
             return lambda tile: (operands, at + tile * (plan.rows * row_stride), row_stride)
 
         def finish(panel, group, row):
@@ -79,9 +79,11 @@ def emit_tile_gemm(
             size = groups * registers.all_rows * row_size
             operands, row_stride = tile_buffer(size, kind.dtype), row_size
             with T.serial(0, block_rows) as row:
-                source, at = (first_row + row) * shape.depth, row * row_size
-                decode_for_tiles(isa, kind, activation, x, source, operands, at, shape.depth)
-                zero_run(isa, operands, at + shape.depth, depth - shape.depth)
+                source = (first_row + row) * shape.depth
+                for index, part in enumerate(plan.decoded_parts):
+                    at = row * row_size + index * depth
+                    decode_for_tiles(kind, activation, x, source, operands, at, shape.depth, part)
+                    zero_run(isa, operands, at + shape.depth, depth - shape.depth)
 
         registers.share(
             panels.count,

@@ -13,7 +13,6 @@ from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.plan import TilePlan
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer
-from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pack_panels
 from tvm_qfp8.topi.prim_func import prefetch_run
 
@@ -37,7 +36,6 @@ def pack_tile_weights(plan: TilePlan, layout: Layout, codes: np.ndarray) -> np.n
 class TilePanels:
     """Packed weights of a layer as a kernel reads them."""
 
-    isa: InstructionSet
     plan: TilePlan
     layout: Layout
     columns: int
@@ -63,7 +61,7 @@ class TilePanels:
             return packed
         weights = tile_buffer(2 * self.unit, self.plan.kind.dtype)
         source = first_panel * (self.plan.blocks * self.unit)
-        decode_for_tiles(self.isa, self.plan.kind, self.layout, packed, source, weights, 0, self.unit)
+        decode_for_tiles(self.plan.kind, self.layout, packed, source, weights, 0, self.unit)
         return weights
 
     def next_slice(self, packed, weights, first_panel, unit, part, parts: int) -> None:
@@ -79,7 +77,7 @@ class TilePanels:
                 return
             prefetch_run(packed, source + self.unit + at, PIECE)
             target = T.bind((unit + 1) % 2 * self.unit + at)
-            decode_for_tiles(self.isa, self.plan.kind, self.layout, packed, source + at, weights, target, PIECE)
+            decode_for_tiles(self.plan.kind, self.layout, packed, source + at, weights, target, PIECE)
 
     def tiles(self, weights, first_panel, unit, index) -> Callable:
         """Where the tiles of one product of a unit lie."""

@@ -7,13 +7,14 @@ whatever order they are added. Where a whole sum could be larger (the weights ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, SIGNED, SUMS, UNSIGNED, TileKind, TileRegisters
-from tvm_qfp8.topi.exact_sums import exact_steps
+from tvm_qfp8.topi.exact_sums import EXACT, are_exact, step_magnitudes
 from tvm_qfp8.topi.panels import round_up
 
 LATENCY = 52 / ROWS
@@ -22,6 +23,9 @@ LATENCY = 52 / ROWS
 
 SCRATCH_BYTES = 512 * 1024
 """Operands of a block of rows: a quarter of these CPUs' second-level cache."""
+
+BLOCK_COST = 3
+"""What it costs to add a block's sums to those of the blocks before it, in products."""
 
 BLOCK = 24
 """Most products of a block of the reduction."""
@@ -50,7 +54,18 @@ class TilePlan:
     steps: int
     """Reduction steps of one product."""
     block: int
-    """Products of one block of the reduction: its weights stay in the first-level cache, its sums are exact."""
+    """Products of one block of the reduction, whose sums are exact."""
+    shift: int = 0
+    """Where not 0, activations are multiplied in two parts, ``2**shift * high + low``, each in blocks of its own."""
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.shift else 1
+
+    @property
+    def decoded_parts(self) -> list[tuple[int, bool] | None]:
+        """What ``decode_for_tiles`` makes of each activation."""
+        return [(self.shift, True), (self.shift, False)] if self.shift else [None]
 
     @property
     def chunks(self) -> int:
@@ -77,8 +92,8 @@ class TilePlan:
 
 def plan_tiles(
     kind: TileKind, codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, repeats: int = 1
-) -> TilePlan | None:
-    """The plan for weight ``codes`` ``(columns, runs, run)``, or None where one product alone may not be exact.
+) -> TilePlan:
+    """The plan for weight ``codes`` ``(columns, runs, run)``.
 
     ``row_length`` rows of activations are at equal distances: all of a dense layer, or a row of pixels of a
     convolution, of which there are ``repeats``.
@@ -90,18 +105,44 @@ def plan_tiles(
     padded[:, :, :run] = codes
     flat = padded.reshape(len(codes), -1)
     products = runs * chunks
-    most = products
+    block, shift = -(-products // -(-products // BLOCK)), 0
     if kind is BFLOAT16:
         activation, weight = layouts
-        most = exact_steps(flat, weight, activation, steps)
-        if not most:
-            return None
-    blocks = -(-products // min(most, BLOCK))
-    block = -(-products // blocks)
+        magnitudes = step_magnitudes(flat, weight, steps)
+        block, shift = exact_blocks(
+            products, activation, lambda count, largest: are_exact(magnitudes, count, (EXACT - 1) // largest)
+        )
     tiles = -(-row_length // ROWS)
     rows = -(-row_length // tiles)
     row_tiles, column_tiles = best_block(tiles * repeats, -(-len(codes) // ROWS))
-    return TilePlan(kind, rows, row_tiles, column_tiles, run, runs, steps, block)
+    return TilePlan(kind, rows, row_tiles, column_tiles, run, runs, steps, block, shift)
+
+
+def exact_blocks(products: int, activation: Layout, exact: Callable[[int, int], bool]) -> tuple[int, int]:
+    """(products of a block, shift of the activations' parts) of least time.
+
+    ``exact(count, largest)`` tells whether sums of ``count`` products are, of activations up to ``largest``.
+    """
+
+    def block(largest: int) -> int:
+        for blocks in range(-(-products // BLOCK), products + 1):
+            if exact(-(-products // blocks), largest):
+                return -(-products // blocks)
+        return 0
+
+    whole = block(activation.max_grid)
+    shift = activation.max_grid.bit_length() // 2
+    split = block(max(int(np.abs(part(activation.grid, shift, high)).max()) for high in (True, False)))
+    assert split, "parts of every layout are small enough"
+    costs = [(parts * (products + BLOCK_COST * -(-products // count)), count) for parts, count in ((1, whole), (2, split)) if count]
+    return (whole, 0) if min(costs) == costs[0] and whole else (split, shift)
+
+
+def part(grid: np.ndarray, shift: int, high: bool) -> np.ndarray:
+    """The high or low part of grid values, ``grid = 2**shift * high + low``, the high one rounded to nearest."""
+    magnitude = np.abs(grid.astype(np.int64))
+    upper = (magnitude + (1 << shift >> 1)) >> shift
+    return np.sign(grid) * (upper if high else magnitude - (upper << shift))
 
 
 def best_block(row_tiles: int, column_tiles: int) -> tuple[int, int]:

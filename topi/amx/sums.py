@@ -35,30 +35,33 @@ def emit_sums(
         Panels of weights; expressions.
     rows : int
         Rows of a block of tiles that ``finish`` gets.
-    rows_of : (group, product) -> (tile) -> (buffer, index, elements from row to row)
+    rows_of : (group, product, part of the activations) -> (tile) -> (buffer, index, elements from row to row)
         Where the tiles of activations lie.
     finish : (panel, group, row) -> (column, vector of sums) -> None
     """
     plan = panels.plan
-    registers, blocks, block = plan.registers, plan.blocks, plan.block
+    registers, block, passes = plan.registers, plan.block, plan.blocks * plan.parts
     first_panel, count = panel_range
     size = registers.all_rows * registers.width
     sums = tile_buffer(2 * size, plan.kind.sums)
-    totals = tile_buffer(groups * size, "int32") if blocks > 1 else None
+    totals = tile_buffer(groups * size, "int32") if passes > 1 else None
     columns = len(panels.valid)
     weights = panels.start(packed, first_panel)
-    stages = count * (blocks * groups)
+    slices = groups * plan.parts * block
 
-    def multiply(unit, reduction, group, index) -> None:
+    def multiply(one_pass, group, index) -> None:
+        part = T.bind(one_pass % plan.parts) if plan.parts > 1 else 0
+        unit = T.bind(one_pass // plan.parts)
         product = index
-        if blocks > 1:
+        if plan.blocks > 1:
             # What is beyond the last has weights of zero.
-            product = T.bind(tirx.min(reduction * block + index, plan.real_products - 1))
-        registers.multiply(rows_of(group, product), panels.tiles(weights, first_panel, unit, index))
+            product = T.bind(tirx.min(unit % plan.blocks * block + index, plan.real_products - 1))
+        registers.multiply(rows_of(group, product, part), panels.tiles(weights, first_panel, unit, index))
+        panels.next_slice(packed, weights, first_panel, unit, (part * groups + group) * block + index, slices)
 
     def finish_slice(stage, index) -> None:
         """Rows of the sums of a stage that is over."""
-        unit, group = T.bind(stage // groups), T.bind(stage % groups)
+        one_pass, group = T.bind(stage // groups), T.bind(stage % groups)
         at = T.bind(stage % 2 * size)
         lowest, beyond = T.bind(index * rows // block), T.bind((index + 1) * rows // block)
 
@@ -72,39 +75,43 @@ def emit_sums(
         def last(row, column, place, value) -> None:
             if totals is not None:
                 value = bind(value.astype("int32x16") + load(totals, group * size + place, ROWS))
-            finish(first_panel + unit // blocks, group, row)(column, value)
+            finish(first_panel + one_pass // passes, group, row)(column, value)
 
         if totals is None:
             each_row(last)
             return
-        reduction = T.bind(unit % blocks)
+        reduction = T.bind(one_pass % passes)
+        # The low part comes after the high one, so that the last pass adds sums as they are.
+        shift = (1 - reduction % 2) * plan.shift if plan.parts > 1 else 0
 
-        def first(row, column, place, value) -> None:
-            store(totals, group * size + place, value.astype("int32x16"), ROWS)
+        def add_to_totals(first: bool) -> Callable:
+            def add(row, column, place, value) -> None:
+                value = value.astype("int32x16")
+                if plan.parts > 1:
+                    value = value << tirx.Broadcast(shift, ROWS)
+                place = group * size + place
+                store(totals, place, value if first else value + load(totals, place, ROWS), ROWS)
 
-        def between(row, column, place, value) -> None:
-            place = group * size + place
-            store(totals, place, value.astype("int32x16") + load(totals, place, ROWS), ROWS)
+            return add
 
-        with T.If(reduction == blocks - 1):
+        with T.If(reduction == passes - 1):
             with T.Then():
                 each_row(last)
             with T.Else():
                 with T.If(reduction == 0):
                     with T.Then():
-                        each_row(first)
+                        each_row(add_to_totals(first=True))
                     with T.Else():
-                        each_row(between)
+                        each_row(add_to_totals(first=False))
 
+    stages = count * (passes * groups)
     with T.serial(0, stages + 1) as stage:
-        unit, group = T.bind(stage // groups), T.bind(stage % groups)
-        reduction = T.bind(unit % blocks) if blocks > 1 else 0
+        one_pass, group = T.bind(stage // groups), T.bind(stage % groups)
         registers.clear()
         with T.serial(0, block) as index:
             with T.If(stage < stages):
                 with T.Then():
-                    multiply(unit, reduction, group, index)
-                    panels.next_slice(packed, weights, first_panel, unit, group * block + index, groups * block)
+                    multiply(one_pass, group, index)
             with T.If(stage > 0):
                 with T.Then():
                     finish_slice(T.bind(stage - 1), index)

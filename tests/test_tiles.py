@@ -1,0 +1,142 @@
+"""Kernels on tile registers (AMX) against their NumPy twins, bit for bit: shapes, layouts, blocks of exact sums."""
+
+import itertools
+
+import numpy as np
+import pytest
+from quantized_programs import TARGETS, build, machine_runs, program, random_codes, run
+from tvm import relax
+
+from tvm_qfp8.format import decode_grid, get_layout
+from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes.linear_kernels import conv_shape
+from tvm_qfp8.relay_passes.quantize_linear import codes_constant
+from tvm_qfp8.topi import reference
+from tvm_qfp8.topi.amx.plan import BLOCK, best_block, part, plan_tiles, tile_kind
+from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
+
+TARGET = TARGETS["amx"]
+ACTIVATIONS = ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"]
+WEIGHTS = ["E1M6", "E2M5", "E3M4"]
+on_tiles = pytest.mark.skipif(not machine_runs("amx"), reason="this CPU has no tile registers (AMX)")
+
+
+def dense(rows: int, columns: int, depth: int, activation: str, weight: str, threads: int = 1) -> None:
+    rng = np.random.default_rng(rows)
+    codes, x = random_codes(rng, (columns, depth)), random_codes(rng, (rows, depth))
+    a, bias = rng.random(columns, np.float32) * 1e-4, rng.standard_normal(columns, np.float32)
+
+    def emit(_builder, q):
+        return qfp8_ops.matmul(q, codes_constant(codes, weight), relax.const(a), relax.const(bias))
+
+    sums = reference.matmul(x, codes, get_layout(activation), get_layout(weight))
+    expected = reference.scale_and_bias(sums, a, bias)
+    got = run(build(program([((rows, depth), activation)], emit), TARGET, threads), x)[0]
+    assert np.array_equal(got, expected)
+
+
+@on_tiles
+@pytest.mark.parametrize("activation, weight", list(itertools.product(ACTIVATIONS, WEIGHTS)))
+@pytest.mark.parametrize("rows, columns, depth", [(33, 50, 70), (64, 32, 1100)])
+def test_every_layout_is_exact(activation, weight, rows, columns, depth):
+    dense(rows, columns, depth, activation, weight)
+
+
+@on_tiles
+@pytest.mark.parametrize("rows", [7, 15, 16, 17, 31, 49, 100, 300])
+@pytest.mark.parametrize("columns, depth", [(1, 1), (5, 3), (17, 32), (100, 64), (130, 257)])
+@pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("UE1M7", "E1M6")])
+def test_every_shape_is_exact(rows, columns, depth, layouts):
+    dense(rows, columns, depth, *layouts)
+
+
+@on_tiles
+@pytest.mark.parametrize("rows, columns, depth", [(400, 70, 200), (64, 300, 200)])
+@pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("UE1M7", "E1M6"), ("UE3M5", "E3M4")])
+def test_threads_share_rows_or_panels(rows, columns, depth, layouts):
+    dense(rows, columns, depth, *layouts, threads=2)
+
+
+CONVOLUTIONS = [
+    # height, width, channels, out, kernel, stride, padding, dilation
+    (9, 37, 5, 20, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    (7, 7, 64, 33, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    (12, 13, 40, 9, (3, 2), (1, 2), (2, 0, 1, 1), (2, 1)),
+    (9, 11, 24, 24, (3, 3), (2, 2), (1, 1, 1, 1), (1, 2)),
+    (10, 9, 5, 70, (1, 1), (2, 2), (0, 0, 0, 0), (1, 1)),
+    (1, 40, 18, 18, (1, 7), (1, 1), (0, 3, 0, 3), (1, 1)),
+    (3, 3, 8, 4, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1)),
+]
+
+
+@on_tiles
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+@pytest.mark.parametrize("layouts", [("UE2M6", "E2M5"), ("E1M6", "E1M6"), ("UE3M5", "E3M4")])
+@pytest.mark.parametrize("batch, threads", [(1, 1), (2, 2)])
+def test_convolutions_are_exact(case, layouts, batch, threads):
+    height, width, channels, out, kernel, stride, padding, dilation = case
+    rng = np.random.default_rng(height)
+    codes, x = random_codes(rng, (out, *kernel, channels)), random_codes(rng, (batch, height, width, channels))
+    a, bias = rng.random(out, np.float32) * 1e-4, rng.standard_normal(out, np.float32)
+    shape = None
+
+    def emit(_builder, q):
+        nonlocal shape
+        call = qfp8_ops.conv2d(
+            q, codes_constant(codes, layouts[1]), relax.const(a), relax.const(bias),
+            strides=stride, padding=padding, dilation=dilation, groups=1,
+        )  # fmt: skip
+        shape = conv_shape(call)
+        return call
+
+    quantized = program([(x.shape, layouts[0])], emit)
+    expected = reference.scale_and_bias(reference.conv2d(x, codes, shape), a, bias)
+    assert np.array_equal(run(build(quantized, TARGET, threads), x)[0], expected)
+
+
+@on_tiles
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("rows, columns, depth", [(5, 7, 9), (20, 33, 16), (64, 64, 32), (64, 32, 65), (3, 50, 700)])
+@pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("UE2M6", "E2M5"), ("UE3M5", "E3M4"), ("E1M6", "UE1M7")])
+def test_products_of_activations_are_exact(transpose, rows, columns, depth, layouts):
+    rng = np.random.default_rng(depth)
+    y_shape = (3, columns, depth) if transpose else (3, depth, columns)
+    x, y = random_codes(rng, (3, rows, depth)), random_codes(rng, y_shape)
+    shape = BatchMatmulShape(3, rows, columns, depth, *map(get_layout, layouts), transpose)
+
+    def emit(_builder, a, b):
+        return qfp8_ops.batch_matmul(a, b, 0.25, transpose_y=transpose)
+
+    quantized = program([(x.shape, layouts[0]), (y.shape, layouts[1])], emit)
+    expected = reference.batch_matmul(x, y, shape) * np.float32(0.25)
+    for threads in (1, 2):
+        assert np.array_equal(run(build(quantized, TARGET, threads), x, y)[0], expected)
+
+
+@pytest.mark.parametrize("activation, weight", list(itertools.product(ACTIVATIONS, WEIGHTS)))
+def test_blocks_are_exact(activation, weight):
+    """No partial sum of a block reaches 2**24, and the parts of activations are bfloat16 numbers."""
+    layouts = get_layout(activation), get_layout(weight)
+    kind = tile_kind(*layouts)
+    codes = random_codes(np.random.default_rng(0), (20, 3, 90))
+    plan = plan_tiles(kind, codes, layouts, 100)
+    assert plan.block <= BLOCK and plan.blocks * plan.block >= plan.real_products
+    if kind.name != "bf16":
+        assert plan.shift == 0
+        return
+    grid = layouts[0].grid
+    parts = [part(grid, plan.shift, high) for high in (True, False)] if plan.shift else [grid]
+    assert np.array_equal(sum(p << s for p, s in zip(parts, (plan.shift, 0), strict=False)), grid)
+    for values in parts:
+        assert not np.any(values.astype(np.float32).view(np.uint32) & 0xFFFF)
+    padded = np.zeros((20, 3, plan.chunks * plan.steps), np.uint8)
+    padded[:, :, :90] = codes
+    magnitudes = np.abs(decode_grid(padded, layouts[1])).reshape(20, -1)
+    for first in range(0, magnitudes.shape[1], plan.block * plan.steps):
+        block = magnitudes[:, first : first + plan.block * plan.steps].sum(1).max()
+        assert block * max(np.abs(values).max() for values in parts) < 2**24
+
+
+@pytest.mark.parametrize("tiles, block", [((8, 24), (2, 2)), ((196, 1), (4, 1)), ((1, 60), (1, 4)), ((1, 1), (1, 1))])
+def test_blocks_of_tiles_hide_the_latency(tiles, block):
+    assert best_block(*tiles) == block
