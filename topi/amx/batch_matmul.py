@@ -9,7 +9,8 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles, operands_of
-from tvm_qfp8.topi.amx.plan import TilePlan, best_block, exact_blocks
+from tvm_qfp8.topi.amx.panels import RESIDENT_BYTES
+from tvm_qfp8.topi.amx.plan import TilePlan, best_block, exact_blocks, scratch_row
 from tvm_qfp8.topi.amx.sums import emit_sums
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer, with_tiles
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
@@ -54,7 +55,12 @@ class ActivationPanels:
         width = self.plan.registers.width
         return [min(ROWS, self.columns - at) for at in range(0, min(width, self.columns), ROWS)]
 
-    def start(self, buffer, _first_panel):
+    @property
+    def resident(self) -> bool:
+        size = self.count * self.plan.products * self.plan.steps * self.plan.registers.width * BFLOAT16.element_bytes
+        return self.plan.blocks * self.plan.parts == 1 and size <= RESIDENT_BYTES
+
+    def start(self, buffer, _first_panel, _count):
         return buffer
 
     def next_slice(self, *_arguments) -> None:
@@ -74,7 +80,7 @@ def emit_tile_products(
     x_layout, y_layout = shape.layouts()
     panels = ActivationPanels(plan, shape.columns)
     width, depth = registers.width, plan.products * plan.steps
-    row_size = (-(-depth * plan.parts // BFLOAT16.most) | 1) * BFLOAT16.most
+    row_size = scratch_row(depth * plan.parts, BFLOAT16)
     groups = -(-shape.rows // registers.all_rows)
     macs = shape.batch * shape.rows * shape.columns * shape.depth
     parallel = threads > 1 and shape.batch > 1 and macs >= MIN_PARALLEL_MACS
@@ -85,7 +91,7 @@ def emit_tile_products(
 
     def turn_columns(batch, panels_buffer) -> None:
         """y is ``(columns, depth)``: 16 of its rows at a time, turned as a matrix of pairs."""
-        turned = tile_buffer(ROWS * row_size, BFLOAT16.dtype)
+        turned = tile_buffer(ROWS * row_size + BFLOAT16.most, BFLOAT16.dtype)
         zero_run(isa, turned, 0, ROWS * row_size)
         with T.serial(0, panels.count) as panel:
             first = overlapped_start(panel, width, shape.columns)

@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import TilePanels
-from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, tile_kind
+from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, scratch_row, tile_kind
 from tvm_qfp8.topi.amx.sums import emit_sums
 from tvm_qfp8.topi.amx.tiles import UNSIGNED, tile_buffer, with_tiles
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
@@ -41,8 +41,7 @@ def emit_tile_gemm(
     activation, weight = shape.layouts()
     panels = TilePanels(plan, weight, shape.columns)
     depth = plan.real_products * plan.steps
-    # Rows of scratch start an odd number of cache lines apart, so that those of a tile use different sets.
-    row_size = (-(-depth * plan.parts * kind.element_bytes // 64) | 1) * 64 // kind.element_bytes
+    row_size = scratch_row(depth * plan.parts, kind)
 
     parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
     by_rows = parallel and shape.rows >= 2 * threads * 48
@@ -69,6 +68,14 @@ def emit_tile_gemm(
 
         emit_sums(panels, packed, panel_range, groups, rows, rows_of, finish)
 
+    def decode_rows(operands, first_row) -> None:
+        with T.serial(0, block_rows) as row:
+            source = (first_row + row) * shape.depth
+            for index, part in enumerate(plan.decoded_parts):
+                at = row * row_size + index * depth
+                decode_for_tiles(kind, activation, x, source, operands, at, shape.depth, part)
+                zero_run(isa, operands, at + shape.depth, depth - shape.depth)
+
     def block(index) -> None:
         first_row = overlapped_start(index, block_rows, shape.rows)
         if in_place:
@@ -78,12 +85,11 @@ def emit_tile_gemm(
         else:
             size = groups * registers.all_rows * row_size
             operands, row_stride = tile_buffer(size, kind.dtype), row_size
-            with T.serial(0, block_rows) as row:
-                source = (first_row + row) * shape.depth
-                for index, part in enumerate(plan.decoded_parts):
-                    at = row * row_size + index * depth
-                    decode_for_tiles(kind, activation, x, source, operands, at, shape.depth, part)
-                    zero_run(isa, operands, at + shape.depth, depth - shape.depth)
+            if row_size == shape.depth:
+                source = first_row * shape.depth
+                decode_for_tiles(kind, activation, x, source, operands, 0, block_rows * shape.depth)
+            else:
+                decode_rows(operands, first_row)
 
         registers.share(
             panels.count,

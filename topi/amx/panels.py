@@ -17,6 +17,9 @@ from tvm_qfp8.topi.panels import pack_panels
 from tvm_qfp8.topi.prim_func import prefetch_run
 
 
+RESIDENT_BYTES = 24 * 1024
+"""Half of these CPUs' first-level cache."""
+
 PIECE = 64
 """Codes that are decoded at once, and bytes of a cache line."""
 
@@ -55,17 +58,31 @@ class TilePanels:
         """Weights of a panel for one block of the reduction; units follow each other."""
         return self.plan.block * self.plan.steps * self.plan.registers.width
 
-    def start(self, packed, first_panel):
-        """The buffer that tiles of weights are read from: two units, the first of them decoded, or all as stored."""
+    @property
+    def resident(self) -> bool:
+        """All weights fit the first-level cache, beside one block of activations: every block walks all panels."""
+        size = self.count * self.unit * self.plan.kind.element_bytes
+        return self.plan.blocks * self.plan.parts == 1 and size <= RESIDENT_BYTES
+
+    def start(self, packed, first_panel, count):
+        """The buffer that tiles of weights are read from: two units, the first of them decoded, or all."""
         if self.plan.kind is not BFLOAT16:
             return packed
-        weights = tile_buffer(2 * self.unit, self.plan.kind.dtype)
         source = first_panel * (self.plan.blocks * self.unit)
+        if self.resident:
+            weights = tile_buffer(self.count * self.unit, self.plan.kind.dtype)
+            with T.serial(0, count) as panel:
+                at = T.bind(panel * self.unit)
+                decode_for_tiles(self.plan.kind, self.layout, packed, source + at, weights, at, self.unit)
+            return weights
+        weights = tile_buffer(2 * self.unit, self.plan.kind.dtype)
         decode_for_tiles(self.plan.kind, self.layout, packed, source, weights, 0, self.unit)
         return weights
 
     def next_slice(self, packed, weights, first_panel, unit, part, parts: int) -> None:
         """Decode a part of the unit after ``unit``, counted from ``first_panel``, and fetch what comes after it."""
+        if self.resident:
+            return
         pieces = self.unit // PIECE
         following = T.bind(tirx.min(first_panel * self.plan.blocks + unit + 1, self.count * self.plan.blocks - 1))
         source = T.bind(following * self.unit)
@@ -83,7 +100,7 @@ class TilePanels:
         """Where the tiles of one product of a unit lie."""
         plan, width = self.plan, self.plan.registers.width
         if plan.kind is BFLOAT16:
-            place = unit % 2
+            place = unit if self.resident else unit % 2
         else:
             place = first_panel * plan.blocks + unit
         at = T.bind(place * self.unit + index * (plan.steps * width))

@@ -7,19 +7,23 @@ whatever order they are added. Where a whole sum could be larger (the weights ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from tvm_qfp8.format import Layout
-from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, SIGNED, SUMS, UNSIGNED, TileKind, TileRegisters
+from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROW_BYTES, ROWS, SIGNED, SUMS, UNSIGNED, TileKind, TileRegisters
 from tvm_qfp8.topi.exact_sums import EXACT, are_exact, step_magnitudes
 from tvm_qfp8.topi.panels import round_up
 
 LATENCY = 52 / ROWS
 """Products that a tile of sums waits for between two of its own (Intel's Optimization Reference Manual, 20.5)."""
 
+
+LONG_ROW = 4
+"""In cache lines."""
 
 SCRATCH_BYTES = 512 * 1024
 """Operands of a block of rows: a quarter of these CPUs' second-level cache."""
@@ -116,6 +120,15 @@ def plan_tiles(
     rows = -(-row_length // tiles)
     row_tiles, column_tiles = best_block(tiles * repeats, -(-len(codes) // ROWS))
     return TilePlan(kind, rows, row_tiles, column_tiles, run, runs, steps, block, shift)
+
+
+def scratch_row(elements: int, kind: TileKind) -> int:
+    """Elements from one row of operands to the next.
+
+    Long rows start an odd number of cache lines apart, so that those of a tile lie in different sets of the cache.
+    """
+    lines = elements * kind.element_bytes / ROW_BYTES
+    return elements if lines < LONG_ROW else (math.ceil(lines) | 1) * kind.most
 
 
 def exact_blocks(products: int, activation: Layout, exact: Callable[[int, int], bool]) -> tuple[int, int]:

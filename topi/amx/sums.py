@@ -46,8 +46,15 @@ def emit_sums(
     sums = tile_buffer(2 * size, plan.kind.sums)
     totals = tile_buffer(groups * size, "int32") if passes > 1 else None
     columns = len(panels.valid)
-    weights = panels.start(packed, first_panel)
+    weights = panels.start(packed, first_panel, count)
     slices = groups * plan.parts * block
+
+    def place_of(stage) -> tuple:
+        """(pass over a panel's reduction, block of tiles) of a stage."""
+        inner = count if panels.resident else groups
+        outer = T.bind(stage // inner)
+        rest = T.bind(stage - outer * inner)
+        return (rest, outer) if panels.resident else (outer, rest)
 
     def multiply(one_pass, group, index) -> None:
         part = T.bind(one_pass % plan.parts) if plan.parts > 1 else 0
@@ -61,7 +68,7 @@ def emit_sums(
 
     def finish_slice(stage, index) -> None:
         """Rows of the sums of a stage that is over."""
-        one_pass, group = T.bind(stage // groups), T.bind(stage % groups)
+        one_pass, group = place_of(stage)
         at = T.bind(stage % 2 * size)
         lowest, beyond = T.bind(index * rows // block), T.bind((index + 1) * rows // block)
 
@@ -106,7 +113,7 @@ def emit_sums(
 
     stages = count * (passes * groups)
     with T.serial(0, stages + 1) as stage:
-        one_pass, group = T.bind(stage // groups), T.bind(stage % groups)
+        one_pass, group = place_of(stage)
         registers.clear()
         with T.serial(0, block) as index:
             with T.If(stage < stages):
