@@ -1,6 +1,7 @@
-"""Moves a scale by one number up through reshapes and transpositions to the linear layer before them.
+"""Moves a scale by one number up through views and products of activations to the linear layer before them.
 
-Attention scales its queries, and in torch.export's form its keys too, after they are cut into heads. Before::
+Attention scales its queries, and in torch.export's form its keys too, after they are cut into heads, or the product of
+both, which stands for the same. Before::
 
     lv = R.add(R.matmul(x, w), bias)
     lv1 = R.permute_dims(R.reshape(lv, R.shape([1, 64, 12, 32])), axes=[0, 2, 1, 3])
@@ -45,12 +46,13 @@ class _Rewriter(MainRewriter):
         number = relax.const(scale.value.numpy().reshape(()))
         result = self.builder.emit(operator(self.expression(views[-1].args[0]), number))
         for view in reversed(views):
-            call = relax.Call(view.op, [result, *view.args[1:]], view.attrs, view.ty_args)
+            others = [self.expression(argument) for argument in view.args[1:]]
+            call = relax.Call(view.op, [result, *others], view.attrs, view.ty_args)
             result = self.builder.emit(call)
         self.variables[var] = result
 
     def _views_of_linear(self, value: relax.Call) -> list[relax.Call]:
-        """The views, last first, between a scale by one number and a linear layer; none if it is anything else."""
+        """Views and products, last first, between a scale by one number and a linear layer; none if it is anything else."""
         x, scale = value.args
         if op_name(value) == "relax.multiply" and self.constant(x) is not None:
             x, scale = scale, x
@@ -61,11 +63,16 @@ class _Rewriter(MainRewriter):
         views = []
         while self.uses.get(x) == 1:
             view = self.definition.get(x)
-            if not isinstance(view, relax.Call) or op_name(view) not in (*VIEWS, "relax.permute_dims"):
+            if not isinstance(view, relax.Call) or not self._passes_scales(view):
                 break
             views.append(view)
             x = view.args[0]
         return views if self._is_linear(x) else []
+
+    def _passes_scales(self, value: relax.Call) -> bool:
+        """Whether scaling the first argument scales the result."""
+        product = op_name(value) == "relax.matmul" and self.constant(value.args[1]) is None
+        return product or op_name(value) in (*VIEWS, "relax.permute_dims")
 
     def _is_linear(self, var: relax.Expr) -> bool:
         """Whether a linear layer and nothing but scales and shifts lie behind what is read only once."""

@@ -11,11 +11,11 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.amx.decode import decode_for_tiles, operands_of
 from tvm_qfp8.topi.amx.panels import RESIDENT_BYTES
 from tvm_qfp8.topi.amx.plan import TilePlan, best_block, exact_blocks, scratch_row
-from tvm_qfp8.topi.amx.sums import emit_sums
+from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer, with_tiles
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.exact_sums import EXACT
-from tvm_qfp8.topi.float_contract import bind, dtype_of, to_float
+from tvm_qfp8.topi.float_contract import bind, dtype_of, to_float, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import overlapped_start, round_up, zero_run
@@ -89,16 +89,26 @@ def emit_tile_products(
         """Where in the panels the pair of steps from ``step`` of a column lies."""
         return panel * (depth * width) + step * width + column * PAIR
 
-    def turn_columns(batch, panels_buffer) -> None:
+    def decode_rows(layout, source, first_row, rows: int, target, parts) -> None:
+        """So many rows of an operand whose rows are steps of the reduction."""
+        if row_size == shape.depth:
+            decode_for_tiles(BFLOAT16, layout, source, first_row * shape.depth, target, 0, rows * row_size)
+            return
+        with T.serial(0, rows) as row:
+            for index, part in enumerate(parts):
+                at = row * row_size + index * depth
+                decode_for_tiles(
+                    BFLOAT16, layout, source, (first_row + row) * shape.depth, target, at, shape.depth, part
+                )
+                zero_run(isa, target, at + shape.depth, depth - shape.depth)
+
+    def turn_columns(batch, turned, panels_buffer) -> None:
         """y is ``(columns, depth)``: 16 of its rows at a time, turned as a matrix of pairs."""
-        turned = tile_buffer(ROWS * row_size + BFLOAT16.most, BFLOAT16.dtype)
-        zero_run(isa, turned, 0, ROWS * row_size)
         with T.serial(0, panels.count) as panel:
             first = overlapped_start(panel, width, shape.columns)
             for vector, valid in enumerate(panels.valid):
-                with T.serial(0, valid) as row:
-                    source = (batch * shape.columns + first + vector * ROWS + row) * shape.depth
-                    decode_for_tiles(BFLOAT16, y_layout, y, source, turned, row * row_size, shape.depth)
+                first_row = T.bind(batch * shape.columns + first + vector * ROWS)
+                decode_rows(y_layout, y, first_row, valid, turned, [None])
                 with T.serial(0, -(-depth // BFLOAT16.most)) as chunk:
                     at = T.bind(chunk * BFLOAT16.most)
                     rows = [
@@ -110,21 +120,29 @@ def emit_tile_products(
                         target = place(panel, at + pair * PAIR, vector * ROWS)
                         store(panels_buffer, target, tirx.reinterpret("uint16x32", column), BFLOAT16.most)
 
-    def pair_rows(batch, panels_buffer) -> None:
+    def pair_rows(batch, _turned, panels_buffer) -> None:
         """y is ``(depth, columns)``: two of its rows at a time, element beside element."""
-        zeros = tirx.const(0, "uint8x16")
         with T.serial(0, panels.count) as panel:
             first = overlapped_start(panel, width, shape.columns)
 
             def pair(step, both: bool) -> None:
-                for vector, valid in enumerate(panels.valid):
+                vector = 0
+                while vector < len(panels.valid):
+                    # Two whole vectors are as many codes as are looked up at once.
+                    count = 2 if panels.valid[vector : vector + 2] == [ROWS, ROWS] else 1
+                    lanes = count * ROWS
                     source = (batch * shape.depth + step) * shape.columns + first + vector * ROWS
-                    rows = [_codes(y, source, valid)]
-                    rows.append(_codes(y, source + shape.columns, valid) if both else zeros)
-                    order = [half * ROWS + lane for lane in range(ROWS) for half in (0, 1)]
+                    rows = [_codes(y, source, panels.valid[vector], lanes)]
+                    if both:
+                        rows.append(_codes(y, source + shape.columns, panels.valid[vector], lanes))
+                    else:
+                        rows.append(tirx.const(0, with_lanes("uint8", lanes)))
+                    order = [half * lanes + lane for lane in range(lanes) for half in (0, 1)]
                     codes = bind(tirx.Shuffle(rows, [tirx.const(i, "int32") for i in order]))
-                    ((_, values),) = operands_of(BFLOAT16, y_layout, codes)
-                    store(panels_buffer, place(panel, step, vector * ROWS), values, BFLOAT16.most)
+                    for at, values in operands_of(BFLOAT16, y_layout, codes):
+                        target = place(panel, step, vector * ROWS) + at
+                        store(panels_buffer, target, values, BFLOAT16.most)
+                    vector += count
 
             with T.serial(0, shape.depth // PAIR) as index:
                 pair(T.bind(index * PAIR), both=True)
@@ -133,18 +151,19 @@ def emit_tile_products(
             rest = round_up(shape.depth, PAIR)
             zero_run(isa, panels_buffer, place(panel, rest, 0), (depth - rest) * width)
 
-    def one(batch) -> None:
+    def some(first_batch, count) -> None:
         operands = tile_buffer(groups * registers.all_rows * row_size, BFLOAT16.dtype)
-        with T.serial(0, shape.rows) as row:
-            source = (batch * shape.rows + row) * shape.depth
-            for index, part in enumerate(plan.decoded_parts):
-                at = row * row_size + index * depth
-                decode_for_tiles(BFLOAT16, x_layout, x, source, operands, at, shape.depth, part)
-                zero_run(isa, operands, at + shape.depth, depth - shape.depth)
-        size = panels.count * depth * width + BFLOAT16.most // PAIR * width * PAIR
-        panels_buffer = tile_buffer(size, BFLOAT16.dtype)
-        (turn_columns if shape.transpose_y else pair_rows)(batch, panels_buffer)
+        turned = tile_buffer(ROWS * row_size + BFLOAT16.most, BFLOAT16.dtype) if shape.transpose_y else None
+        # Steps beyond the depth of the last panel are written, too.
+        panels_buffer = tile_buffer((panels.count * depth + BFLOAT16.most) * width, BFLOAT16.dtype)
+        sums = sum_buffers(plan, groups)
+        with T.serial(0, count) as index:
+            batch = T.bind(first_batch + index)
+            decode_rows(x_layout, x, batch * shape.rows, shape.rows, operands, plan.decoded_parts)
+            (turn_columns if shape.transpose_y else pair_rows)(batch, turned, panels_buffer)
+            one(batch, operands, panels_buffer, sums)
 
+    def one(batch, operands, panels_buffer, sums) -> None:
         def first_of(group):
             return overlapped_start(group, registers.all_rows, shape.rows)
 
@@ -163,25 +182,17 @@ def emit_tile_products(
             return column
 
         rows = min(registers.all_rows, shape.rows)
-        registers.share(
-            panels.count,
-            1,
-            lambda *part: emit_sums(panels, panels_buffer, part, groups, rows, rows_of, finish),
-        )
+        emit_sums(panels, panels_buffer, (0, panels.count), sums, groups, rows, rows_of, finish)
 
-    def body() -> None:
-        with (T.parallel if parallel else T.serial)(0, shape.batch) as batch:
-            one(batch)
-
-    with_tiles(body)
+    with_tiles(lambda: registers.share(shape.batch, threads if parallel else 1, some))
 
 
-def _codes(y, at, valid: int):
-    """16 neighbouring codes, the last of them zeros if only ``valid`` are there."""
+def _codes(y, at, valid: int, lanes: int):
+    """Neighbouring codes; zeros beyond the first ``valid`` if those are fewer than a vector."""
     if valid == ROWS:
-        return load(y, at, ROWS)
-    lanes = [load(y, at + lane, 1) for lane in range(valid)]
-    return tirx.Shuffle(lanes + [tirx.const(0, "uint8")] * (ROWS - valid), [tirx.const(i, "int32") for i in range(ROWS)])
+        return load(y, at, lanes)
+    found = [load(y, at + lane, 1) for lane in range(valid)] + [tirx.const(0, "uint8")] * (ROWS - valid)
+    return tirx.Shuffle(found, [tirx.const(i, "int32") for i in range(ROWS)])
 
 
 def transposed(rows: list) -> list:

@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import TilePanels
 from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, tile_kind
-from tvm_qfp8.topi.amx.sums import emit_sums
+from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import tile_buffer, with_tiles
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
@@ -120,7 +120,7 @@ def emit_tile_conv(
             at = T.bind((image * out_h + first_out_row + out_row) * out_w + pixel + row - tile * plan.rows)
             return lambda column, total: epilogue(total, at, first_column + column * 16, panels.valid[column])
 
-        emit_sums(panels, packed, panel_range, groups, registers.all_rows, rows_of, finish)
+        emit_sums(panels, packed, panel_range, sum_buffers(plan, groups), groups, registers.all_rows, rows_of, finish)
 
     def block(image, index) -> None:
         first_out_row = overlapped_start(index, block_h, out_h)

@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import TilePanels
 from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, scratch_row, tile_kind
-from tvm_qfp8.topi.amx.sums import emit_sums
+from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import UNSIGNED, tile_buffer, with_tiles
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
@@ -66,7 +66,7 @@ def emit_tile_gemm(
             at = T.bind(first_row + first_of(group) + row)
             return lambda column, total: epilogue(total, at, first_column + column * 16, panels.valid[column])
 
-        emit_sums(panels, packed, panel_range, groups, rows, rows_of, finish)
+        emit_sums(panels, packed, panel_range, sum_buffers(plan, groups), groups, rows, rows_of, finish)
 
     def decode_rows(operands, first_row) -> None:
         with T.serial(0, block_rows) as row:

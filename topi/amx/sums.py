@@ -13,15 +13,24 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.panels import TilePanels
+from tvm_qfp8.topi.amx.plan import TilePlan
 from tvm_qfp8.topi.amx.tiles import ROWS, tile_buffer
 from tvm_qfp8.topi.float_contract import bind
 from tvm_qfp8.topi.prim_func import load, store
+
+
+def sum_buffers(plan: TilePlan, groups: int) -> tuple:
+    """(sums of two blocks of tiles, totals of all where a sum is taken in several passes), for ``emit_sums``."""
+    size = plan.registers.all_rows * plan.registers.width
+    sums = tile_buffer(2 * size, plan.kind.sums)
+    return sums, tile_buffer(groups * size, "int32") if plan.blocks * plan.parts > 1 else None
 
 
 def emit_sums(
     panels: TilePanels,
     packed,
     panel_range: tuple,
+    buffers: tuple,
     groups: int,
     rows: int,
     rows_of: Callable,
@@ -33,6 +42,8 @@ def emit_sums(
     ----------
     panel_range : (first, count)
         Panels of weights; expressions.
+    buffers : (sums, totals)
+        Of ``sum_buffers``.
     rows : int
         Rows of a block of tiles that ``finish`` gets.
     rows_of : (group, product, part of the activations) -> (tile) -> (buffer, index, elements from row to row)
@@ -43,8 +54,7 @@ def emit_sums(
     registers, block, passes = plan.registers, plan.block, plan.blocks * plan.parts
     first_panel, count = panel_range
     size = registers.all_rows * registers.width
-    sums = tile_buffer(2 * size, plan.kind.sums)
-    totals = tile_buffer(groups * size, "int32") if passes > 1 else None
+    sums, totals = buffers
     columns = len(panels.valid)
     weights = panels.start(packed, first_panel, count)
     slices = groups * plan.parts * block
