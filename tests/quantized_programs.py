@@ -32,6 +32,10 @@ def machine_runs(name: str) -> bool:
     return platform.machine() == "x86_64" and not missing_features(reported_features("x86_64", features))
 
 
+WITHOUT_TILES = next((TARGETS[name] for name in ("avx512", "avx2", "sse2") if machine_runs(name)), "native")
+"""This machine's best instruction set whose kernels multiply vectors, not matrices."""
+
+
 def program(inputs, emit):
     """``emit(builder, *inputs) -> expression``; inputs are (shape, layout name or None for float32)."""
     builder = relax.BlockBuilder()

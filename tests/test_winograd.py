@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tvm
-from quantized_programs import TARGETS, build, machine_runs, program, random_codes, run
+from quantized_programs import TARGETS, WITHOUT_TILES, build, machine_runs, program, random_codes, run
 from tvm import relax
 
 import tvm_qfp8
@@ -101,7 +101,7 @@ def test_every_layout_is_exact(activation, weight):
     shape = conv_shape(height=5, width=5, act=activation, weight=weight)
     module, x, expected = case(shape)
     memory = StaticMemory()
-    assert np.array_equal(run(build(module, "native", memory=memory), x)[0], expected)
+    assert np.array_equal(run(build(module, WITHOUT_TILES, memory=memory), x)[0], expected)
     assert len(memory.fillers) == 1
 
 
@@ -148,7 +148,7 @@ def test_extreme_weights_stay_direct_and_exact():
     module, x, expected = case(
         conv_shape(height=4, width=4, channels=16, out=8, act="UE3M5"), worst[..., :16]
     )
-    assert np.array_equal(run(build(module, "native", memory=memory), x)[0], expected)
+    assert np.array_equal(run(build(module, WITHOUT_TILES, memory=memory), x)[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,12 @@ def test_few_channels_stay_direct():
 def test_threads_give_the_same_bits():
     for shape in (conv_shape(height=40, width=40, channels=32, out=40), conv_shape(4, 4, 4, 256, 512)):
         module, x, expected = case(shape)
-        assert np.array_equal(run(build(module, "native", threads=2, memory=StaticMemory()), x)[0], expected)
+        assert np.array_equal(run(build(module, WITHOUT_TILES, threads=2, memory=StaticMemory()), x)[0], expected)
 
 
 def test_filters_are_made_once_by_machines_that_start_together():
     module, x, expected = case(conv_shape(height=12, width=12, channels=128, out=128))
-    executable = build(module, "native", memory=StaticMemory())
+    executable = build(module, WITHOUT_TILES, memory=StaticMemory())
     barrier, results = threading.Barrier(4), []
 
     def call() -> None:
@@ -192,7 +192,7 @@ def test_filters_are_made_once_by_machines_that_start_together():
 def test_modules_of_one_process_do_not_share_memory():
     cases = [case(conv_shape(height=height)) for height in (8, 9)]
     machines = [
-        relax.VirtualMachine(build(module, "native", memory=StaticMemory()), tvm.cpu())
+        relax.VirtualMachine(build(module, WITHOUT_TILES, memory=StaticMemory()), tvm.cpu())
         for module, *_ in cases
     ]
     for _ in range(2):
@@ -224,7 +224,7 @@ def test_a_saved_module_holds_codes_only(tmp_path):
     for winograd in (True, False):
         # In linear layouts bytes are multiplied, without a transformation.
         config = tvm_qfp8.Config(activations="E2M5", winograd=winograd)
-        compiled = tvm_qfp8.compile(network(), "native", calibration=samples, config=config)
+        compiled = tvm_qfp8.compile(network(), WITHOUT_TILES, calibration=samples, config=config)
         assert (LOADED in compiled.report.totals) == winograd
         path = tmp_path / f"{winograd}.so"
         compiled.export_library(path)

@@ -15,9 +15,13 @@ PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnxruntime", "ope
 def describe_machine() -> dict[str, Any]:
     """CPU, cores, instruction set, Python and package versions, date."""
     from tvm_qfp8 import __version__
-    from tvm_qfp8.targets import has_vnni, isa, parse_target
+    from tvm_qfp8.targets import cpu_features, has_vnni, isa, parse_target
+    from tvm_qfp8.topi.isa import instruction_set
 
     native = parse_target("native")
+    extensions = "+vnni" if has_vnni(native) else ""
+    if instruction_set(isa(native), cpu_features(native)).tiles:
+        extensions += "+amx"
     versions = {"tvm-qfp8": __version__}
     for package in PACKAGES:
         try:
@@ -27,7 +31,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "mcpu": str(native.attrs.get("mcpu", "")),
-        "instruction_set": isa(native) + ("+vnni" if has_vnni(native) else ""),
+        "instruction_set": isa(native) + extensions,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
