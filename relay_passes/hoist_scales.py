@@ -52,7 +52,7 @@ class _Rewriter(MainRewriter):
         self.variables[var] = result
 
     def _views_of_linear(self, value: relax.Call) -> list[relax.Call]:
-        """Views and products, last first, between a scale by one number and a linear layer; none if it is anything else."""
+        """Views and products, last first, between a scale by one number and a linear layer; none if it is any other."""
         x, scale = value.args
         if op_name(value) == "relax.multiply" and self.constant(x) is not None:
             x, scale = scale, x

@@ -126,7 +126,7 @@ def dense_kernel(
         isa, choose = _in_floats(isa, choose)
     plan = plan_tile_gemm(isa, shape, weight)
     if plan is not None:
-        packed = pack_tile_weights(plan, layout, weight[:, None])
+        packed = pack_tile_weights(plan, shape.layouts()[1], weight[:, None])
         return packed, functools.partial(emit_tile_gemm, isa, shape, plan, threads=threads), (shape, plan)
     isa = _in_bytes(isa, rows, weight, activation, layout)
     if isa.split is None and multiplies_magnitudes(isa, shape, weight):
@@ -186,10 +186,10 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         in_bytes = _in_bytes(isa, pixels, codes, shape.activation, shape.weight, dense=False)
         tiles = plan_tile_conv(isa, shape, codes)
         if tiles is not None:
-            plan, runs = tiles
-            packed = pack_tile_weights(plan, shape.layouts()[1], runs)
-            emit = functools.partial(emit_tile_conv, isa, shape, plan, threads=threads)
-            return _with_scales(call, operands, packed, emit), (shape, plan)
+            tile_plan, runs = tiles
+            packed = pack_tile_weights(tile_plan, shape.layouts()[1], runs)
+            emit = functools.partial(emit_tile_conv, isa, shape, tile_plan, threads=threads)
+            return _with_scales(call, operands, packed, emit), (shape, tile_plan)
         if operands.memory is not None and in_bytes.split is None:
             plan = plan_winograd(shape, codes)
             if plan is not None and winograd_is_faster(plan):

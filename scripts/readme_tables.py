@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/cuda.md from results/*.json and from the code.
+"""Writes the tables of README.md and of some pages of docs/ from results/*.json and from the code.
 
 ``--check`` only says whether they are current.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "cuda.md")
+PAGES = tuple(REPOSITORY / name for name in ("README.md", "docs/cuda.md", "docs/amx.md"))
 RESULTS = REPOSITORY / "results"
 
 
@@ -46,9 +47,9 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def machine() -> str:
+def machine(file: str = "bench_models.json") -> str:
     """One line on the machine of the latency figures."""
-    record = _load("bench_models.json")
+    record = _load(file)
     if record is None:
         return ""
     found = record["machine"]
@@ -88,9 +89,9 @@ def accuracy() -> str:
     return _table(["model", "task (items)", "float32", *SCORED.values()], rows) if rows else ""
 
 
-def latency() -> str:
+def latency(file: str = "bench_models.json") -> str:
     """Milliseconds and ratios."""
-    record = _load("bench_models.json")
+    record = _load(file)
     if record is None:
         return ""
     peers = list(dict.fromkeys(p for row in record["models"] for p in row["speedup"]))
@@ -135,9 +136,9 @@ def lengths() -> str:
     return _table(["tokens", "QFP8", *peers], rows)
 
 
-def kernels() -> str:
+def kernels(file: str = "bench_kernels.json") -> str:
     """How single layers compare, and the bars."""
-    record = _load("bench_kernels.json")
+    record = _load(file)
     if record is None:
         return ""
     rows = [
@@ -296,7 +297,7 @@ def cuda() -> str:
 CUDA_PEERS = ("float16", "int8", "fp8", "torch")
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "cuda": cuda,
     "machine": machine,
     "accuracy": accuracy,
@@ -309,6 +310,9 @@ TABLES = {
     "qat": qat,
     "layouts": layouts,
     "formats": formats,
+    "amx machine": lambda: machine("bench_models_amx.json"),
+    "amx latency": lambda: latency("bench_models_amx.json"),
+    "amx kernels": lambda: kernels("bench_kernels_amx.json"),
 }
 
 if __name__ == "__main__":

@@ -17,22 +17,20 @@ from tvm_qfp8.targets import isa as isa_of
 from tvm_qfp8.topi.isa import instruction_set
 from tvm_qfp8.topi.static_memory import StaticMemory
 
-TARGETS = {
-    "sse2": "x86-64",
-    "avx2": "x86-64-v3",
-    "avx512": "x86-64-v4",
-    "amx": "llvm -mcpu=x86-64-v4 -mattr=+avx512vbmi,+avx512vnni,+amx-tile,+amx-int8,+amx-bf16",
-}
-"""A target for each instruction set of x86."""
+TARGETS = {"sse2": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+"""A target for each instruction set of x86 whose kernels multiply vectors."""
+
+TILES = "llvm -mcpu=x86-64-v4 -mattr=+avx512vbmi,+avx512vnni,+amx-tile,+amx-int8,+amx-bf16"
+"""A target with tile registers (AMX)."""
 
 
 def machine_runs(name: str) -> bool:
-    """Whether this CPU runs code for one of ``TARGETS``."""
-    features = used_features(parse_target(TARGETS[name]))
+    """Whether this CPU runs code for one of ``TARGETS``, or for another target."""
+    features = used_features(parse_target(TARGETS.get(name, name)))
     return platform.machine() == "x86_64" and not missing_features(reported_features("x86_64", features))
 
 
-WITHOUT_TILES = next((TARGETS[name] for name in ("avx512", "avx2", "sse2") if machine_runs(name)), "native")
+WITHOUT_TILES = next((target for name, target in reversed(TARGETS.items()) if machine_runs(name)), "native")
 """This machine's best instruction set whose kernels multiply vectors, not matrices."""
 
 

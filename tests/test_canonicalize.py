@@ -224,6 +224,22 @@ def test_scales_of_heads_fold(by):
     check(emit, expected, tvm.transform.Sequential([HoistScales(), FoldBatchnorm()]), rtol=1e-4)
 
 
+@pytest.mark.parametrize("by", ["multiply", "divide"])
+def test_scales_of_products_fold(by):
+    """Attention may as well scale the product of queries and keys."""
+    weights = random(5, 4), random(5, 4)
+
+    def emit(e, x):
+        rows = e(op.reshape(x, (2, 12, 5)))
+        queries, keys = (heads(e, e(op.matmul(rows, weight))) for weight in weights)
+        return getattr(op, by)(e(op.matmul(queries, e(op.permute_dims(keys, [0, 1, 3, 2])))), const(0.25))
+
+    views = ["relax.reshape", "relax.permute_dims"]
+    keys = ["relax.matmul", *views, "relax.permute_dims"]
+    expected = ["relax.reshape", "relax.matmul", *keys, *views, "relax.matmul"]
+    check(emit, expected, tvm.transform.Sequential([HoistScales(), FoldBatchnorm()]), rtol=1e-4)
+
+
 def test_scales_that_stay_where_they_are():
     def shared(e, x):
         y = e(op.matmul(e(op.reshape(x, (2, 12, 5))), random(5, 4)))

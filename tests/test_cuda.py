@@ -17,10 +17,10 @@ from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.conv_plan import ConvPlan, IntegerPlan, as_integers, pack_weights, plan_conv
 from tvm_qfp8.topi.cuda.device import decode_pairs, grid_exponent
 from tvm_qfp8.topi.cuda.direct_conv import emit_direct_conv, pack_direct_weights
-from tvm_qfp8.topi.exact_sums import EXACT, exact_steps
 from tvm_qfp8.topi.cuda.gemm import emit_conv
 from tvm_qfp8.topi.cuda.gemv import GemvPlan, emit_gemv, plan_gemv
 from tvm_qfp8.topi.cuda.gemv import pack_weights as pack_gemv_weights
+from tvm_qfp8.topi.exact_sums import EXACT, exact_steps
 from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, store
 

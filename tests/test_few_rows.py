@@ -86,3 +86,19 @@ def test_other_instruction_sets_give_the_same():
     targets = ["native", *(target for name, target in TARGETS.items() if machine_runs(name))]
     found = [run(build(mod, target), x)[0] for target in targets]
     assert all(np.array_equal(result, found[0]) for result in found)
+
+
+@pytest.mark.parametrize("rows, layout", [(1, "E2M5"), (1, "E1M6"), (4, "E2M5")])
+def test_large_weights_are_fetched_ahead(rows, layout):
+    def assembly(columns: int) -> str:
+        weight = np.zeros((columns, 4096), np.uint8)
+
+        def emit(builder, x):
+            ones = relax.const(np.ones(columns, np.float32))
+            return builder.emit(qfp8_ops.matmul(x, codes_constant(weight, layout), ones, ones))
+
+        executable = build(program([((rows, 4096), layout)], emit), "icelake-server")
+        return "".join(module.inspect_source("asm") for module in executable.mod.imports)
+
+    assert "prefetch" in assembly(512)
+    assert "prefetch" not in assembly(64)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from quantized_programs import TARGETS, build, machine_runs, program, random_codes, run
+from quantized_programs import TARGETS, TILES, build, machine_runs, program, random_codes, run
 from tvm import relax
 
 from tvm_qfp8.format import decode, encode, get_layout
@@ -13,11 +13,11 @@ from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 
 
-@pytest.fixture(params=list(TARGETS))
+@pytest.fixture(params=[*TARGETS.values(), TILES], ids=[*TARGETS, "amx"])
 def target(request):
     if not machine_runs(request.param):
         pytest.skip(f"this CPU does not run {request.param}")
-    return TARGETS[request.param]
+    return request.param
 
 
 @pytest.mark.parametrize(

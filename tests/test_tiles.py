@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from quantized_programs import TARGETS, build, machine_runs, program, random_codes, run
+from quantized_programs import TILES, build, machine_runs, program, random_codes, run
 from tile_emulator import emulate_tiles
 from tvm import relax
 
@@ -16,16 +16,16 @@ from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.amx.plan import BLOCK, best_block, part, plan_tiles, tile_kind
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 
-TARGET = TARGETS["amx"]
 ACTIVATIONS = ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"]
 WEIGHTS = ["E1M6", "E2M5", "E3M4"]
+
 
 @pytest.fixture(params=["emulated", "native"])
 def on_tiles(request, monkeypatch):
     """Runs a test on the CPU's tile registers and on emulated ones."""
     if request.param == "emulated":
         emulate_tiles(monkeypatch)
-    elif not machine_runs("amx"):
+    elif not machine_runs(TILES):
         pytest.skip("this CPU has no tile registers (AMX)")
 
 
@@ -39,7 +39,7 @@ def dense(rows: int, columns: int, depth: int, activation: str, weight: str, thr
 
     sums = reference.matmul(x, codes, get_layout(activation), get_layout(weight))
     expected = reference.scale_and_bias(sums, a, bias)
-    got = run(build(program([((rows, depth), activation)], emit), TARGET, threads), x)[0]
+    got = run(build(program([((rows, depth), activation)], emit), TILES, threads), x)[0]
     assert np.array_equal(got, expected)
 
 
@@ -59,7 +59,7 @@ def test_every_shape_is_exact(rows, columns, depth, layouts):
 
 
 @pytest.mark.usefixtures("on_tiles")
-@pytest.mark.parametrize("rows, columns, depth", [(400, 70, 200), (64, 300, 200)])
+@pytest.mark.parametrize("rows, columns, depth", [(400, 70, 200), (64, 300, 200), (150, 20, 600)])
 @pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("UE1M7", "E1M6"), ("UE3M5", "E3M4")])
 def test_threads_share_rows_or_panels(rows, columns, depth, layouts):
     dense(rows, columns, depth, *layouts, threads=2)
@@ -84,7 +84,10 @@ CONVOLUTIONS = [
 def test_convolutions_are_exact(case, layouts, batch, threads):
     height, width, channels, out, kernel, stride, padding, dilation = case
     rng = np.random.default_rng(height)
-    codes, x = random_codes(rng, (out, *kernel, channels)), random_codes(rng, (batch, height, width, channels))
+    codes, x = (
+        random_codes(rng, (out, *kernel, channels)),
+        random_codes(rng, (batch, height, width, channels)),
+    )
     a, bias = rng.random(out, np.float32) * 1e-4, rng.standard_normal(out, np.float32)
     shape = None
 
@@ -99,13 +102,17 @@ def test_convolutions_are_exact(case, layouts, batch, threads):
 
     quantized = program([(x.shape, layouts[0])], emit)
     expected = reference.scale_and_bias(reference.conv2d(x, codes, shape), a, bias)
-    assert np.array_equal(run(build(quantized, TARGET, threads), x)[0], expected)
+    assert np.array_equal(run(build(quantized, TILES, threads), x)[0], expected)
 
 
 @pytest.mark.usefixtures("on_tiles")
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("rows, columns, depth", [(5, 7, 9), (20, 33, 16), (64, 64, 32), (64, 32, 65), (3, 50, 700)])
-@pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("UE2M6", "E2M5"), ("UE3M5", "E3M4"), ("E1M6", "UE1M7")])
+@pytest.mark.parametrize(
+    "rows, columns, depth", [(5, 7, 9), (20, 33, 16), (64, 64, 32), (64, 32, 65), (3, 50, 700)]
+)
+@pytest.mark.parametrize(
+    "layouts", [("E2M5", "E2M5"), ("UE2M6", "E2M5"), ("UE3M5", "E3M4"), ("E1M6", "UE1M7")]
+)
 def test_products_of_activations_are_exact(transpose, rows, columns, depth, layouts):
     rng = np.random.default_rng(depth)
     y_shape = (3, columns, depth) if transpose else (3, depth, columns)
@@ -118,7 +125,7 @@ def test_products_of_activations_are_exact(transpose, rows, columns, depth, layo
     quantized = program([(x.shape, layouts[0]), (y.shape, layouts[1])], emit)
     expected = reference.batch_matmul(x, y, shape) * np.float32(0.25)
     for threads in (1, 2):
-        assert np.array_equal(run(build(quantized, TARGET, threads), x, y)[0], expected)
+        assert np.array_equal(run(build(quantized, TILES, threads), x, y)[0], expected)
 
 
 @pytest.mark.parametrize("activation, weight", list(itertools.product(ACTIVATIONS, WEIGHTS)))
@@ -146,7 +153,8 @@ def test_blocks_are_exact(activation, weight):
 
 
 @pytest.mark.parametrize(
-    "layouts, instruction", [(("E2M5", "E2M5"), "tdpbf16ps"), (("E1M6", "E1M6"), "tdpbssd"), (("UE1M7", "E1M6"), "tdpbusd")]
+    "layouts, instruction",
+    [(("E2M5", "E2M5"), "tdpbf16ps"), (("E1M6", "E1M6"), "tdpbssd"), (("UE1M7", "E1M6"), "tdpbusd")],
 )
 def test_the_target_decides(layouts, instruction):
     """LLVM's Sapphire Rapids has tiles, on whatever machine the module is compiled."""
@@ -156,13 +164,19 @@ def test_the_target_decides(layouts, instruction):
         ones = relax.const(np.ones(40, np.float32))
         return qfp8_ops.matmul(q, codes_constant(codes, layouts[1]), ones, ones)
 
-    executable = build(program([((32, 100), layouts[0])], emit), "llvm -mtriple=x86_64-linux-gnu -mcpu=sapphirerapids")
+    executable = build(
+        program([((32, 100), layouts[0])], emit), "llvm -mtriple=x86_64-linux-gnu -mcpu=sapphirerapids"
+    )
     assembly = "".join(module.inspect_source("asm") for module in executable.mod.imports)
     assert instruction in assembly
-    without = build(program([((32, 100), layouts[0])], emit), "llvm -mtriple=x86_64-linux-gnu -mcpu=icelake-server")
+    without = build(
+        program([((32, 100), layouts[0])], emit), "llvm -mtriple=x86_64-linux-gnu -mcpu=icelake-server"
+    )
     assert "tmm" not in "".join(module.inspect_source("asm") for module in without.mod.imports)
 
 
-@pytest.mark.parametrize("tiles, block", [((8, 24), (2, 2)), ((196, 1), (4, 1)), ((1, 60), (1, 4)), ((1, 1), (1, 1))])
+@pytest.mark.parametrize(
+    "tiles, block", [((8, 24), (2, 2)), ((196, 1), (4, 1)), ((1, 60), (1, 4)), ((1, 1), (1, 1))]
+)
 def test_blocks_of_tiles_hide_the_latency(tiles, block):
     assert best_block(*tiles) == block

@@ -168,7 +168,9 @@ def test_few_channels_stay_direct():
 def test_threads_give_the_same_bits():
     for shape in (conv_shape(height=40, width=40, channels=32, out=40), conv_shape(4, 4, 4, 256, 512)):
         module, x, expected = case(shape)
-        assert np.array_equal(run(build(module, WITHOUT_TILES, threads=2, memory=StaticMemory()), x)[0], expected)
+        assert np.array_equal(
+            run(build(module, WITHOUT_TILES, threads=2, memory=StaticMemory()), x)[0], expected
+        )
 
 
 def test_filters_are_made_once_by_machines_that_start_together():

@@ -19,7 +19,7 @@ from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.codec_parts import decode_parts
 from tvm_qfp8.topi.float_contract import bind, to_float, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import load, prefetch_run, store, vector_runs
+from tvm_qfp8.topi.prim_func import CACHE_LINE, load, prefetch_run, store, vector_runs
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -85,6 +85,10 @@ def panel_size(isa: InstructionSet, depth: int, vectors: int) -> int:
     width = vectors * isa.lanes
     return depth * width + (4 * width if isa.split and isa.split.offset else 0)
 
+
+STREAM_BYTES, STREAM_AHEAD = 1 << 20, 8192
+"""From so many bytes on, weights that are read only once are asked for so many bytes ahead: they come from far, and not
+all processors look ahead far enough."""
 
 CHANNEL_PADDING = 16
 """Elements that a vector load may reach past the last channel."""
@@ -219,18 +223,28 @@ def for_each_panel(
 
         return without_offset
 
+    def fetch_ahead(at, vector: int) -> None:
+        """What one pass over the weights reads later, once for each cache line; with vectors about as long as one."""
+        far = in_registers and shape.columns * shape.depth > STREAM_BYTES and 2 * vector_codes >= CACHE_LINE
+        if far and (vector * vector_codes) % CACHE_LINE == 0:
+            prefetch_run(panels, at + STREAM_AHEAD, min(CACHE_LINE, vector_codes))
+
     def one_panel(panel) -> None:
         start = panel * size
         first_column = overlapped_start(panel, width, shape.columns)
         if isa.split is not None and isa.split.weights_ready:
 
             def load_weights(step, vector, product=0):
-                stored = load(panels, start + step * (width * isa.pair) + vector * vector_codes, vector_codes)
+                at = T.bind(start + step * (width * isa.pair) + vector * vector_codes)
+                fetch_ahead(at, vector)
+                stored = load(panels, at, vector_codes)
                 return T.bind(tirx.reinterpret(with_lanes("int8", vector_codes), stored))
         elif in_registers or shape.weight is None:
 
             def load_weights(step, vector, product=0):
-                codes = load(panels, start + step * (width * isa.pair) + vector * vector_codes, vector_codes)
+                at = T.bind(start + step * (width * isa.pair) + vector * vector_codes)
+                fetch_ahead(at, vector)
+                codes = load(panels, at, vector_codes)
                 return T.bind(operand_expr(isa, shape.weight, codes))
         else:
             decoded = T.alloc_buffer((isa.products * size,), isa.operand_dtype, align=64)

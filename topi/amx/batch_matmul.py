@@ -57,7 +57,13 @@ class ActivationPanels:
 
     @property
     def resident(self) -> bool:
-        size = self.count * self.plan.products * self.plan.steps * self.plan.registers.width * BFLOAT16.element_bytes
+        size = (
+            self.count
+            * self.plan.products
+            * self.plan.steps
+            * self.plan.registers.width
+            * BFLOAT16.element_bytes
+        )
         return self.plan.blocks * self.plan.parts == 1 and size <= RESIDENT_BYTES
 
     def start(self, buffer, _first_panel, _count):

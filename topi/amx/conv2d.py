@@ -37,7 +37,9 @@ def _runs(shape: ConvShape, codes: np.ndarray) -> np.ndarray:
     return padded.reshape(shape.out_channels, runs, -1)
 
 
-def plan_tile_conv(isa: InstructionSet, shape: ConvShape, codes: np.ndarray) -> tuple[TilePlan, np.ndarray] | None:
+def plan_tile_conv(
+    isa: InstructionSet, shape: ConvShape, codes: np.ndarray
+) -> tuple[TilePlan, np.ndarray] | None:
     """(plan, codes ``(columns, runs, run)``) of a convolution of one group; None where other kernels are better."""
     quantized = shape.activation is not None and shape.weight is not None
     if not isa.tiles or not quantized or shape.groups > 1:
@@ -62,7 +64,9 @@ def emit_tile_conv(
     macs = shape.batch * out_h * out_w * shape.out_channels * plan.run * plan.runs
     parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
     by_rows = parallel and out_h >= 2 * threads
-    most = max(1, min(out_h, (SCRATCH_BYTES // (slab_row * kind.element_bytes * plan.parts) - reach) // stride_h + 1))
+    most = max(
+        1, min(out_h, (SCRATCH_BYTES // (slab_row * kind.element_bytes * plan.parts) - reach) // stride_h + 1)
+    )
     if by_rows:
         most = min(most, -(-out_h // (2 * threads)))
     block_h, blocks = balanced_blocks(out_h, most)
@@ -120,7 +124,16 @@ def emit_tile_conv(
             at = T.bind((image * out_h + first_out_row + out_row) * out_w + pixel + row - tile * plan.rows)
             return lambda column, total: epilogue(total, at, first_column + column * 16, panels.valid[column])
 
-        emit_sums(panels, packed, panel_range, sum_buffers(plan, groups), groups, registers.all_rows, rows_of, finish)
+        emit_sums(
+            panels,
+            packed,
+            panel_range,
+            sum_buffers(plan, groups),
+            groups,
+            registers.all_rows,
+            rows_of,
+            finish,
+        )
 
     def block(image, index) -> None:
         first_out_row = overlapped_start(index, block_h, out_h)

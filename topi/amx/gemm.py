@@ -81,7 +81,10 @@ def emit_tile_gemm(
         if in_place:
             offset = T.bind(first_row * shape.depth) if blocks > 1 else 0
             size = block_rows * shape.depth
-            operands, row_stride = T.decl_buffer((size,), "uint8", data=x.data, elem_offset=offset), shape.depth
+            operands, row_stride = (
+                T.decl_buffer((size,), "uint8", data=x.data, elem_offset=offset),
+                shape.depth,
+            )
         else:
             size = groups * registers.all_rows * row_size
             operands, row_stride = tile_buffer(size, kind.dtype), row_size

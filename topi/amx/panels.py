@@ -16,7 +16,6 @@ from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer
 from tvm_qfp8.topi.panels import pack_panels
 from tvm_qfp8.topi.prim_func import prefetch_run
 
-
 RESIDENT_BYTES = 24 * 1024
 """Half of these CPUs' first-level cache."""
 
@@ -84,7 +83,9 @@ class TilePanels:
         if self.resident:
             return
         pieces = self.unit // PIECE
-        following = T.bind(tirx.min(first_panel * self.plan.blocks + unit + 1, self.count * self.plan.blocks - 1))
+        following = T.bind(
+            tirx.min(first_panel * self.plan.blocks + unit + 1, self.count * self.plan.blocks - 1)
+        )
         source = T.bind(following * self.unit)
         first = T.bind(part * pieces // parts)
         with T.serial(0, T.bind((part + 1) * pieces // parts) - first) as i:

@@ -21,7 +21,6 @@ from tvm_qfp8.topi.panels import round_up
 LATENCY = 52 / ROWS
 """Products that a tile of sums waits for between two of its own (Intel's Optimization Reference Manual, 20.5)."""
 
-
 LONG_ROW = 4
 """In cache lines."""
 
@@ -138,17 +137,20 @@ def exact_blocks(products: int, activation: Layout, exact: Callable[[int, int], 
     """
 
     def block(largest: int) -> int:
+        """The longest block that is exact; 0 where not even one product is."""
         for blocks in range(-(-products // BLOCK), products + 1):
             if exact(-(-products // blocks), largest):
                 return -(-products // blocks)
         return 0
 
-    whole = block(activation.max_grid)
+    def cost(parts: int, count: int) -> float:
+        return parts * (products + BLOCK_COST * -(-products // count)) if count else math.inf
+
     shift = activation.max_grid.bit_length() // 2
-    split = block(max(int(np.abs(part(activation.grid, shift, high)).max()) for high in (True, False)))
+    largest = max(int(np.abs(part(activation.grid, shift, high)).max()) for high in (True, False))
+    whole, split = block(activation.max_grid), block(largest)
     assert split, "parts of every layout are small enough"
-    costs = [(parts * (products + BLOCK_COST * -(-products // count)), count) for parts, count in ((1, whole), (2, split)) if count]
-    return (whole, 0) if min(costs) == costs[0] and whole else (split, shift)
+    return (whole, 0) if cost(1, whole) <= cost(2, split) else (split, shift)
 
 
 def part(grid: np.ndarray, shift: int, high: bool) -> np.ndarray:

@@ -81,7 +81,7 @@ def _emit(name: str, *arguments) -> None:
 
 
 def tile_buffer(size: int, dtype: str):
-    """Scratch for tiles. TVM shortens a buffer to what its own loads and stores reach, and a tile's are none of them."""
+    """Scratch for tiles. TVM cuts a buffer to what its own loads and stores reach, and a tile's are none of them."""
     buffer = T.alloc_buffer((size,), dtype, align=64)
     store(buffer, size - 1, tirx.const(0, dtype), 1)
     return buffer
@@ -91,7 +91,9 @@ def with_tiles(body: Callable[[], None]) -> None:
     """A kernel's ``body``, with the code that asks Linux for the registers."""
     with T.attr(0, "pragma_import_llvm", _ASK):
         refused = tirx.call_extern("int32", "qfp8_ask_for_tiles")
-        with T.Assert(refused == 0, "this system does not let the process use the CPU's tile registers (AMX)"):
+        with T.Assert(
+            refused == 0, "this system does not let the process use the CPU's tile registers (AMX)"
+        ):
             body()
 
 
@@ -125,13 +127,17 @@ class TileRegisters:
         _emit("ldtilecfg", tirx.address_of(config[0]))
 
     def share(self, count: int, workers: int, body: Callable) -> None:
-        """``body(first, count)`` for parts of ``count`` indices, one a worker, each with the registers set up."""
+        """``body(first, count)`` for parts of ``count`` indices, one a worker, each with the registers set up.
+
+        No part is empty.
+        """
 
         def part(first, number) -> None:
             self._configure()
             body(first, number)
             _emit("tilerelease")
 
+        workers = min(workers, count)
         if workers == 1:
             part(0, count)
             return

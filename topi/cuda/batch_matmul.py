@@ -16,10 +16,10 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.cuda.device import MMA_COLUMNS, MMA_DEPTH, MMA_ROWS, decode_pairs, grid_exponent, mma
-from tvm_qfp8.topi.exact_sums import EXACT
 from tvm_qfp8.topi.cuda.float_sum import FloatSum
 from tvm_qfp8.topi.cuda.gemm import Accumulators, words_of
 from tvm_qfp8.topi.cuda.launch import MANY_BLOCKS, for_each
+from tvm_qfp8.topi.exact_sums import EXACT
 from tvm_qfp8.topi.float_contract import add, to_float
 from tvm_qfp8.topi.prim_func import load, store
 

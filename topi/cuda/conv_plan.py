@@ -10,8 +10,8 @@ import numpy as np
 
 from tvm_qfp8.format import decode_grid, get_layout
 from tvm_qfp8.topi.conv2d import ConvShape
-from tvm_qfp8.topi.exact_sums import exact_steps
 from tvm_qfp8.topi.cuda.launch import MANY_BLOCKS
+from tvm_qfp8.topi.exact_sums import exact_steps
 from tvm_qfp8.topi.panels import round_up
 
 CHUNK = 8

@@ -29,8 +29,8 @@ from tvm_qfp8.topi.cuda.device import (
     mma,
     mma_count,
 )
-from tvm_qfp8.topi.exact_sums import exact_steps
 from tvm_qfp8.topi.cuda.gemm import Accumulators, words_of
+from tvm_qfp8.topi.exact_sums import exact_steps
 from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.panels import round_up
 from tvm_qfp8.topi.prim_func import load, store

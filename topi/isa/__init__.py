@@ -196,7 +196,7 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
     found = replace(
         sets[name].INSTRUCTION_SET,
         byte_permute="avx512vbmi" in features,
-        tiles=TILES <= set(features),
+        tiles=set(features) >= TILES,
         fused=not FUSED.isdisjoint(features),
     )
     if name == "avx512" and "avx512vnni" in features:
