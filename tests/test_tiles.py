@@ -13,6 +13,7 @@ from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.linear_kernels import conv_shape
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
+from tvm_qfp8.topi.amx import tiles
 from tvm_qfp8.topi.amx.plan import BLOCK, best_block, part, plan_tiles, tile_kind
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 
@@ -176,7 +177,14 @@ def test_the_target_decides(layouts, instruction):
 
 
 @pytest.mark.parametrize(
-    "tiles, block", [((8, 24), (2, 2)), ((196, 1), (4, 1)), ((1, 60), (1, 4)), ((1, 1), (1, 1))]
+    "size, block", [((8, 24), (2, 2)), ((196, 1), (4, 1)), ((1, 60), (1, 4)), ((1, 1), (1, 1))]
 )
-def test_blocks_of_tiles_hide_the_latency(tiles, block):
-    assert best_block(*tiles) == block
+def test_blocks_of_tiles_hide_the_latency(size, block):
+    assert best_block(*size) == block
+
+
+def test_a_refused_process_is_told(monkeypatch):
+    emulate_tiles(monkeypatch)
+    monkeypatch.setattr(tiles, "_ASK", "define linkonce_odr hidden i32 @qfp8_ask_for_tiles() { ret i32 1 }")
+    with pytest.raises(RuntimeError, match="does not let the process use the CPU's tile registers"):
+        dense(32, 32, 32, "E2M5", "E2M5")
