@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles, operands_of
-from tvm_qfp8.topi.amx.panels import RESIDENT_BYTES
+from tvm_qfp8.topi.amx.panels import Panels
 from tvm_qfp8.topi.amx.plan import TilePlan, best_block, exact_blocks, scratch_row
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer, with_tiles
@@ -39,32 +38,8 @@ def plan_tile_products(isa: InstructionSet, shape: BatchMatmulShape) -> TilePlan
     return TilePlan(BFLOAT16, -(-shape.rows // tiles), *block_of_tiles, shape.depth, 1, steps, block, shift)
 
 
-@dataclass(frozen=True)
-class ActivationPanels:
-    """The right operand as ``emit_sums`` reads it: all of it lies in a buffer."""
-
-    plan: TilePlan
-    columns: int
-
-    @property
-    def count(self) -> int:
-        return -(-self.columns // self.plan.registers.width)
-
-    @property
-    def valid(self) -> list[int]:
-        width = self.plan.registers.width
-        return [min(ROWS, self.columns - at) for at in range(0, min(width, self.columns), ROWS)]
-
-    @property
-    def resident(self) -> bool:
-        size = (
-            self.count
-            * self.plan.products
-            * self.plan.steps
-            * self.plan.registers.width
-            * BFLOAT16.element_bytes
-        )
-        return self.plan.blocks * self.plan.parts == 1 and size <= RESIDENT_BYTES
+class ActivationPanels(Panels):
+    """All of the right operand lies in a buffer."""
 
     def start(self, buffer, _first_panel, _count):
         return buffer
@@ -72,10 +47,8 @@ class ActivationPanels:
     def next_slice(self, *_arguments) -> None:
         """Nothing is left to decode."""
 
-    def tiles(self, buffer, first_panel, unit, index) -> Callable:
-        plan, width = self.plan, self.plan.registers.width
-        at = T.bind(((first_panel * plan.blocks + unit) * plan.block + index) * (plan.steps * width))
-        return lambda tile: (buffer, at + tile * (ROWS * PAIR), width * PAIR)
+    def place(self, first_panel, unit):
+        return first_panel * self.plan.blocks + unit
 
 
 def emit_tile_products(

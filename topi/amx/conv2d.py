@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
-from tvm_qfp8.topi.amx.panels import TilePanels
+from tvm_qfp8.topi.amx.panels import WeightPanels
 from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, tile_kind
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import tile_buffer, with_tiles
@@ -54,7 +54,7 @@ def emit_tile_conv(
     """Emit the kernel; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel."""
     kind, registers = plan.kind, plan.registers
     activation, weight = shape.layouts()
-    panels = TilePanels(plan, weight, shape.out_channels)
+    panels = WeightPanels(plan, shape.out_channels, weight)
     stride_h, stride_w = shape.stride
     out_h, out_w = shape.out_height, shape.out_width
     channels = _slab_channels(shape)

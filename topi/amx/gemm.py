@@ -12,7 +12,7 @@ import numpy as np
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
-from tvm_qfp8.topi.amx.panels import TilePanels
+from tvm_qfp8.topi.amx.panels import WeightPanels
 from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, scratch_row, tile_kind
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import UNSIGNED, tile_buffer, with_tiles
@@ -39,7 +39,7 @@ def emit_tile_gemm(
     """Emit the kernel; ``epilogue(acc, row, column, valid)`` as in ``gemm.py``."""
     kind, registers = plan.kind, plan.registers
     activation, weight = shape.layouts()
-    panels = TilePanels(plan, weight, shape.columns)
+    panels = WeightPanels(plan, shape.columns, weight)
     depth = plan.real_products * plan.steps
     row_size = scratch_row(depth * plan.parts, kind)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,11 +36,10 @@ def pack_tile_weights(plan: TilePlan, layout: Layout, codes: np.ndarray) -> np.n
 
 
 @dataclass(frozen=True)
-class TilePanels:
-    """Packed weights of a layer as a kernel reads them."""
+class Panels(ABC):
+    """The right operand as ``emit_sums`` reads it, in panels of columns."""
 
     plan: TilePlan
-    layout: Layout
     columns: int
 
     @property
@@ -54,17 +54,42 @@ class TilePanels:
 
     @property
     def unit(self) -> int:
-        """Weights of a panel for one block of the reduction; units follow each other."""
+        """Elements of a panel for one block of the reduction; units follow each other."""
         return self.plan.block * self.plan.steps * self.plan.registers.width
 
     @property
     def resident(self) -> bool:
-        """All weights fit the first-level cache, beside one block of activations: every block walks all panels."""
+        """All fit the first-level cache, beside one block of activations: every block walks all panels."""
         size = self.count * self.unit * self.plan.kind.element_bytes
         return self.plan.blocks * self.plan.parts == 1 and size <= RESIDENT_BYTES
 
+    @abstractmethod
     def start(self, packed, first_panel, count):
-        """The buffer that tiles of weights are read from: two units, the first of them decoded, or all."""
+        """The buffer that tiles are read from."""
+
+    @abstractmethod
+    def next_slice(self, packed, buffer, first_panel, unit, part, parts: int) -> None:
+        """Make a part of the unit that is read after ``unit``, counted from ``first_panel``."""
+
+    @abstractmethod
+    def place(self, first_panel, unit):
+        """Which unit of the buffer ``unit`` is."""
+
+    def tiles(self, buffer, first_panel, unit, index) -> Callable:
+        """Where the tiles of one product of a unit lie."""
+        steps, width, pair = self.plan.steps, self.plan.registers.width, self.plan.kind.pair
+        at = T.bind(self.place(first_panel, unit) * self.unit + index * (steps * width))
+        return lambda tile: (buffer, at + tile * (ROWS * pair), width * pair)
+
+
+@dataclass(frozen=True)
+class WeightPanels(Panels):
+    """Packed weights of a layer, decoded while they are needed."""
+
+    layout: Layout
+
+    def start(self, packed, first_panel, count):
+        """Two units, the first of them decoded, or all."""
         if self.plan.kind is not BFLOAT16:
             return packed
         source = first_panel * (self.plan.blocks * self.unit)
@@ -78,8 +103,8 @@ class TilePanels:
         decode_for_tiles(self.plan.kind, self.layout, packed, source, weights, 0, self.unit)
         return weights
 
-    def next_slice(self, packed, weights, first_panel, unit, part, parts: int) -> None:
-        """Decode a part of the unit after ``unit``, counted from ``first_panel``, and fetch what comes after it."""
+    def next_slice(self, packed, buffer, first_panel, unit, part, parts: int) -> None:
+        """Decode a part of the next unit, and fetch what comes after it."""
         if self.resident:
             return
         pieces = self.unit // PIECE
@@ -95,14 +120,9 @@ class TilePanels:
                 return
             prefetch_run(packed, source + self.unit + at, PIECE)
             target = T.bind((unit + 1) % 2 * self.unit + at)
-            decode_for_tiles(self.plan.kind, self.layout, packed, source + at, weights, target, PIECE)
+            decode_for_tiles(self.plan.kind, self.layout, packed, source + at, buffer, target, PIECE)
 
-    def tiles(self, weights, first_panel, unit, index) -> Callable:
-        """Where the tiles of one product of a unit lie."""
-        plan, width = self.plan, self.plan.registers.width
-        if plan.kind is BFLOAT16:
-            place = unit if self.resident else unit % 2
-        else:
-            place = first_panel * plan.blocks + unit
-        at = T.bind(place * self.unit + index * (plan.steps * width))
-        return lambda tile: (weights, at + tile * (ROWS * plan.kind.pair), width * plan.kind.pair)
+    def place(self, first_panel, unit):
+        if self.plan.kind is not BFLOAT16:
+            return first_panel * self.plan.blocks + unit
+        return unit if self.resident else unit % 2

@@ -8,41 +8,15 @@ next: slices of both stand between the products. A processor alone could not loo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from tvm_qfp8.topi.amx.panels import Panels
 from tvm_qfp8.topi.amx.plan import TilePlan
 from tvm_qfp8.topi.amx.tiles import ROWS, tile_buffer
 from tvm_qfp8.topi.float_contract import bind
 from tvm_qfp8.topi.prim_func import load, store
-
-
-class Panels(Protocol):
-    """The right operand: packed weights (``panels.py``) or activations (``batch_matmul.py``)."""
-
-    @property
-    def plan(self) -> TilePlan: ...
-
-    @property
-    def valid(self) -> list[int]:
-        """Real columns of each vector of a panel."""
-
-    @property
-    def resident(self) -> bool:
-        """Whether every block of tiles walks all panels, instead of every panel all blocks."""
-
-    def start(self, packed: Any, first_panel: Any, count: Any) -> Any:
-        """The buffer that tiles are read from."""
-
-    def next_slice(
-        self, packed: Any, weights: Any, first_panel: Any, unit: Any, part: Any, parts: int
-    ) -> None:
-        """Make a part of what is read after ``unit``: a panel's weights for one block of the reduction."""
-
-    def tiles(self, weights: Any, first_panel: Any, unit: Any, index: Any) -> Callable:
-        """Where the tiles of one product of a unit lie."""
 
 
 def sum_buffers(plan: TilePlan, groups: int) -> tuple:

@@ -110,7 +110,7 @@ class TileRegisters:
 
     def _configure(self) -> None:
         by_rows = self.row_tiles <= self.column_tiles
-        few, many = (self.row_tiles, self.column_tiles) if by_rows else (self.column_tiles, self.row_tiles)
+        few = min(self.row_tiles, self.column_tiles)
         of_rows = (self.rows, self.steps * self.kind.element_bytes)
         of_columns = (self.steps // self.kind.pair, ROW_BYTES)
         held, passing = (of_rows, of_columns) if by_rows else (of_columns, of_rows)
@@ -146,6 +146,7 @@ class TileRegisters:
             part(first, T.bind((worker + 1) * count // workers - first))
 
     def clear(self) -> None:
+        """Make all sums zero."""
         for register in range(self.row_tiles * self.column_tiles):
             _emit("tilezero", register)
 
