@@ -10,10 +10,13 @@ from tvm import relax
 
 from tvm_qfp8.cpu_features import missing_features, reported_features, used_features
 from tvm_qfp8.format import get_layout
+from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
+from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest
 from tvm_qfp8.targets import cpu_features, parse_target
 from tvm_qfp8.targets import isa as isa_of
+from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.isa import instruction_set
 from tvm_qfp8.topi.static_memory import StaticMemory
 
@@ -66,3 +69,16 @@ def run(executable, *arrays: np.ndarray) -> list[np.ndarray]:
 def random_codes(rng: np.random.Generator, shape) -> np.ndarray:
     """Any codes, NaN's among them (kernels read it as zero)."""
     return rng.integers(0, 256, shape, dtype=np.uint8)
+
+
+def dense_program(rows: int, columns: int, depth: int, layout: str, weight_layout: str = "E2M5") -> tuple:
+    """(program of a dense layer, its codes, what its twin gives)."""
+    rng = np.random.default_rng(rows)
+    weight, x = random_codes(rng, (columns, depth)), random_codes(rng, (rows, depth))
+    a, bias = rng.random(columns, np.float32) * 1e-4, rng.standard_normal(columns, np.float32)
+
+    def emit(_builder, q):
+        return qfp8_ops.matmul(q, codes_constant(weight, weight_layout), relax.const(a), relax.const(bias))
+
+    sums = reference.matmul(x, weight, get_layout(layout), get_layout(weight_layout))
+    return program([((rows, depth), layout)], emit), x, reference.scale_and_bias(sums, a, bias)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import tvm
-from quantized_programs import build, program, random_codes, run
+from quantized_programs import build, dense_program, program, random_codes, run
 from tvm import relax
 
 from tvm_qfp8.cpu_features import cpuinfo_flags
@@ -87,22 +87,10 @@ def test_the_target_decides(name):
 
 @pytest.mark.parametrize("mnemonic, name", [("sadalp", "mull"), ("sdot", "dotprod"), ("smmla", "i8mm")])
 def test_the_instruction_is_used(mnemonic, name):
-    executable = build(_dense(20, 24, 64, "E1M6", "E1M6")[0], TARGETS[name])
+    executable = build(dense_program(20, 24, 64, "E1M6", "E1M6")[0], TARGETS[name])
     modules = [executable.mod, *executable.mod.imports]
     text = "".join(m.inspect_source("s") for m in modules if m.kind == "llvm")
     assert f"\t{mnemonic}\t" in text
-
-
-def _dense(rows, columns, depth, layout, weight_layout="E2M5"):
-    rng = np.random.default_rng(rows)
-    weight, x = random_codes(rng, (columns, depth)), random_codes(rng, (rows, depth))
-    a, bias = rng.random(columns, np.float32) * 1e-4, rng.standard_normal(columns, np.float32)
-
-    def emit(builder, q):
-        return qfp8_ops.matmul(q, codes_constant(weight, weight_layout), relax.const(a), relax.const(bias))
-
-    sums = reference.matmul(x, weight, get_layout(layout), get_layout(weight_layout))
-    return program([((rows, depth), layout)], emit), x, reference.scale_and_bias(sums, a, bias)
 
 
 MATMULS = [
@@ -125,7 +113,7 @@ MATMULS = [
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("rows, columns, depth, layout, weight", MATMULS)
 def test_matmul(run_aarch64, target, rows, columns, depth, layout, weight):
-    mod, x, expected = _dense(rows, columns, depth, layout, weight)
+    mod, x, expected = dense_program(rows, columns, depth, layout, weight)
     assert np.array_equal(run_aarch64(build(mod, target), [x])[0], expected)
 
 
@@ -178,7 +166,7 @@ X86 = {"avx512": "llvm -mcpu=icelake-server", "avx2": "llvm -mcpu=alderlake"}
 @pytest.mark.parametrize("name", X86)
 def test_vnni_is_used(name):
     for layout, used in (("UE1M7", True), ("E1M6", True), ("E2M5", False)):
-        executable = build(_dense(20, 24, 64, layout, "E1M6")[0], X86[name])
+        executable = build(dense_program(20, 24, 64, layout, "E1M6")[0], X86[name])
         modules = [executable.mod, *executable.mod.imports]
         text = "".join(m.inspect_source("s") for m in modules if m.kind == "llvm")
         assert ("vpdpbusd" in text) == used
@@ -203,7 +191,7 @@ def _build_vnni(mod, lanes: int):
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("rows, columns, depth, layout, weight", MATMULS[-5:])
 def test_matmul_vnni(lanes, rows, columns, depth, layout, weight):
-    mod, x, expected = _dense(rows, columns, depth, layout, weight)
+    mod, x, expected = dense_program(rows, columns, depth, layout, weight)
     assert np.array_equal(run(_build_vnni(mod, lanes), x)[0], expected)
 
 

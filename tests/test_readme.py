@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
 import readme_tables
 from models import cnn
@@ -38,6 +39,25 @@ def test_the_commands_exist():
 
     for command in set(re.findall(r"^tvm-qfp8 (\w+)", TEXT, re.MULTILINE)):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
+
+
+def test_the_commands_for_servers_run(tmp_path):
+    """docs/amx.md: each line compiles a model; the second for a CPU that this machine need not be."""
+    model = cnn()
+    onnx.save(model, tmp_path / "model.onnx")
+    image = model.graph.input[0]
+    shape = [dimension.dim_value for dimension in image.type.tensor_type.shape.dim]
+    samples = np.random.default_rng(0).standard_normal((8, *shape[1:]), np.float32)
+    np.savez(tmp_path / "samples.npz", **{image.name: samples})
+    page = (REPOSITORY / "docs" / "amx.md").read_text()
+    commands = re.findall(r"^tvm-qfp8 ([^#\n]+)", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        (tmp_path / "model.so").unlink(missing_ok=True)
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        arguments = [sys.executable, "-m", "tvm_qfp8", *command.split()]
+        subprocess.run(arguments, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        assert (tmp_path / "model.so").is_file()
 
 
 def test_the_folders_exist():

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from quantized_programs import TILES, build, machine_runs, program, random_codes, run
+from quantized_programs import TILES, build, dense_program, machine_runs, program, random_codes, run
 from tile_emulator import emulate_tiles
 from tvm import relax
 
@@ -29,17 +29,8 @@ def on_tiles(monkeypatch):
 
 
 def dense(rows: int, columns: int, depth: int, activation: str, weight: str, threads: int = 1) -> None:
-    rng = np.random.default_rng(rows)
-    codes, x = random_codes(rng, (columns, depth)), random_codes(rng, (rows, depth))
-    a, bias = rng.random(columns, np.float32) * 1e-4, rng.standard_normal(columns, np.float32)
-
-    def emit(_builder, q):
-        return qfp8_ops.matmul(q, codes_constant(codes, weight), relax.const(a), relax.const(bias))
-
-    sums = reference.matmul(x, codes, get_layout(activation), get_layout(weight))
-    expected = reference.scale_and_bias(sums, a, bias)
-    got = run(build(program([((rows, depth), activation)], emit), TILES, threads), x)[0]
-    assert np.array_equal(got, expected)
+    module, x, expected = dense_program(rows, columns, depth, activation, weight)
+    assert np.array_equal(run(build(module, TILES, threads), x)[0], expected)
 
 
 @pytest.mark.usefixtures("on_tiles")
@@ -127,6 +118,20 @@ def test_products_of_activations_are_exact(transpose, rows, columns, depth, layo
         assert np.array_equal(run(build(quantized, TILES, threads), x, y)[0], expected)
 
 
+@pytest.mark.usefixtures("on_tiles")
+@pytest.mark.parametrize("batch, columns", [(0, 8), (2, 0)])
+def test_nothing_is_computed_of_nothing(batch, columns):
+    dense(0, 8, 8, "E2M5", "E2M5")
+    dense(16, 0, 8, "E2M5", "E2M5")
+    x, y = np.zeros((batch, 8, 8), np.uint8), np.zeros((batch, 8, columns), np.uint8)
+
+    def emit(_builder, a, b):
+        return qfp8_ops.batch_matmul(a, b, 0.25, transpose_y=False)
+
+    compiled = build(program([(x.shape, "E2M5"), (y.shape, "E2M5")], emit), TILES)
+    assert run(compiled, x, y)[0].shape == (batch, 8, columns)
+
+
 @pytest.mark.parametrize("activation, weight", list(itertools.product(ACTIVATIONS, WEIGHTS)))
 def test_blocks_are_exact(activation, weight):
     """No partial sum of a block reaches 2**24, and the parts of activations are bfloat16 numbers."""
@@ -157,27 +162,18 @@ def test_blocks_are_exact(activation, weight):
 )
 def test_the_target_decides(layouts, instruction):
     """LLVM's Sapphire Rapids has tiles, on whatever machine the module is compiled."""
-    codes = random_codes(np.random.default_rng(0), (40, 100))
-
-    def emit(_builder, q):
-        ones = relax.const(np.ones(40, np.float32))
-        return qfp8_ops.matmul(q, codes_constant(codes, layouts[1]), ones, ones)
-
-    executable = build(
-        program([((32, 100), layouts[0])], emit), "llvm -mtriple=x86_64-linux-gnu -mcpu=sapphirerapids"
-    )
+    module, _, _ = dense_program(32, 40, 100, *layouts)
+    executable = build(module, "llvm -mtriple=x86_64-linux-gnu -mcpu=sapphirerapids")
     assembly = "".join(module.inspect_source("asm") for module in executable.mod.imports)
     assert instruction in assembly
-    without = build(
-        program([((32, 100), layouts[0])], emit), "llvm -mtriple=x86_64-linux-gnu -mcpu=icelake-server"
-    )
+    without = build(module, "llvm -mtriple=x86_64-linux-gnu -mcpu=icelake-server")
     assert "tmm" not in "".join(module.inspect_source("asm") for module in without.mod.imports)
 
 
 @pytest.mark.parametrize(
     "size, block", [((8, 24), (2, 2)), ((196, 1), (4, 1)), ((1, 60), (1, 4)), ((1, 1), (1, 1))]
 )
-def test_blocks_of_tiles_hide_the_latency(size, block):
+def test_blocks_of_tiles_cover_a_matrix_with_few_loads(size, block):
     assert best_block(*size) == block
 
 

@@ -22,8 +22,8 @@ from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile, reduce_steps
 from tvm_qfp8.topi.overflow import INT32_LIMIT
-from tvm_qfp8.topi.panels import STREAM_AHEAD, STREAM_BYTES, overlapped_start, pack_panels, round_up, zero_run
-from tvm_qfp8.topi.prim_func import load, prefetch_run, store, vector_runs
+from tvm_qfp8.topi.panels import fetch_stream, overlapped_start, pack_panels, round_up, zero_run
+from tvm_qfp8.topi.prim_func import load, store, vector_runs
 
 MOST_ROWS = 2
 """With more the signs, which each part of each row takes, cost more than the decoding of weights to int16."""
@@ -89,8 +89,7 @@ def emit_few_rows(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Ca
         def one_step(step) -> None:
             # Stage by stage: vector after vector, instructions of one port would wait for each other.
             at = T.bind(start + step * (width * isa.pair))
-            if shape.columns * depth > STREAM_BYTES:
-                prefetch_run(panels, at + STREAM_AHEAD, width * isa.pair)
+            fetch_stream(panels, at, width * isa.pair, shape.columns * depth)
             codes = [T.bind(load(panels, at + v * vector_codes, vector_codes)) for v in range(vectors)]
             magnitudes = [look_up_128(vector, table) for vector in codes]
             for row, start_of_row in enumerate(starts):

@@ -90,6 +90,13 @@ STREAM_BYTES, STREAM_AHEAD = 1 << 20, 8192
 """From so many bytes on, weights that are read only once are asked for so many bytes ahead: they come from far, and not
 all processors look ahead far enough."""
 
+
+def fetch_stream(panels, at, length: int, weights: int) -> None:
+    """Where ``length`` codes from ``at`` are read, of so many that are read once, ask for those that come later."""
+    if weights > STREAM_BYTES:
+        prefetch_run(panels, at + STREAM_AHEAD, length)
+
+
 CHANNEL_PADDING = 16
 """Elements that a vector load may reach past the last channel."""
 
@@ -225,9 +232,9 @@ def for_each_panel(
 
     def fetch_ahead(at, vector: int) -> None:
         """What one pass over the weights reads later, once for each cache line; with vectors about as long as one."""
-        far = in_registers and shape.columns * shape.depth > STREAM_BYTES and 2 * vector_codes >= CACHE_LINE
-        if far and (vector * vector_codes) % CACHE_LINE == 0:
-            prefetch_run(panels, at + STREAM_AHEAD, min(CACHE_LINE, vector_codes))
+        long = 2 * vector_codes >= CACHE_LINE
+        if in_registers and long and (vector * vector_codes) % CACHE_LINE == 0:
+            fetch_stream(panels, at, min(CACHE_LINE, vector_codes), shape.columns * shape.depth)
 
     def one_panel(panel) -> None:
         start = panel * size

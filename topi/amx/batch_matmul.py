@@ -9,7 +9,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles, operands_of
 from tvm_qfp8.topi.amx.panels import Panels
-from tvm_qfp8.topi.amx.plan import TilePlan, best_block, exact_blocks, scratch_row
+from tvm_qfp8.topi.amx.plan import TilePlan, best_block, exact_blocks, fits_tiles, scratch_row
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer, with_tiles
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
@@ -25,7 +25,8 @@ PAIR = BFLOAT16.pair
 
 def plan_tile_products(isa: InstructionSet, shape: BatchMatmulShape) -> TilePlan | None:
     """The plan for a product of codes; None where sums are too long for int32."""
-    if not isa.tiles or shape.x is None or shape.rows < 2 or shape.depth > shape.block_depth:
+    extents = shape.batch, shape.columns, shape.depth
+    if shape.rows < 2 or not fits_tiles(isa, (shape.x, shape.y), *extents) or shape.depth > shape.block_depth:
         return None
     x, y = shape.layouts()
     chunks = -(-shape.depth // BFLOAT16.most)

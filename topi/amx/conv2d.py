@@ -14,9 +14,9 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import WeightPanels
-from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, tile_kind
+from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, tile_kind
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
-from tvm_qfp8.topi.amx.tiles import tile_buffer, with_tiles
+from tvm_qfp8.topi.amx.tiles import ROWS, tile_buffer, with_tiles
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
@@ -41,8 +41,8 @@ def plan_tile_conv(
     isa: InstructionSet, shape: ConvShape, codes: np.ndarray
 ) -> tuple[TilePlan, np.ndarray] | None:
     """(plan, codes ``(columns, runs, run)``) of a convolution of one group; None where other kernels are better."""
-    quantized = shape.activation is not None and shape.weight is not None
-    if not isa.tiles or not quantized or shape.groups > 1:
+    operands, extents = (shape.activation, shape.weight), (shape.batch, shape.channels, shape.out_channels)
+    if shape.groups > 1 or not fits_tiles(isa, operands, *extents):
         return None
     layouts, runs = shape.layouts(), _runs(shape, codes)
     return plan_tiles(tile_kind(*layouts), runs, layouts, shape.out_width, shape.out_height), runs
@@ -122,7 +122,9 @@ def emit_tile_conv(
             tile = T.bind(row // plan.rows) if plan.row_tiles > 1 else 0
             out_row, pixel = place(group, tile)
             at = T.bind((image * out_h + first_out_row + out_row) * out_w + pixel + row - tile * plan.rows)
-            return lambda column, total: epilogue(total, at, first_column + column * 16, panels.valid[column])
+            return lambda column, total: epilogue(
+                total, at, first_column + column * ROWS, panels.valid[column]
+            )
 
         emit_sums(
             panels,
@@ -138,9 +140,9 @@ def emit_tile_conv(
     def block(image, index) -> None:
         first_out_row = overlapped_start(index, block_h, out_h)
         slab = tile_buffer(plan.parts * part_size, kind.dtype)
-        for index, part in enumerate(plan.decoded_parts):
-            filler(part)(image, first_out_row, 0, slab, index * part_size)
-            zero_run(isa, slab, index * part_size + slab_size, plan.steps)
+        for number, part in enumerate(plan.decoded_parts):
+            filler(part)(image, first_out_row, 0, slab, number * part_size)
+            zero_run(isa, slab, number * part_size + slab_size, plan.steps)
         registers.share(
             panels.count,
             threads if parallel and not by_rows else 1,

@@ -13,9 +13,9 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import WeightPanels
-from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, plan_tiles, scratch_row, tile_kind
+from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, scratch_row, tile_kind
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
-from tvm_qfp8.topi.amx.tiles import UNSIGNED, tile_buffer, with_tiles
+from tvm_qfp8.topi.amx.tiles import ROWS, UNSIGNED, tile_buffer, with_tiles
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start, zero_run
@@ -27,8 +27,8 @@ def plan_tile_gemm(isa: InstructionSet, shape: GemmShape, codes: np.ndarray) -> 
 
     With few rows the time is that of reading and decoding weights.
     """
-    quantized = shape.activation is not None and shape.weight is not None
-    if not isa.tiles or not quantized or shape.rows <= REGISTER_DECODE_ROWS:
+    operands = shape.activation, shape.weight
+    if shape.rows <= REGISTER_DECODE_ROWS or not fits_tiles(isa, operands, shape.columns, shape.depth):
         return None
     return plan_tiles(tile_kind(*shape.layouts()), codes[:, None], shape.layouts(), shape.rows)
 
@@ -64,7 +64,9 @@ def emit_tile_gemm(
         def finish(panel, group, row):
             first_column = overlapped_start(panel, registers.width, shape.columns)
             at = T.bind(first_row + first_of(group) + row)
-            return lambda column, total: epilogue(total, at, first_column + column * 16, panels.valid[column])
+            return lambda column, total: epilogue(
+                total, at, first_column + column * ROWS, panels.valid[column]
+            )
 
         emit_sums(panels, packed, panel_range, sum_buffers(plan, groups), groups, rows, rows_of, finish)
 

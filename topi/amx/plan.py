@@ -16,10 +16,11 @@ import numpy as np
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROW_BYTES, ROWS, SIGNED, SUMS, UNSIGNED, TileKind, TileRegisters
 from tvm_qfp8.topi.exact_sums import EXACT, are_exact, step_magnitudes
+from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import round_up
 
-LATENCY = 52 / ROWS
-"""Products that a tile of sums waits for between two of its own (Intel's Optimization Reference Manual, 20.5)."""
+LEAST_COST = 3.25
+"""Of a step of a block of tiles, in products: smaller blocks are set up, stored and finished as larger ones are."""
 
 LONG_ROW = 4
 """In cache lines."""
@@ -41,6 +42,11 @@ def tile_kind(activation: Layout, weight: Layout) -> TileKind:
     if weight.max_grid <= 127 and not activation.signed and activation.max_grid <= 255:
         return UNSIGNED
     return BFLOAT16
+
+
+def fits_tiles(isa: InstructionSet, operands: tuple[Layout | None, Layout | None], *extents: int) -> bool:
+    """Whether the CPU has tile registers, both operands are codes, and no extent is 0."""
+    return isa.tiles and None not in operands and 0 not in extents
 
 
 @dataclass(frozen=True)
@@ -167,8 +173,8 @@ def best_block(row_tiles: int, column_tiles: int) -> tuple[int, int]:
         rows, columns = block
         count = rows * columns
         blocks = -(-row_tiles // rows) * -(-column_tiles // columns)
-        # A load takes half of a product's time on its port, and the products of a block wait for each other.
-        return blocks * max(count, LATENCY, (rows + columns) / 2)
+        # A load takes half of a product's time on its port.
+        return blocks * max(count, LEAST_COST, (rows + columns) / 2)
 
     blocks = [(r, c) for r in range(1, SUMS + 1) for c in range(1, SUMS // r + 1)]
     return min(blocks, key=lambda block: (cost(block), abs(block[0] - block[1])))

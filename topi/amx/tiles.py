@@ -52,7 +52,7 @@ class TileKind:
     """What a product of tiles takes."""
 
     name: str
-    intrinsic: str
+    instruction: str
     element_bytes: int
     pair: int
     """Neighbouring reduction steps that lie together in a tile of weights: four bytes of them."""
@@ -69,9 +69,9 @@ class TileKind:
         return "uint16" if self.element_bytes == 2 else "int8"
 
 
-BFLOAT16 = TileKind("bf16", "llvm.x86.tdpbf16ps", 2, 2, "float32")
-SIGNED = TileKind("int8", "llvm.x86.tdpbssd", 1, 4, "int32")
-UNSIGNED = TileKind("uint8", "llvm.x86.tdpbusd", 1, 4, "int32")
+BFLOAT16 = TileKind("bf16", "tdpbf16ps", 2, 2, "float32")
+SIGNED = TileKind("int8", "tdpbssd", 1, 4, "int32")
+UNSIGNED = TileKind("uint8", "tdpbusd", 1, 4, "int32")
 """Activations of 0 to 255."""
 
 
@@ -163,7 +163,7 @@ class TileRegisters:
             for i in range(few):
                 row, column = (i, j) if by_rows else (j, i)
                 a, b = (SUMS + i, register) if by_rows else (register, SUMS + i)
-                _emit(self.kind.intrinsic.removeprefix("llvm.x86."), row * self.column_tiles + column, a, b)
+                _emit(self.kind.instruction, row * self.column_tiles + column, a, b)
 
     def _load(self, register: int, buffer, index, stride) -> None:
         stride_bytes = stride * self.kind.element_bytes
