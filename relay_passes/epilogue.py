@@ -15,11 +15,11 @@ from tvm_qfp8.relay_passes.operands import Operands, array_of
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.topi.codec import ROUNDS_TO_ZERO, encode_expr
 from tvm_qfp8.topi.elementwise import emit_elementwise
-from tvm_qfp8.topi.float_contract import bind, mul
+from tvm_qfp8.topi.float_contract import as_float16, bind, mul, round_to_float16
 from tvm_qfp8.topi.interpolate import emit_table
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
-from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.prim_func import load, load_float, store
 
 
 @dataclass(frozen=True)
@@ -135,20 +135,22 @@ class Epilogue:
         buffer = self.buffers[external.argument]
         at = self._index(external.shape, row, column)
         if external.shape[-1] == 1 and self.columns != 1:
-            value = bind(load(buffer, at, 1))
+            value = bind(load_float(buffer, at, 1))
             return value if lanes == 1 else tirx.Broadcast(value, lanes)
         if valid == lanes or external.padded:
-            return bind(load(buffer, at, lanes))
+            return bind(load_float(buffer, at, lanes))
         part = T.alloc_buffer((lanes,), str(buffer.dtype), scope="local")
         for lane in range(valid):
             store(part, lane, load(buffer, at + lane, 1), 1)
         for lane in range(valid, lanes):
             store(part, lane, tirx.const(0, str(buffer.dtype)), 1)
-        return bind(load(part, 0, lanes))
+        return bind(load_float(part, 0, lanes))
 
     def _write(self, var: relax.Var, value, row, column, lanes: int, valid: int) -> None:
         buffer = self.outputs[var]
         at = row * self.columns + column
+        if str(buffer.dtype) == "float16":
+            value = as_float16(value)
         if valid == lanes:
             store(buffer, at, value, lanes)
             return
@@ -184,6 +186,8 @@ class Epilogue:
         if name == "relax.qfp8.interpolate":
             table = build_table(str(call.attrs["function"]), max_error=float(call.attrs["max_error"]))
             return bind(emit_table(table, arguments[0], self.isa))
+        if name == "relax.qfp8.to_float16":
+            return round_to_float16(arguments[0], self.isa.float16)
         if name == "relax.clip":
             return emit_elementwise(name, tuple(float(bound.value) for bound in call.args[1:]), arguments)
         return emit_elementwise(name, call.attrs, arguments)

@@ -30,7 +30,7 @@ ROW = (
     "relax.qfp8.l2_normalize",
 )
 POOL = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
-POINTWISE = (*ELEMENTWISE, "relax.qfp8.interpolate", "relax.qfp8.encode")
+POINTWISE = (*ELEMENTWISE, "relax.qfp8.interpolate", "relax.qfp8.to_float16", "relax.qfp8.encode")
 
 
 @dataclass
@@ -137,6 +137,15 @@ def is_pooling(value: relax.Expr) -> bool:
 
 def _can_anchor(value: relax.Expr) -> bool:
     return op_name(value) in LINEAR or is_row_operator(value) or is_pooling(value) or _pointwise(value)
+
+
+def results_of(function: relax.Function) -> set[relax.Var]:
+    """The variables that a function of one block returns."""
+    found: set[relax.Var] = set()
+    relax.analysis.post_order_visit(
+        function.body.body, lambda e: found.add(e) if isinstance(e, relax.Var) else None
+    )
+    return found
 
 
 def partition(block: relax.DataflowBlock, results: set[relax.Var]) -> list[Group | Single]:

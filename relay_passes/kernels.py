@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from tvm_qfp8.relay_passes.encoded_rows import norm_with_encoded_rows
 from tvm_qfp8.relay_passes.epilogue import Epilogue, External
 from tvm_qfp8.relay_passes.fuse import Group, op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import LINEAR_ANCHORS
-from tvm_qfp8.relay_passes.operands import Operands, storage_dtype
+from tvm_qfp8.relay_passes.operands import Operands
 from tvm_qfp8.relay_passes.row_kernels import ROW_ANCHORS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, stores_last, vector_runs
@@ -42,15 +42,16 @@ def write_kernel(
     max_error: float,
     choose: ScheduleChooser = default_schedule,
     memory: StaticMemory | None = None,
+    halves: Collection[relax.Var] = (),
 ) -> Kernel:
     """The kernel of ``group`` for one instruction set and number of threads.
 
     ``max_error`` bounds the error of a softmax; interpolated functions carry their own. ``choose`` picks the
-    schedules of linear layers; ``memory`` is what kernels may keep between calls.
+    schedules of linear layers; ``memory`` is what kernels may keep between calls; ``halves`` are kept as float16.
     """
     anchor_var, anchor = group.members[0]
     name = op_name(anchor)
-    operands = Operands(memory)
+    operands = Operands(memory, halves)
     encoded = None
     if name in LINEAR_ANCHORS or name in ROW_ANCHORS:
         if group.encode_rows is not None:
@@ -73,7 +74,7 @@ def write_kernel(
         shape_key = ("elementwise", epilogue.shape)
         start = None
     scalars = operands.finish()
-    outputs = [TensorSpec(shape_of(var), storage_dtype(str(var.ty.dtype))) for var in group.outputs]
+    outputs = [operands.spec(var) for var in group.outputs]
     members_and_more = [*group.members, *([group.encode_rows] if group.encode_rows else [])]
     short = "_".join(op_name(call).split(".")[-1] for _, call in members_and_more)
     if encoded is not None:

@@ -32,6 +32,7 @@ from tvm_qfp8.relay_passes.fuse import (
     Single,
     op_name,
     partition,
+    results_of,
     shape_of,
     static_shape,
 )
@@ -72,14 +73,6 @@ class LowerGroups:
         return mod
 
 
-def _results(function: relax.Function) -> set[relax.Var]:
-    found: set[relax.Var] = set()
-    relax.analysis.post_order_visit(
-        function.body.body, lambda e: found.add(e) if isinstance(e, relax.Var) else None
-    )
-    return found
-
-
 def _is_plain_concat(step: Single) -> bool:
     """A concatenation of static tensors whose elements have whole bytes."""
     whole_bytes = str(getattr(step.var.ty, "dtype", "bool")) != "bool"
@@ -91,14 +84,21 @@ class _Rewriter(MainRewriter):
         super().__init__(mod)
         self.options = options
         self._written: dict[str, relax.GlobalVar] = {}
+        self._halves = self._kept_as_float16()
         self._encoded: dict[relax.Expr, list[relax.Expr]] = {}
         """Codes and scales of the rows that a norm's kernel encodes."""
+
+    def _kept_as_float16(self) -> set[relax.Var]:
+        if not self.options.isa.float16:
+            return set()
+        rounded = (var for var, value in self.definition.items() if op_name(value) == "relax.qfp8.to_float16")
+        return {var for var in rounded if self.uses.get(var)}
 
     def parameter(self, old: relax.Var) -> relax.Var:
         return relax.Var(old.name, relax.TensorType(old.ty.shape, storage_dtype(str(old.ty.dtype))))
 
     def body(self) -> None:
-        results = _results(self.main)
+        results = results_of(self.main)
         for block in self.main.body.blocks:
             steps = partition(block, results)
             for step in with_encoded_rows(steps) if self.options.isa.name == "cuda" else steps:
@@ -178,7 +178,7 @@ class _Rewriter(MainRewriter):
             return
         options = self.options
         kernel = write_kernel(
-            step, options.isa, options.threads, options.max_error, options.choose, options.memory
+            step, options.isa, options.threads, options.max_error, options.choose, options.memory, self._halves
         )
         result = self.kernel_call(kernel, step.members[0][0].name)
         for index, var in enumerate(step.outputs):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -37,10 +37,11 @@ def array_of(constant: relax.Expr) -> np.ndarray:
 
 class Operands:
     """Collects the tensors a kernel reads. ``scalars`` go to one small float32 argument, so that kernels that
-    differ only in scales are written once. ``memory`` is what kernels may keep between calls, None for nothing."""
+    differ only in scales are written once. ``memory`` is what kernels may keep between calls, None for nothing;
+    ``halves`` are float32 tensors that are kept as float16."""
 
-    def __init__(self, memory: StaticMemory | None = None) -> None:
-        self.memory = memory
+    def __init__(self, memory: StaticMemory | None = None, halves: Collection[relax.Var] = ()) -> None:
+        self.memory, self.halves = memory, halves
         self.arguments: list[relax.Expr | np.ndarray] = []
         self.specs: list[TensorSpec] = []
         self.scalars: list[float] = []
@@ -48,9 +49,13 @@ class Operands:
 
     def tensor(self, expr: relax.Expr) -> int:
         if expr not in self._index:
-            shape = shape_of(expr)
-            self._index[expr] = self._append(expr, TensorSpec(shape, storage_dtype(str(expr.ty.dtype))))
+            self._index[expr] = self._append(expr, self.spec(expr))
         return self._index[expr]
+
+    def spec(self, expr: relax.Expr) -> TensorSpec:
+        """How a tensor is kept."""
+        dtype = "float16" if expr in self.halves else storage_dtype(str(expr.ty.dtype))
+        return TensorSpec(shape_of(expr), dtype)
 
     def constant(self, value: np.ndarray) -> int:
         return self._append(value, TensorSpec(value.shape, str(value.dtype)))

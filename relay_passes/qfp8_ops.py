@@ -19,6 +19,7 @@ qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc
 qfp8.take           table codes ``(rows, width)``, scale       float32: rows of an embedding table, each with its
                     ``(rows,)``, indices                       own scale
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
+qfp8.to_float16     x float32, no more than 65504 in magnitude   float32: x rounded to float16 (``halve_traffic``)
 qfp8.recurrent      inputs float32, weight, a, bias, ...       float32: outputs of all steps and the last states
 qfp8.fake_quantize  x float32, scale                           x rounded to ``layout``; ``ClaimTrained`` takes it
 qfp8.trained        a linear layer's result, weight scales     the same: how the layer was trained (``trained``)
@@ -128,7 +129,7 @@ _OPERATORS = {
     "take": _take_type,
     "interpolate": _same_type,
     **dict.fromkeys(
-        ("l2_normalize", "fake_quantize", "trained", "batchnorm_input", "mish", "selu", "elu", "celu"),
+        ("to_float16", "l2_normalize", "fake_quantize", "trained", "batchnorm_input", "mish", "selu", "elu", "celu"),
         _same_type,
     ),
 }
@@ -157,6 +158,11 @@ def encode(x, layout: Layout, scale: float, reciprocals=None) -> relax.Call:
     return _call(
         "encode", [x] if reciprocals is None else [x, reciprocals], layout=layout.name, scale=float(scale)
     )
+
+
+def to_float16(x) -> relax.Call:
+    """``x`` rounded to the nearest float16, as float32; magnitudes are 65504 at most."""
+    return _call("to_float16", [x])
 
 
 def l2_normalize(x, floor: float, axis: int = -1) -> relax.Call:

@@ -107,6 +107,34 @@ def rounded_by(a, magic):
     return bind(_as_it_stands(a + magic)) - magic
 
 
+SMALLEST_NORMAL_FLOAT16 = 2.0**-14
+
+
+def round_to_float16(x, converts: bool):
+    """The float16 nearest to ``x``, ties to even, as float32; ``|x|`` is 65504 at most.
+
+    ``converts``: the target has instructions for it. Without them the bits are found by integers, or below float16's
+    smallest normal number, where its steps have one size, by an addition.
+    """
+    lanes = lanes_of(x)
+    if converts:
+        return as_float16(x).astype(with_lanes("float32", lanes))
+    pattern = bind(tirx.reinterpret(with_lanes("uint32", lanes), x))
+    odd = (pattern >> like(13, x, "uint32")) & like(1, x, "uint32")
+    normal = (pattern + like(0xFFF, x, "uint32") + odd) & like(0xFFFFE000, x, "uint32")
+    small = tirx.reinterpret(with_lanes("uint32", lanes), rounded_by(x, like(0.75, x)))
+    signed = small | (pattern & like(0x80000000, x, "uint32"))
+    is_small = tirx.abs(x) < like(SMALLEST_NORMAL_FLOAT16, x)
+    return tirx.reinterpret(dtype_of(x), tirx.Select(is_small, signed, normal))
+
+
+def as_float16(x):
+    """``x`` in float16; what was rounded before is not converted again."""
+    if isinstance(x, tirx.Cast) and str(x.value.ty.dtype).startswith("float16"):
+        return x.value
+    return bind(x.astype(with_lanes("float16", lanes_of(x))))
+
+
 def sub(a, b):
     """fl32(a - b)."""
     return a - b

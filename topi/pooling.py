@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, tree_sum, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import load, store, vector_runs
+from tvm_qfp8.topi.prim_func import load, load_float, store, vector_runs
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def pooled(shape: PoolShape, x) -> Callable:
         y, x_at = oy * shape.stride[0] + kh - shape.padding[0], ox * shape.stride[1] + kw - shape.padding[1]
         index = ((image * shape.height + y) * shape.width + x_at) * shape.channels + channel
         padded = any(shape.padding)
-        value = load(x, tirx.max(tirx.min(index, size - lanes), 0) if padded else index, lanes)
+        value = load_float(x, tirx.max(tirx.min(index, size - lanes), 0) if padded else index, lanes)
         if not padded:
             return bind(value)
         inside = tirx.And(tirx.And(y >= 0, y < shape.height), tirx.And(x_at >= 0, x_at < shape.width))
@@ -127,7 +127,7 @@ def pixel_mean(shape: tuple[int, ...], x) -> Callable:
             store(sums, lane * lanes, tirx.const(0.0, vector), lanes)
 
         def accumulate(index, lane: int) -> None:
-            value = load(x, (image * pixels + index) * channels + channel, lanes)
+            value = load_float(x, (image * pixels + index) * channels + channel, lanes)
             store(sums, lane * lanes, add(load(sums, lane * lanes, lanes), value), lanes)
 
         if pixels >= LANES:

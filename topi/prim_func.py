@@ -51,6 +51,12 @@ def load(buffer, index, lanes: int):
     return buffer.vload([index], with_lanes(str(buffer.dtype), lanes))
 
 
+def load_float(buffer, index, lanes: int):
+    """As ``load``, of a buffer of float16 as float32."""
+    value = load(buffer, index, lanes)
+    return value.astype(with_lanes("float32", lanes)) if str(buffer.dtype) == "float16" else value
+
+
 _HELD: ContextVar[list[tuple] | None] = ContextVar("held", default=None)
 
 

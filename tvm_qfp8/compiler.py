@@ -48,6 +48,7 @@ from tvm_qfp8.overflow_guard import keep_sums_in_int32
 from tvm_qfp8.relay_passes.copy_inputs import CopyInputs
 from tvm_qfp8.relay_passes.fold_heads import FoldHeads
 from tvm_qfp8.relay_passes.for_cuda import ForCuda
+from tvm_qfp8.relay_passes.halve_traffic import HalveTraffic
 from tvm_qfp8.relay_passes.interpolate import Interpolate
 from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
 from tvm_qfp8.relay_passes.lower_dtype import LowerDtype
@@ -101,6 +102,8 @@ def lowering_passes(
         TabulateCodes(),
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
+        # -- what goes from kernel to kernel in float32, such as residual sums, is rounded to float16
+        HalveTraffic(),
         *([FoldHeads()] if isa.name == "cuda" else []),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
         LowerGroups(isa, threads, config.max_error, choose, memory),

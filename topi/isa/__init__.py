@@ -70,6 +70,8 @@ class InstructionSet:
     """A vector of weights holds the first half of each ``pair``, then the second."""
     tiles: bool = False
     """Multiplies matrices in tile registers, see ``topi/amx``."""
+    float16: bool = False
+    """Converts between float16 and float32."""
     fused: bool = True
     """Has a fused float32 multiply-add."""
     operand: str = "int16"
@@ -180,7 +182,7 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
         return cuda.HOPPER if "sm_90a" in features else cuda.INSTRUCTION_SET
     if name == "generic":
         # The same plain vector code, without the look-up instructions that "neon" stands for.
-        return replace(neon.INSTRUCTION_SET, name="generic", fused=not FUSED.isdisjoint(features))
+        return replace(neon.INSTRUCTION_SET, name="generic", float16=False, fused=not FUSED.isdisjoint(features))
     if name == "neon" and "dotprod" in features:
         return replace(
             neon.INSTRUCTION_SET,
@@ -197,6 +199,7 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
         sets[name].INSTRUCTION_SET,
         byte_permute="avx512vbmi" in features,
         tiles=set(features) >= TILES,
+        float16="f16c" in features,
         fused=not FUSED.isdisjoint(features),
     )
     if name == "avx512" and "avx512vnni" in features:

@@ -31,4 +31,5 @@ INSTRUCTION_SET = InstructionSet(
     broadcast=_broadcast,
     row_steps=8,
     element=_element,
+    float16=True,
 )
