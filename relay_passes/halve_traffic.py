@@ -69,7 +69,12 @@ class _Rewriter(MainRewriter):
         for block in self.main.body.blocks:
             steps = partition(block, results)
             chosen = self._between_kernels(steps) - results
-            inside = {var: {v for v, _ in step.members} for step in steps if isinstance(step, Group) for var in step.outputs}
+            inside = {
+                var: {v for v, _ in step.members}
+                for step in steps
+                if isinstance(step, Group)
+                for var in step.outputs
+            }
             bounds: dict[relax.Expr, float] = {}
             rounded: dict[relax.Var, relax.Var] = {}
             for binding in block.bindings:
@@ -145,4 +150,6 @@ def _bound_of_linear(call: relax.Call) -> float:
         return math.inf
     grid = np.abs(decode_grid(array_of(weight), layout)).astype(np.float64)
     sums = grid.reshape(len(grid), -1).sum(axis=1) * activation.max_grid
-    return float((sums * np.abs(array_of(a).reshape(-1)) + np.abs(array_of(bias).reshape(-1))).max(initial=0.0))
+    return float(
+        (sums * np.abs(array_of(a).reshape(-1)) + np.abs(array_of(bias).reshape(-1))).max(initial=0.0)
+    )

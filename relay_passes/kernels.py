@@ -12,7 +12,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.relay_passes.cuda_kernels import CUDA_ANCHORS, elementwise_body
 from tvm_qfp8.relay_passes.encoded_rows import norm_with_encoded_rows
 from tvm_qfp8.relay_passes.epilogue import Epilogue, External
-from tvm_qfp8.relay_passes.fuse import Group, op_name, shape_of
+from tvm_qfp8.relay_passes.fuse import Group, op_name
 from tvm_qfp8.relay_passes.linear_kernels import LINEAR_ANCHORS
 from tvm_qfp8.relay_passes.operands import Operands
 from tvm_qfp8.relay_passes.row_kernels import ROW_ANCHORS

@@ -178,7 +178,13 @@ class _Rewriter(MainRewriter):
             return
         options = self.options
         kernel = write_kernel(
-            step, options.isa, options.threads, options.max_error, options.choose, options.memory, self._halves
+            step,
+            options.isa,
+            options.threads,
+            options.max_error,
+            options.choose,
+            options.memory,
+            self._halves,
         )
         result = self.kernel_call(kernel, step.members[0][0].name)
         for index, var in enumerate(step.outputs):

@@ -129,7 +129,17 @@ _OPERATORS = {
     "take": _take_type,
     "interpolate": _same_type,
     **dict.fromkeys(
-        ("to_float16", "l2_normalize", "fake_quantize", "trained", "batchnorm_input", "mish", "selu", "elu", "celu"),
+        (
+            "to_float16",
+            "l2_normalize",
+            "fake_quantize",
+            "trained",
+            "batchnorm_input",
+            "mish",
+            "selu",
+            "elu",
+            "celu",
+        ),
         _same_type,
     ),
 }

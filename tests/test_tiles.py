@@ -171,10 +171,17 @@ def test_the_target_decides(layouts, instruction):
 
 
 @pytest.mark.parametrize(
-    "size, block", [((8, 24), (2, 2)), ((196, 1), (4, 1)), ((1, 60), (1, 4)), ((1, 1), (1, 1))]
+    "tiles, rows, block",
+    [
+        ((8, 24), 16, (2, 2)),
+        ((196, 1), 16, (4, 1)),
+        ((1, 60), 16, (1, 4)),
+        ((1, 1), 16, (1, 1)),
+        ((7, 32), 7, (4, 1)),
+    ],
 )
-def test_blocks_of_tiles_cover_a_matrix_with_few_loads(size, block):
-    assert best_block(*size) == block
+def test_blocks_of_tiles_cover_a_matrix_with_few_loads(tiles, rows, block):
+    assert best_block(tiles, rows, products=24, column_bytes=24 * 1024) == block
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,10 @@ def plan_tile_products(isa: InstructionSet, shape: BatchMatmulShape) -> TilePlan
         chunks, x, lambda count, largest: count * steps * largest * y.max_grid < EXACT
     )
     tiles = -(-shape.rows // ROWS)
-    block_of_tiles = best_block(tiles, -(-shape.columns // ROWS))
-    return TilePlan(BFLOAT16, -(-shape.rows // tiles), *block_of_tiles, shape.depth, 1, steps, block, shift)
+    rows = -(-shape.rows // tiles)
+    column_bytes = block * steps * ROWS * BFLOAT16.element_bytes
+    block_of_tiles = best_block((tiles, -(-shape.columns // ROWS)), rows, block, column_bytes)
+    return TilePlan(BFLOAT16, rows, *block_of_tiles, shape.depth, 1, steps, block, shift)
 
 
 class ActivationPanels(Panels):

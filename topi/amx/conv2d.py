@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import WeightPanels
-from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, tile_kind
+from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, shares_rows, tile_kind
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import ROWS, tile_buffer, with_tiles
 from tvm_qfp8.topi.conv2d import ConvShape
@@ -63,7 +63,12 @@ def emit_tile_conv(
 
     macs = shape.batch * out_h * out_w * shape.out_channels * plan.run * plan.runs
     parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
-    by_rows = parallel and out_h >= 2 * threads
+    pixels = shape.batch * shape.height * shape.width
+    by_rows = (
+        parallel
+        and out_h >= 2 * threads
+        and shares_rows(shape.out_channels * plan.run * plan.runs, pixels * channels)
+    )
     most = max(
         1, min(out_h, (SCRATCH_BYTES // (slab_row * kind.element_bytes * plan.parts) - reach) // stride_h + 1)
     )

@@ -13,7 +13,15 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import WeightPanels
-from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, scratch_row, tile_kind
+from tvm_qfp8.topi.amx.plan import (
+    SCRATCH_BYTES,
+    TilePlan,
+    fits_tiles,
+    plan_tiles,
+    scratch_row,
+    shares_rows,
+    tile_kind,
+)
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import ROWS, UNSIGNED, tile_buffer, with_tiles
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
@@ -44,7 +52,11 @@ def emit_tile_gemm(
     row_size = scratch_row(depth * plan.parts, kind)
 
     parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
-    by_rows = parallel and shape.rows >= 2 * threads * 48
+    by_rows = (
+        parallel
+        and shape.rows >= 2 * threads * 48
+        and shares_rows(shape.columns * shape.depth, shape.rows * shape.depth)
+    )
     most = max(registers.all_rows, SCRATCH_BYTES // (row_size * kind.element_bytes))
     if by_rows:
         most = min(most, -(-shape.rows // threads))

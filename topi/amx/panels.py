@@ -12,13 +12,10 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
-from tvm_qfp8.topi.amx.plan import TilePlan
+from tvm_qfp8.topi.amx.plan import RESIDENT_BYTES, TilePlan
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer
 from tvm_qfp8.topi.panels import pack_panels
 from tvm_qfp8.topi.prim_func import prefetch_run
-
-RESIDENT_BYTES = 24 * 1024
-"""Half of these CPUs' first-level cache."""
 
 PIECE = 64
 """Codes that are decoded at once, and bytes of a cache line."""

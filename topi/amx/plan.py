@@ -19,14 +19,23 @@ from tvm_qfp8.topi.exact_sums import EXACT, are_exact, step_magnitudes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import round_up
 
-LEAST_COST = 3.25
-"""Of a step of a block of tiles, in products: smaller blocks are set up, stored and finished as larger ones are."""
+NEAR_ROW, FAR_ROW = 0.5, 1.5
+"""Cycles that loading a row of a tile takes from the first and the second cache; multiplying by it takes one."""
+
+BLOCK_CYCLES = 50
+"""That a block of tiles takes besides, large or small."""
+
+RESIDENT_BYTES = 24 * 1024
+"""Half of these CPUs' first-level cache."""
 
 LONG_ROW = 4
 """In cache lines."""
 
 SCRATCH_BYTES = 512 * 1024
 """Operands of a block of rows: a quarter of these CPUs' second-level cache."""
+
+STAYING_BYTES = 256 * 1024
+"""Of weights that are read again at no cost: an eighth of the second-level cache."""
 
 BLOCK_COST = 3
 """What it costs to add a block's sums to those of the blocks before it, in products."""
@@ -99,6 +108,11 @@ class TilePlan:
         return TileRegisters(self.kind, self.rows, self.row_tiles, self.column_tiles, self.steps)
 
 
+def shares_rows(weight_bytes: int, activation_bytes: int) -> bool:
+    """Whether threads share a layer's rows, each reading all weights, and not its weights, each reading all rows."""
+    return weight_bytes <= max(STAYING_BYTES, activation_bytes)
+
+
 def plan_tiles(
     kind: TileKind, codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, repeats: int = 1
 ) -> TilePlan:
@@ -123,7 +137,8 @@ def plan_tiles(
         )
     tiles = -(-row_length // ROWS)
     rows = -(-row_length // tiles)
-    row_tiles, column_tiles = best_block(tiles * repeats, -(-len(codes) // ROWS))
+    column_bytes = block * steps * ROWS * kind.element_bytes
+    row_tiles, column_tiles = best_block((tiles * repeats, -(-len(codes) // ROWS)), rows, block, column_bytes)
     return TilePlan(kind, rows, row_tiles, column_tiles, run, runs, steps, block, shift)
 
 
@@ -166,15 +181,29 @@ def part(grid: np.ndarray, shift: int, high: bool) -> np.ndarray:
     return np.sign(grid) * (upper if high else magnitude - (upper << shift))
 
 
-def best_block(row_tiles: int, column_tiles: int) -> tuple[int, int]:
-    """(rows, columns) of the block of tiles that covers a matrix of tiles in least time."""
+def best_block(tiles: tuple[int, int], rows: int, products: int, column_bytes: int) -> tuple[int, int]:
+    """(rows, columns) of the block of tiles that covers a matrix of tiles in least time.
+
+    Parameters
+    ----------
+    tiles : (rows, columns)
+        Of the matrix.
+    rows : int
+        Of one tile of activations.
+    products : int
+        Of a block of the reduction.
+    column_bytes : int
+        Of the weights that one column of tiles meets in them.
+    """
+    row_tiles, column_tiles = tiles
 
     def cost(block: tuple[int, int]) -> float:
-        rows, columns = block
-        count = rows * columns
-        blocks = -(-row_tiles // rows) * -(-column_tiles // columns)
-        # A load takes half of a product's time on its port.
-        return blocks * max(count, LEAST_COST, (rows + columns) / 2)
+        high, wide = block
+        blocks = -(-row_tiles // high) * -(-column_tiles // wide)
+        # Weights stay for the next block of rows, in the first cache if they fit; activations come from the second.
+        weights = NEAR_ROW if wide * column_bytes <= RESIDENT_BYTES else FAR_ROW
+        loads = high * rows * FAR_ROW + wide * ROWS * weights
+        return blocks * (products * max(high * wide * rows, loads) + BLOCK_CYCLES)
 
     blocks = [(r, c) for r in range(1, SUMS + 1) for c in range(1, SUMS // r + 1)]
     return min(blocks, key=lambda block: (cost(block), abs(block[0] - block[1])))

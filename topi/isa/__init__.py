@@ -182,7 +182,9 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
         return cuda.HOPPER if "sm_90a" in features else cuda.INSTRUCTION_SET
     if name == "generic":
         # The same plain vector code, without the look-up instructions that "neon" stands for.
-        return replace(neon.INSTRUCTION_SET, name="generic", float16=False, fused=not FUSED.isdisjoint(features))
+        return replace(
+            neon.INSTRUCTION_SET, name="generic", float16=False, fused=not FUSED.isdisjoint(features)
+        )
     if name == "neon" and "dotprod" in features:
         return replace(
             neon.INSTRUCTION_SET,
