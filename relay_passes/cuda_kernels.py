@@ -14,7 +14,7 @@ from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, scaled_by
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.relay_passes.qfp8_ops import logical_shapes
-from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, emit_row_operator, pool_shape
+from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, concat_operands, emit_row_operator, pool_shape
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.batch_matmul import Product, emit_batch_matmul
@@ -158,6 +158,24 @@ def _pool(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> 
     return body, pool
 
 
+def _concat(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
+    at, lengths = concat_operands(call, operands)
+    rows = math.prod(shape_of(call)[:-1])
+
+    def body(inputs, finish) -> None:
+        start = 0
+        for index, length in zip(at, lengths, strict=True):
+
+            def one(position, source=inputs[index], length=length, start=start) -> None:
+                row, column = T.bind(position // length), T.bind(start + position % length)
+                finish(load(source, position, 1), row, column, 1, 1)
+
+            for_each(rows * length, one)
+            start += length
+
+    return body, ("concat", rows, lengths, at)
+
+
 def elementwise_body(epilogue: Epilogue) -> Callable:
     """The kernel of a group without an anchor of its own."""
 
@@ -206,4 +224,5 @@ CUDA_ANCHORS: dict[str, Callable[..., Emitter]] = {
     "relax.mean": _pool,
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,
+    "relax.concat": _concat,
 }

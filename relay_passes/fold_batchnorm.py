@@ -13,6 +13,8 @@ After::
     lv = R.nn.conv2d(x, weight * scale)
     lv3 = R.add(lv, bias * scale + shift)
 
+A chain after any other operator, as BatchNorm after a concatenation, becomes one product and one sum.
+
 Between a layer and its chain may stand the mark of its training (``trained``), whose scales are multiplied likewise.
 A value that is also read elsewhere ends the chain. Weights keep float32; the arithmetic is float64.
 """
@@ -47,7 +49,8 @@ class _Rewriter(MainRewriter):
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         axis = self._output_axis(value)
         if axis is None:
-            self.keep(var, value)
+            if var in self.folded or not self._shorten(var, value):
+                self.keep(var, value)
             return
         mark = self._mark(var)
         chain, scale, shift = self._chain(var if mark is None else mark)
@@ -69,6 +72,30 @@ class _Rewriter(MainRewriter):
             result = self.builder.emit(relax.op.add(result, bias), f"{var.name}_out")
         self.variables[chain[-1]] = result
         self.folded.update(chain)
+
+    def _shorten(self, var: relax.Var, value: relax.Expr) -> bool:
+        """Emit a product and a sum for two or more that start here, with a number for each channel among them."""
+        if op_name(value) not in AFFINE or not static_shape(value) or str(value.ty.dtype) != "float32":
+            return False
+        tensors = [argument for argument in value.args if self.constant(argument) is None]
+        if len(tensors) != 1 or not isinstance(tensors[0], relax.Var):
+            return False
+        affine = self._affine(tensors[0], var, value)
+        if affine is None:
+            return False
+        chain, scale, shift = self._chain(var)
+        scale, shift = scale * affine[0], shift + scale * affine[1]
+        if not chain or (len(set(scale)) == 1 and len(set(shift)) == 1):
+            return False
+        result = self.expression(tensors[0])
+        for operator, numbers, neutral in ((relax.op.multiply, scale, 1.0), (relax.op.add, shift, 0.0)):
+            if np.any(numbers != neutral):
+                result = self.builder.emit(
+                    operator(result, relax.const(numbers.astype(np.float32))), var.name
+                )
+        self.variables[chain[-1]] = result
+        self.folded.update([var, *chain])
+        return True
 
     def keep(self, var: relax.Var, value: relax.Expr) -> None:
         if var not in self.folded:

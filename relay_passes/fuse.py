@@ -6,8 +6,8 @@ steps in execution order::
     conv2d -> add(residual) -> clip -> encode     ==>  Group(anchor=conv2d, members=[conv2d, add, clip, encode])
     reshape                                       ==>  Single(reshape)
 
-An anchor is a linear operator, a row operator (softmax, LayerNorm), a pooling, or an elementwise operator that
-could not join an earlier group. An elementwise operator or an encode joins the group of an argument if it has the
+An anchor is a linear operator, a row operator (softmax, LayerNorm), a pooling, a concatenation of channels, or an
+elementwise operator that could not join an earlier group. An elementwise operator or an encode joins the group of an argument if it has the
 shape of the anchor's output and all its other arguments exist before the anchor runs: then the group's kernel can
 run in the anchor's place.
 """
@@ -135,8 +135,28 @@ def is_pooling(value: relax.Expr) -> bool:
     return plain and all(int(d) == 1 for d in attrs.dilation)
 
 
+def joins_channels(value: relax.Expr) -> bool:
+    """A concatenation of float32 tensors along their last axis."""
+    if op_name(value) != "relax.concat" or str(value.ty.dtype) != "float32" or not static_shape(value):
+        return False
+    parts = parts_of(value)
+    last = int(value.attrs.axis) % len(shape_of(value)) == len(shape_of(value)) - 1
+    return last and all(static_shape(part) and 0 not in shape_of(part) for part in parts)
+
+
+def parts_of(value: relax.Call) -> list[relax.Expr]:
+    """What a concatenation joins."""
+    return [*value.args[0].fields]
+
+
 def _can_anchor(value: relax.Expr) -> bool:
-    return op_name(value) in LINEAR or is_row_operator(value) or is_pooling(value) or _pointwise(value)
+    return (
+        op_name(value) in LINEAR
+        or is_row_operator(value)
+        or is_pooling(value)
+        or joins_channels(value)
+        or _pointwise(value)
+    )
 
 
 def results_of(function: relax.Function) -> set[relax.Var]:

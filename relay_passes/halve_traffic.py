@@ -34,8 +34,10 @@ from tvm_qfp8.relay_passes.fuse import (
     Group,
     Single,
     is_pooling,
+    joins_channels,
     op_name,
     partition,
+    parts_of,
     results_of,
     shape_of,
     static_shape,
@@ -44,14 +46,16 @@ from tvm_qfp8.relay_passes.fuse import (
 from tvm_qfp8.relay_passes.operands import array_of, layout_of
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
-LARGEST = 65504.0
+LARGEST = 65400.0
+"""Float16 ends at 65504; the rest is for what rounding adds to a bound."""
+
 IMAGE_RANK = 4
 """Only images are worth it: rows of tokens are small, and norms read them."""
 
 SHRINKING = ("gelu", "gelu_tanh", "silu", "mish", "hardswish", "tanh", "sigmoid", "hardsigmoid", "erf")
 """Functions whose results are no more than their argument or 1 in magnitude."""
 
-KEEPING = ("relax.nn.relu", "relax.nn.max_pool2d", "relax.qfp8.to_float16")
+KEEPING = ("relax.nn.relu", "relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
 """Operators whose results are no more than their argument."""
 
 
@@ -110,7 +114,7 @@ def _refused(step: Group | Single) -> set[relax.Var]:
     found: set[relax.Var] = set()
     for var, call in step.members:
         read = {argument for argument in tensor_arguments(call) if isinstance(argument, relax.Var)} - inner
-        if var is anchor_var and is_pooling(call):
+        if var is anchor_var and (is_pooling(call) or joins_channels(call)):
             continue
         if op_name(call) not in POINTWISE:
             found |= read
@@ -129,6 +133,8 @@ def _bound(value: relax.Expr, bounds: dict[relax.Expr, float]) -> float:
         return sum(arguments)
     if name == "relax.multiply":
         return math.prod(arguments) if 0.0 not in arguments else 0.0
+    if name == "relax.concat":
+        return max(_bound_of(part, bounds) for part in parts_of(value))
     if name == "relax.clip":
         return max(abs(float(value.args[1].value)), abs(float(value.args[2].value)))
     if name == "relax.qfp8.interpolate" and str(value.attrs["function"]) in SHRINKING:

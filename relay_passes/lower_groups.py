@@ -118,7 +118,7 @@ class _Rewriter(MainRewriter):
             if self.options.isa.name == "cuda":
                 function = cuda_kernels.concat_prim_func(specs, axis)
             else:
-                function = concat_prim_func(self.options.isa, specs, axis)
+                function = concat_prim_func(self.options.isa, specs, axis, self.options.threads)
             self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), "concat")
         result = relax.TensorType(shape_of(var), specs[0].dtype)
         call = relax.call_tir(self._written[key], parts, result)

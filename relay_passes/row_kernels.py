@@ -1,4 +1,4 @@
-"""Kernels whose anchor works on rows or windows: softmax and norms, pooling, embedding look-up."""
+"""Kernels whose anchor works on rows or windows: softmax and norms, pooling, concatenation, embedding look-up."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from tvm_qfp8.relay_passes.fuse import normalized_axis, op_name, shape_of
+from tvm_qfp8.relay_passes.fuse import normalized_axis, op_name, parts_of, shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
 from tvm_qfp8.topi.columns import Column, emit_column_softmax, for_each_columns
 from tvm_qfp8.topi.embedding import emit_embedding
+from tvm_qfp8.topi.concat import emit_concat_of_floats
 from tvm_qfp8.topi.float_contract import add, bind, mul
 from tvm_qfp8.topi.interpolate import emit_table, lanes_from
 from tvm_qfp8.topi.isa import InstructionSet
@@ -284,6 +285,25 @@ def _pool(call, isa: InstructionSet, threads: int, operands: Operands, _max_erro
     return body, described
 
 
+def concat_operands(call, operands: Operands) -> tuple[list[int], list[int]]:
+    """(arguments, channels) of the parts that a concatenation joins."""
+    parts = parts_of(call)
+    return [operands.tensor(part) for part in parts], [shape_of(part)[-1] for part in parts]
+
+
+def _concat(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+    at, lengths = concat_operands(call, operands)
+    rows = math.prod(shape_of(call)[:-1])
+
+    def body(inputs, finish) -> None:
+        sources = [inputs[index] for index in at]
+        emit_concat_of_floats(
+            isa, rows, lengths, sources, lambda v, r, c, lanes: finish(v, r, c, lanes, lanes), threads
+        )
+
+    return body, ("concat", rows, lengths, at)
+
+
 ROW_ANCHORS: dict[str, Callable] = {
     "relax.qfp8.take": _take,
     "relax.nn.softmax": _on_cpu,
@@ -294,4 +314,5 @@ ROW_ANCHORS: dict[str, Callable] = {
     "relax.mean": _pool,
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,
+    "relax.concat": _concat,
 }

@@ -3,38 +3,58 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store, vector_runs
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, load_float, store, vector_runs
+
+MIN_PARALLEL_ELEMENTS = 65_536
 
 
-def concat_prim_func(isa: InstructionSet, parts: list[TensorSpec], axis: int) -> tirx.PrimFunc:
+def emit_concat(
+    rows: int, lengths: Sequence[int], lanes: int, threads: int, place: Callable[..., None]
+) -> None:
+    """``place(part, index, row, column, lanes)`` for every vector of the result, ``index`` counting in its part."""
+    parallel = threads > 1 and rows * sum(lengths) >= MIN_PARALLEL_ELEMENTS
+    with (T.parallel if parallel else T.serial)(0, rows) as row:
+        start = 0
+        for part, length in enumerate(lengths):
+
+            def one(offset, count: int, part=part, length=length, start=start) -> None:
+                place(part, row * length + offset, row, start + offset, count)
+
+            vector_runs(length, lanes, one)
+            start += length
+
+
+def emit_concat_of_floats(
+    isa: InstructionSet, rows: int, lengths: Sequence[int], sources: Sequence, finish: Callable, threads: int
+) -> None:
+    """Rows of float32 or float16 joined; ``finish(value, row, column, lanes)`` for every vector of the result."""
+
+    def place(part: int, index, row, column, lanes: int) -> None:
+        finish(load_float(sources[part], index, lanes), row, column, lanes)
+
+    emit_concat(rows, lengths, isa.lanes, threads, place)
+
+
+def concat_prim_func(isa: InstructionSet, parts: list[TensorSpec], axis: int, threads: int) -> tirx.PrimFunc:
     """``(parts ..., result) -> None``: parts of equal dtype joined along ``axis``."""
     shape = list(parts[0].shape)
     shape[axis] = sum(part.shape[axis] for part in parts)
     lengths = [math.prod(part.shape[axis:]) for part in parts]
-    total = sum(lengths)
     item_bits = tirx.const(0, parts[0].dtype).ty.dtype.bits
     lanes = isa.lanes * 32 // max(8, item_bits)
 
     def body(*buffers) -> None:
         *sources, target = buffers
-        with T.serial(0, math.prod(shape[:axis])) as row:
-            start = 0
-            for source, length in zip(sources, lengths, strict=True):
 
-                def copy(offset, count, source=source, length=length, start=start) -> None:
-                    store(
-                        target,
-                        row * total + start + offset,
-                        load(source, row * length + offset, count),
-                        count,
-                    )
+        def place(part: int, index, row, column, lanes: int) -> None:
+            store(target, row * sum(lengths) + column, load(sources[part], index, lanes), lanes)
 
-                vector_runs(length, lanes, copy)
-                start += length
+        emit_concat(math.prod(shape[:axis]), lengths, lanes, threads, place)
 
     return build_prim_func("concat", [*parts, TensorSpec(tuple(shape), parts[0].dtype)], body)
