@@ -206,6 +206,16 @@ def test_scales_that_cannot_fold():
     check(inverse, ["relax.matmul", "relax.divide"], FoldBatchnorm())
 
 
+def test_a_batchnorm_after_anything_is_one_product_and_one_sum():
+    def pre_activation(e, x):
+        y = e(op.divide(e(op.subtract(e(op.nn.relu(x)), random(5))), const([1, 2, 3, 4, -5])))
+        return affine(e, y, 5)
+
+    check(pre_activation, ["relax.nn.relu", "relax.multiply", "relax.add"], FoldBatchnorm(), rtol=1e-4)
+    numbers = lambda e, x: op.divide(e(op.subtract(e(op.abs(x)), const(0.5))), const(3.0))  # noqa: E731
+    check(numbers, ["relax.abs", "relax.subtract", "relax.divide"], FoldBatchnorm())
+
+
 def heads(e, y):
     return e(op.permute_dims(e(op.reshape(y, (2, 12, 2, 2))), [0, 2, 1, 3]))
 

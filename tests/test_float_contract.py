@@ -15,7 +15,11 @@ from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.targets import parse_target
 from tvm_qfp8.topi import reference
-from tvm_qfp8.topi.float_contract import fused_multiply_add, fused_multiply_add_in_float64
+from tvm_qfp8.topi.float_contract import (
+    fused_multiply_add,
+    fused_multiply_add_in_float64,
+    round_to_float16,
+)
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store, vector_runs
 
 LIBM = re.compile(r"\b(expf?|tanhf?|erff?|powf?|logf?|rintf?|roundf?|nearbyintf?|floorf?|fmaf?)(@PLT)?\b")
@@ -176,3 +180,32 @@ def test_fused_multiply_add(form, machine):
     function["main"](*arrays)
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(arrays[3].numpy(), reference.fused_multiply_add(*factors))
+
+
+@pytest.mark.parametrize(
+    "machine, converts", [*[(machine, False) for machine in TARGETS], ("avx2", True), ("avx512", True)]
+)
+def test_rounding_to_float16(machine, converts):
+    """All of its numbers, the middles between them, and the float32 on both sides of either."""
+    if not machine_runs(machine):
+        pytest.skip(f"this CPU does not run {machine}")
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    points = np.concatenate([halves, (halves[1:] + halves[:-1]) / 2, np.float32([1e-45, 1e-30])])
+    around = np.concatenate([np.nextafter(points, -np.inf), points, np.nextafter(points, np.inf)])
+    x = np.concatenate([around, -around])
+    x = np.resize(x[np.abs(x) <= 65504], -(-len(x) // 16) * 16)
+
+    def body(source, target):
+        def emit(at, lanes):
+            store(target, at, round_to_float16(load(source, at, lanes), converts), lanes)
+
+        vector_runs(len(x), 16, emit)
+
+    specs = [TensorSpec(x.shape, "float32")] * 2
+    built = tvm.compile(
+        tvm.IRModule({"main": build_prim_func("main", specs, body)}), target=parse_target(TARGETS[machine])
+    )
+    arrays = [tvm.runtime.tensor(x), tvm.runtime.tensor(np.empty_like(x))]
+    built["main"](*arrays)
+    expected = x.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(arrays[1].numpy().view(np.uint32), expected.view(np.uint32))

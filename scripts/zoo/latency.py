@@ -32,6 +32,13 @@ def dynamic_int8(model: Any) -> Path:
     return path
 
 
+def nncf_int8(model: Any, threads: int) -> Runner:
+    """OpenVINO's own int8; what NNCF leaves float is in the precision that OpenVINO chooses."""
+    from zoo.nncf_peer import nncf_path  # takes seconds, and the other contestants do not need it
+
+    return openvino_runner(nncf_path(model, CALIBRATION_SAMPLES), model.input_shapes(), threads, "")
+
+
 def openvino_runner(
     path: Path, shapes: dict[str, tuple[int, ...]], threads: int, precision: str = "f32"
 ) -> Runner:
@@ -63,5 +70,6 @@ PEERS: dict[str, Callable[[Any, int], Runner]] = {
     "openvino int8 QDQ": lambda model, threads: openvino_runner(
         int8_path(model, CALIBRATION_SAMPLES), model.input_shapes(), threads
     ),
+    "openvino int8 NNCF": nncf_int8,
 }
 """Makes the runner of ``(model, threads)``."""

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import nncf
 import numpy as np
 import openvino
 
+from zoo import fetch
 from zoo.task import Model, Run
 
 TRANSFORMERS = ("minilm", "ppocrv6", "smollm2")
 """Models with attention, for which NNCF has a mode of its own."""
 
 
-def nncf_int8(model: Model, samples: int) -> Run:
-    """Runner of a model quantized by ``nncf.quantize`` as its documentation advises, on one thread.
+def nncf_path(model: Model, samples: int) -> Path:
+    """A model quantized by ``nncf.quantize`` as its documentation advises, made when missing.
 
     All layers that NNCF quantizes, calibrated on the same samples as QFP8, with fast bias correction (its default) and
-    the mixed preset (asymmetric activations, better where they are not ReLU's). What stays float is computed in
-    float32: OpenVINO would take bfloat16 on CPUs that have it.
+    the mixed preset (asymmetric activations, better where they are not ReLU's).
     """
+    path = fetch.cache_dir("int8") / f"{model.NAME}-nncf-{nncf.__version__}-{samples}.xml"
+    if path.exists():
+        return path
     nncf.set_log_level(logging.ERROR)
-    core = openvino.Core()
-    read = core.read_model(model.onnx_path())
+    read = openvino.Core().read_model(model.onnx_path())
     read.reshape({name: list(shape) for name, shape in model.input_shapes().items()})
     calibration = model.calibration(samples)
     quantized = nncf.quantize(
@@ -36,8 +40,21 @@ def nncf_int8(model: Model, samples: int) -> Run:
         preset=nncf.QuantizationPreset.MIXED,
         model_type=nncf.ModelType.TRANSFORMER if model.NAME in TRANSFORMERS else None,
     )
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder, path.name)
+        openvino.save_model(quantized, made, compress_to_fp16=False)
+        for suffix in (".bin", ".xml"):
+            made.with_suffix(suffix).replace(path.with_suffix(suffix))
+    return path
+
+
+def nncf_int8(model: Model, samples: int) -> Run:
+    """Runner of ``nncf_path`` on one thread.
+
+    What stays float is computed in float32: OpenVINO would take bfloat16 on CPUs that have it.
+    """
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(quantized, "CPU", options)
+    compiled = openvino.Core().compile_model(str(nncf_path(model, samples)), "CPU", options)
     return functools.partial(_run, compiled)
 
 

@@ -1,0 +1,134 @@
+"""What goes from kernel to kernel in float32 is rounded to float16 where its range is proved."""
+
+import numpy as np
+import pytest
+from quantized_programs import TARGETS, TILES, build, machine_runs, program, random_codes, run
+from tvm import relax
+
+from tvm_qfp8.format import encode, get_layout
+from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes.fuse import op_name
+from tvm_qfp8.relay_passes.halve_traffic import HalveTraffic
+from tvm_qfp8.relay_passes.lower_groups import LowerGroups
+from tvm_qfp8.relay_passes.quantize_linear import codes_constant
+from tvm_qfp8.topi import reference
+from tvm_qfp8.topi.isa import instruction_set
+
+RNG = np.random.default_rng(3)
+CHANNELS = 20
+WEIGHT = random_codes(RNG, (CHANNELS, 1, 1, CHANNELS))
+A, BIAS = RNG.random(CHANNELS, np.float32) * 1e-4, RNG.standard_normal(CHANNELS, np.float32)
+SHAPE = (1, 5, 7, CHANNELS)
+
+
+def conv(builder, codes, a=A):
+    """Pointwise convolution of E2M5 codes."""
+    constants = (codes_constant(WEIGHT, "E2M5"), relax.const(a), relax.const(BIAS))
+    call = qfp8_ops.conv2d(codes, *constants, strides=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1)
+    return builder.emit(call)
+
+
+def encoded(builder, x):
+    return builder.emit(qfp8_ops.encode(x, get_layout("E2M5"), 0.05))
+
+
+def residual(builder, codes):
+    """Two blocks of a residual network."""
+    total = builder.emit(relax.op.nn.relu(conv(builder, codes)))
+    for _ in range(2):
+        total = builder.emit(relax.op.add(conv(builder, encoded(builder, total)), total))
+    return total
+
+
+def twin(codes, between):
+    """``residual`` in NumPy; ``between`` is what is kept of a sum for the next block."""
+
+    def layer(values):
+        sums = reference.matmul(values, WEIGHT[:, 0, 0], get_layout("E2M5"), get_layout("E2M5"))
+        return reference.scale_and_bias(sums, A, BIAS)
+
+    total = np.maximum(layer(codes), np.float32(0))
+    for _ in range(2):
+        total = layer(encode(total, np.float32(0.05), "E2M5")) + between(total)
+    return total
+
+
+def rounded(mod):
+    return [op_name(binding.value) for binding in HalveTraffic()(mod)["main"].body.blocks[0].bindings].count(
+        "relax.qfp8.to_float16"
+    )
+
+
+@pytest.mark.parametrize("target", [*TARGETS.values(), TILES], ids=[*TARGETS, "amx"])
+def test_residual_sums_are_kept_as_float16(target):
+    if not machine_runs(target):
+        pytest.skip("this CPU has no such instructions")
+    mod = HalveTraffic()(program([(SHAPE, "E2M5")], residual))
+    codes = random_codes(RNG, SHAPE)
+    found = run(build(mod, target), codes)[0]
+    np.testing.assert_array_equal(found, twin(codes, lambda x: x.astype(np.float16).astype(np.float32)))
+    assert not np.array_equal(found, twin(codes, lambda x: x))
+
+
+@pytest.mark.parametrize(
+    "name, features, kept",
+    [
+        ("avx2", ["f16c"], "float16"),
+        ("avx2", [], "float32"),
+        ("sse2", [], "float32"),
+        ("neon", [], "float16"),
+        ("generic", [], "float32"),
+        ("cuda", [], "float32"),
+    ],
+)
+def test_the_target_decides_how_they_are_stored(name, features, kept):
+    mod = HalveTraffic()(program([(SHAPE, "E2M5")], residual))
+    lowered = LowerGroups(instruction_set(name, features), 1)(mod)
+    dtypes = []
+    for binding in lowered["main"].body.blocks[0].bindings:
+        parts = getattr(binding.value.ty, "fields", [binding.value.ty])
+        dtypes += [str(part.dtype) for part in parts if isinstance(binding.value, relax.Call)]
+    assert dtypes.count(kept) == (3 if kept == "float32" else 2) and set(dtypes) == {kept, "uint8", "float32"}
+
+
+def test_pooling_and_concatenation_read_float16():
+    def emit(builder, codes):
+        x = conv(builder, codes)
+        both = builder.emit(relax.op.concat([x, builder.emit(relax.op.nn.relu(conv(builder, codes)))], -1))
+        return relax.op.nn.max_pool2d(both, (2, 2), strides=(2, 2), layout="NHWC")
+
+    mod = program([(SHAPE, "E2M5")], emit)
+    assert rounded(mod) == 3
+    codes = random_codes(RNG, SHAPE)
+    exact, found = (run(build(one, "native"), codes)[0] for one in (mod, HalveTraffic()(mod)))
+    np.testing.assert_array_equal(found, exact.astype(np.float16).astype(np.float32))
+
+
+def test_what_may_leave_the_range_of_float16_stays():
+    large = A * np.float32(1e4)
+
+    def emit(builder, codes):
+        x = conv(builder, codes, large)
+        return relax.op.add(conv(builder, encoded(builder, x)), x)
+
+    mod = program([(SHAPE, "E2M5")], emit)
+    assert rounded(mod) == 0
+
+
+@pytest.mark.parametrize("between", ["float32", "result", "softmax", "a factor"])
+def test_what_is_not_known_or_read_otherwise_stays(between):
+    def emit(builder, codes, x):
+        if between == "float32":
+            y = builder.emit(relax.op.add(x, relax.const(BIAS)))
+            return relax.op.add(conv(builder, encoded(builder, y)), y)
+        y = conv(builder, codes)
+        total = builder.emit(relax.op.add(conv(builder, encoded(builder, y)), y))
+        if between == "result":
+            return relax.Tuple([total, y])
+        if between == "softmax":
+            return relax.Tuple([total, builder.emit(relax.op.nn.softmax(y, -1))])
+        scaled = builder.emit(relax.op.multiply(total, x))
+        return relax.op.add(conv(builder, encoded(builder, scaled)), scaled)
+
+    mod = program([(SHAPE, "E2M5"), (SHAPE, None)], emit)
+    assert rounded(mod) == (1 if between == "a factor" else 0)
