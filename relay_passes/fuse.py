@@ -7,9 +7,9 @@ steps in execution order::
     reshape                                       ==>  Single(reshape)
 
 An anchor is a linear operator, a row operator (softmax, LayerNorm), a pooling, a concatenation of channels, or an
-elementwise operator that could not join an earlier group. An elementwise operator or an encode joins the group of an argument if it has the
-shape of the anchor's output and all its other arguments exist before the anchor runs: then the group's kernel can
-run in the anchor's place.
+elementwise operator that could not join an earlier group. An elementwise operator or an encode joins the group of an
+argument if it has the shape of the anchor's output and all its other arguments exist before the anchor runs: then the
+group's kernel can run in the anchor's place.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ import tvm
 from tvm import relax
 
 from tvm_qfp8.format import decode_grid
+from tvm_qfp8.layer_names import layer_name
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import (
     POINTWISE,
@@ -61,20 +62,27 @@ KEEPING = ("relax.nn.relu", "relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax
 
 @tvm.transform.module_pass(opt_level=0, name="HalveTraffic")
 class HalveTraffic:
-    """Rewrite ``main``, of quantized layers."""
+    """Rewrite ``main``, of quantized layers; ``rounded`` gets the names of the layers whose results are."""
+
+    def __init__(self, rounded: list[str] | None = None) -> None:
+        self.rounded = [] if rounded is None else rounded
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
-        return _Rewriter(relax.transform.DeadCodeElimination()(mod)).rewrite()
+        return _Rewriter(relax.transform.DeadCodeElimination()(mod), self.rounded).rewrite()
 
 
 class _Rewriter(MainRewriter):
+    def __init__(self, mod: tvm.IRModule, names: list[str]) -> None:
+        super().__init__(mod)
+        self.names = names
+
     def body(self) -> None:
         results = results_of(self.main)
         for block in self.main.body.blocks:
             steps = partition(block, results)
             chosen = self._between_kernels(steps) - results
-            inside = {
-                var: {v for v, _ in step.members}
+            group_of = {
+                var: [v for v, _ in step.members]
                 for step in steps
                 if isinstance(step, Group)
                 for var in step.outputs
@@ -84,13 +92,14 @@ class _Rewriter(MainRewriter):
             for binding in block.bindings:
                 var, value = binding.var, binding.value
                 bounds[var] = _bound(value, bounds)
-                exact = {read: self.variables[read] for read in rounded if var not in inside[read]}
+                exact = {read: self.variables[read] for read in rounded if var not in group_of[read]}
                 self.variables.update((read, rounded[read]) for read in exact)
                 self.binding(var, value)
                 self.variables.update(exact)
                 if var in chosen and bounds[var] <= LARGEST:
                     call = qfp8_ops.to_float16(self.variables[var])
                     rounded[var] = self.builder.emit(call, f"{var.name}_float16")
+                    self.names.append(layer_name(group_of[var][0]))
 
     def _between_kernels(self, steps: list[Group | Single]) -> set[relax.Var]:
         """Images that kernels write and only kernels read that take float16."""

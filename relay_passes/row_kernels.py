@@ -15,8 +15,8 @@ from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_o
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
 from tvm_qfp8.topi.columns import Column, emit_column_softmax, for_each_columns
-from tvm_qfp8.topi.embedding import emit_embedding
 from tvm_qfp8.topi.concat import emit_concat_of_floats
+from tvm_qfp8.topi.embedding import emit_embedding
 from tvm_qfp8.topi.float_contract import add, bind, mul
 from tvm_qfp8.topi.interpolate import emit_table, lanes_from
 from tvm_qfp8.topi.isa import InstructionSet

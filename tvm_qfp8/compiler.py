@@ -93,8 +93,12 @@ def lowering_passes(
     threads: int,
     choose: ScheduleChooser = default_schedule,
     memory: StaticMemory | None = None,
+    halved: list[str] | None = None,
 ) -> list:
-    """The passes from the canonical float program to scheduled kernels, in order."""
+    """The passes from the canonical float program to scheduled kernels, in order.
+
+    ``halved`` gets the names of layers whose results are rounded to float16; none are if it is None.
+    """
     return [
         # -- quantize: linear layers on QFP8 tensors, with the calibration's layouts, scales and biases
         QuantizeLinear(plan),
@@ -103,7 +107,7 @@ def lowering_passes(
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
         # -- what goes from kernel to kernel in float32, such as residual sums, is rounded to float16
-        HalveTraffic(),
+        *([] if halved is None else [HalveTraffic(halved)]),
         *([FoldHeads()] if isa.name == "cuda" else []),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
         LowerGroups(isa, threads, config.max_error, choose, memory),
@@ -279,9 +283,11 @@ def compile(  # noqa: A001 - the public name
     with parsed:
         memory = StaticMemory() if config.winograd and not on_gpu else None
         shared = SharedPanels(choose) if shorter else choose
+        # A network that was trained with its rounding gives what it gave there, to the bit.
+        halved: list[str] | None = [] if trained is None else None
 
         def lower(program: tvm.IRModule, own: QuantizationPlan) -> tvm.IRModule:
-            passes = lowering_passes(own, config, isa, threads, shared, memory)
+            passes = lowering_passes(own, config, isa, threads, shared, memory, halved)
             return tvm.transform.Sequential(passes)(program)
 
         # Long ones first: their tiles suit the most work. What is joined stands in the longest, the last.
@@ -290,6 +296,8 @@ def compile(  # noqa: A001 - the public name
         lowered = tvm.transform.Sequential([ShareConstants()])(joined(lower(canonical, plan), others))
         if isinstance(choose, LoggedSchedules):
             report.totals["tuned kernels"] = f"{len(choose.used)} of {len(choose.asked)}"
+        if halved:
+            report.totals["results rounded to float16"] = ", ".join(dict.fromkeys(halved))
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
         if memory is not None and memory.fillers:
             report.totals[LOADED] = f"{memory.size} ({len(memory.fillers)} layers, {AT_LOAD})"
