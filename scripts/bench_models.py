@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MODELS = ("mobilenetv2", "ppocr", "minilm")
+MODELS = ("mobilenetv2", "ppocr", "minilm", "resnet50", "densenet121")
 OURS = {"qfp8": 32, "qfp8 without samples": 0}
 """Contestants of this package and the samples that they are calibrated with."""
 
