@@ -7,8 +7,10 @@ each length. Contestants take turns, each in a process of its own (``zoo/contest
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +107,13 @@ def serve_runner(which: str, module: Path) -> None:
     ids = np.random.default_rng(0).integers(1000, 20000, (1, length))
     values = (ids, np.ones_like(ids), np.zeros_like(ids))
     sample = dict(zip(minilm.input_shapes(), values, strict=True))
-    run = (
-        tvm_qfp8.load(module).run if runner == "qfp8" else latency.PEERS[runner](AtLength(minilm, length), 1)
-    )
-    serve(lambda: run(sample))
+
+    def prepare() -> Callable[[], Any]:
+        if runner == "qfp8":
+            return functools.partial(tvm_qfp8.load(module).run, sample)
+        return functools.partial(latency.PEERS[runner](AtLength(minilm, length), 1), sample)
+
+    serve(prepare)
 
 
 def print_table(record: dict[str, Any]) -> None:

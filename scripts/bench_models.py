@@ -6,10 +6,12 @@ before and after: if that changes by more than a tenth the machine was noisy, an
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +113,12 @@ def serve_runner(which: str, module: Path) -> None:
 
     name, runner, threads = which.split(":")
     model: Any = importlib.import_module(f"zoo.{name}")
-    sample = model.calibration(1)[0]
-    run = tvm_qfp8.load(module).run if runner in OURS else PEERS[runner](model, int(threads))
-    serve(lambda: run(sample))
+
+    def prepare() -> Callable[[], Any]:
+        run = tvm_qfp8.load(module).run if runner in OURS else PEERS[runner](model, int(threads))
+        return functools.partial(run, model.calibration(1)[0])
+
+    serve(prepare)
 
 
 def reference_work() -> float:

@@ -70,10 +70,11 @@ class Contestant:
         self._process.wait()
 
 
-def serve(run: Callable[[], Any]) -> None:
-    """Answer turns until the parent closes the pipe; what the runtime prints goes to stderr."""
+def serve(prepare: Callable[[], Callable[[], Any]]) -> None:
+    """Answer turns of ``prepare()`` until the parent closes the pipe; what either prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    run = prepare()
     for _ in range(3):
         run()
     print("[]", file=answers, flush=True)
