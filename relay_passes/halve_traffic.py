@@ -11,10 +11,10 @@ After::
 
     lv2 = R.add(R.qfp8.conv2d(...), lv1)
     half = R.qfp8.to_float16(lv2)
-    lv3 = R.qfp8.encode(half, ...)
+    lv3 = R.qfp8.encode(lv2, ...)                 # in lv2's kernel
     lv9 = R.add(R.qfp8.conv2d(...), half)
 
-Rounding costs 73 dB, far less than any 8-bit layout. Float16 ends at 65504: only tensors are rounded of which that is
+Rounding leaves 73 dB, far more than any 8-bit layout. Float16 ends at 65504: only tensors are rounded of which that is
 proved. Codes cannot be more than their layout's greatest, so weights bound what a layer gives, and that the sums. The
 choice does not look at the target: one whose kernels cannot convert float16 rounds all the same and keeps float32.
 """
@@ -50,13 +50,23 @@ from tvm_qfp8.relay_passes.rewriter import MainRewriter
 LARGEST = 65400.0
 """Float16 ends at 65504; the rest is for what rounding adds to a bound."""
 
+LEAST = 1.0
+"""Of a bound, which is some hundred times what is found: float16 is coarse below 2**-14."""
+
 IMAGE_RANK = 4
 """Only images are worth it: rows of tokens are small, and norms read them."""
 
 SHRINKING = ("gelu", "gelu_tanh", "silu", "mish", "hardswish", "tanh", "sigmoid", "hardsigmoid", "erf")
 """Functions whose results are no more than their argument or 1 in magnitude."""
 
-KEEPING = ("relax.nn.relu", "relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
+KEEPING = (
+    "relax.nn.relu",
+    "relax.abs",
+    "relax.negative",
+    "relax.nn.max_pool2d",
+    "relax.nn.avg_pool2d",
+    "relax.mean",
+)
 """Operators whose results are no more than their argument."""
 
 
@@ -96,7 +106,7 @@ class _Rewriter(MainRewriter):
                 self.variables.update((read, rounded[read]) for read in exact)
                 self.binding(var, value)
                 self.variables.update(exact)
-                if var in chosen and bounds[var] <= LARGEST:
+                if var in chosen and LEAST <= bounds[var] <= LARGEST:
                     call = qfp8_ops.to_float16(self.variables[var])
                     rounded[var] = self.builder.emit(call, f"{var.name}_float16")
                     self.names.append(layer_name(group_of[var][0]))
@@ -144,6 +154,10 @@ def _bound(value: relax.Expr, bounds: dict[relax.Expr, float]) -> float:
         return math.prod(arguments) if 0.0 not in arguments else 0.0
     if name == "relax.concat":
         return max(_bound_of(part, bounds) for part in parts_of(value))
+    if name in ("relax.maximum", "relax.minimum"):
+        return max(arguments)
+    if name == "relax.nn.leakyrelu":
+        return arguments[0] * max(1.0, abs(float(value.attrs.alpha)))
     if name == "relax.clip":
         return max(abs(float(value.args[1].value)), abs(float(value.args[2].value)))
     if name == "relax.qfp8.interpolate" and str(value.attrs["function"]) in SHRINKING:

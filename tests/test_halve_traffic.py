@@ -21,9 +21,9 @@ A, BIAS = RNG.random(CHANNELS, np.float32) * 1e-4, RNG.standard_normal(CHANNELS,
 SHAPE = (1, 5, 7, CHANNELS)
 
 
-def conv(builder, codes, a=A):
+def conv(builder, codes, a=A, bias=BIAS):
     """Pointwise convolution of E2M5 codes."""
-    constants = (codes_constant(WEIGHT, "E2M5"), relax.const(a), relax.const(BIAS))
+    constants = (codes_constant(WEIGHT, "E2M5"), relax.const(a), relax.const(bias))
     call = qfp8_ops.conv2d(codes, *constants, strides=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1)
     return builder.emit(call)
 
@@ -104,15 +104,26 @@ def test_pooling_and_concatenation_read_float16():
     np.testing.assert_array_equal(found, exact.astype(np.float16).astype(np.float32))
 
 
-def test_what_may_leave_the_range_of_float16_stays():
-    large = A * np.float32(1e4)
+@pytest.mark.parametrize("factor, expected", [(1, 1), (1e4, 0), (1e-6, 0)])
+def test_what_float16_may_not_hold_stays(factor, expected):
+    """Too large, or so small that its steps there are coarse."""
 
     def emit(builder, codes):
-        x = conv(builder, codes, large)
+        x = conv(builder, codes, A * np.float32(factor), BIAS * np.float32(factor))
         return relax.op.add(conv(builder, encoded(builder, x)), x)
 
-    mod = program([(SHAPE, "E2M5")], emit)
-    assert rounded(mod) == 0
+    assert rounded(program([(SHAPE, "E2M5")], emit)) == expected
+
+
+def test_bounds_follow_operators():
+    def emit(builder, codes):
+        x = builder.emit(relax.op.nn.leakyrelu(conv(builder, codes), 0.1))
+        x = builder.emit(relax.op.maximum(builder.emit(relax.op.negative(x)), relax.const(BIAS)))
+        x = builder.emit(relax.op.clip(builder.emit(relax.op.multiply(x, relax.const(BIAS))), -3.0, 6.0))
+        x = builder.emit(qfp8_ops.interpolate(x, "silu", 1e-3))
+        return relax.op.add(conv(builder, encoded(builder, x)), x)
+
+    assert rounded(program([(SHAPE, "E2M5")], emit)) == 1
 
 
 @pytest.mark.parametrize("between", ["float32", "result", "softmax", "a factor"])
