@@ -94,6 +94,43 @@ def test_attention_gives_the_bits_of_the_cpu(calibrated, activations, tmp_path):
     np.testing.assert_array_equal(found, here.run(inputs[0])[0])
 
 
+def dense_and_residual() -> onnx.ModelProto:
+    """A residual block, whose sum becomes float16, and a concatenation with BatchNorm behind it."""
+    rng = np.random.default_rng(5)
+    weights = {
+        "stem": rng.standard_normal((8, 3, 3, 3), np.float32) * 0.3,
+        "inner": rng.standard_normal((8, 8, 3, 3), np.float32) * 0.2,
+        "last": rng.standard_normal((4, 16, 1, 1), np.float32) * 0.3,
+        **{name: rng.random(16, np.float32) + 0.5 for name in ("gamma", "beta", "mean", "variance")},
+    }
+    body = """
+        a = Conv <pads = [1, 1, 1, 1]> (x, stem)
+        b = Relu (a)
+        c = Conv <pads = [1, 1, 1, 1]> (b, inner)
+        d = Add (c, b)
+        e = Conv <pads = [1, 1, 1, 1]> (d, inner)
+        f = Concat <axis = 1> (d, e)
+        g = BatchNormalization (f, gamma, beta, mean, variance)
+        h = Relu (g)
+        i = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (h)
+        y = Conv (i, last)
+    """
+    graph = onnx.parser.parse_graph(f"agraph (float[1, 3, 10, 10] x) => (float[1, 4, 5, 5] y) {{ {body} }}")
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in weights.items())
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+
+
+@pytest.mark.slow
+@NEEDS_COMPILER
+def test_what_lies_between_kernels_has_the_bits_of_the_cpu(tmp_path):
+    inputs = [{"x": np.random.default_rng(i).standard_normal((1, 3, 10, 10), np.float32)} for i in range(4)]
+    here = tvm_qfp8.compile(dense_and_residual(), "native", calibration=inputs)
+    assert "results rounded to float16" in here.report.totals
+    lowered = lowered_for_cuda(dense_and_residual(), inputs)
+    (found,) = run_program(lowered, [inputs[0]["x"]], tmp_path)
+    np.testing.assert_array_equal(found, here.run(inputs[0])[0])
+
+
 @NEEDS_NVCC
 def test_an_exported_module_holds_compiled_code(compiled, tmp_path):
     module = compiled
