@@ -158,20 +158,27 @@ def _pool(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> 
     return body, pool
 
 
+def _for_each_of_parts(rows: int, lengths: list[int], place: Callable) -> None:
+    """``place(part, index, row, column)`` for each element of a concatenation, ``index`` counting in its part."""
+    start = 0
+    for part, length in enumerate(lengths):
+
+        def one(index, part=part, length=length, start=start) -> None:
+            place(part, index, T.bind(index // length), T.bind(start + index % length))
+
+        for_each(rows * length, one)
+        start += length
+
+
 def _concat(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
     at, lengths = concat_operands(call, operands)
     rows = math.prod(shape_of(call)[:-1])
 
     def body(inputs, finish) -> None:
-        start = 0
-        for index, length in zip(at, lengths, strict=True):
+        def place(part: int, index, row, column) -> None:
+            finish(load(inputs[at[part]], index, 1), row, column, 1, 1)
 
-            def one(position, source=inputs[index], length=length, start=start) -> None:
-                row, column = T.bind(position // length), T.bind(start + position % length)
-                finish(load(source, position, 1), row, column, 1, 1)
-
-            for_each(rows * length, one)
-            start += length
+        _for_each_of_parts(rows, lengths, place)
 
     return body, ("concat", rows, lengths, at)
 
@@ -198,15 +205,11 @@ def concat_prim_func(parts: list[TensorSpec], axis: int) -> tirx.PrimFunc:
 
     def body(*buffers) -> None:
         *sources, target = buffers
-        start = 0
-        for source, length in zip(sources, lengths, strict=True):
 
-            def copy(index, source=source, length=length, start=start) -> None:
-                at = index // length * sum(lengths) + start + index % length
-                store(target, at, load(source, index, 1), 1)
+        def place(part: int, index, row, column) -> None:
+            store(target, row * sum(lengths) + column, load(sources[part], index, 1), 1)
 
-            for_each(math.prod(shape[:axis]) * length, copy)
-            start += length
+        _for_each_of_parts(math.prod(shape[:axis]), lengths, place)
 
     return build_prim_func("concat", [*parts, TensorSpec(tuple(shape), parts[0].dtype)], body)
 

@@ -51,7 +51,7 @@ LARGEST = 65400.0
 """Float16 ends at 65504; the rest is for what rounding adds to a bound."""
 
 LEAST = 1.0
-"""Of a bound, which is some hundred times what is found: float16 is coarse below 2**-14."""
+"""Of a bound, which is far above what is found: float16 is coarse below 2**-14."""
 
 IMAGE_RANK = 4
 """Only images are worth it: rows of tokens are small, and norms read them."""

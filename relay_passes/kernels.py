@@ -18,10 +18,9 @@ from tvm_qfp8.relay_passes.operands import Operands
 from tvm_qfp8.relay_passes.row_kernels import ROW_ANCHORS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, stores_last, vector_runs
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import StaticMemory
-
-MIN_PARALLEL_ELEMENTS = 65_536
 
 
 @dataclass

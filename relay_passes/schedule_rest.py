@@ -15,8 +15,8 @@ from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.s_tir.dlight.base import try_inline
 
 from tvm_qfp8.topi.float_contract import mul
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
 
-MIN_PARALLEL_ELEMENTS = 65_536
 VECTOR = 16
 LINES = 8
 """Of a tile of a transposition, read side by side; at some strides a cache holds no more of them."""

@@ -14,7 +14,7 @@ from tvm_qfp8.relay_passes.linear_kernels import conv_shape
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.amx import tiles
-from tvm_qfp8.topi.amx.plan import BLOCK, best_block, part, plan_tiles, tile_kind
+from tvm_qfp8.topi.amx.plan import BLOCK, best_block, part, plan_tiles, shares_rows, tile_kind
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 
 ACTIVATIONS = ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"]
@@ -49,7 +49,9 @@ def test_every_shape_is_exact(rows, columns, depth, layouts):
 
 
 @pytest.mark.usefixtures("on_tiles")
-@pytest.mark.parametrize("rows, columns, depth", [(400, 70, 200), (64, 300, 200), (150, 20, 600)])
+@pytest.mark.parametrize(
+    "rows, columns, depth", [(400, 70, 200), (64, 300, 200), (150, 20, 600), (200, 1100, 260)]
+)
 @pytest.mark.parametrize("layouts", [("E2M5", "E2M5"), ("UE1M7", "E1M6"), ("UE3M5", "E3M4")])
 def test_threads_share_rows_or_panels(rows, columns, depth, layouts):
     dense(rows, columns, depth, *layouts, threads=2)
@@ -64,6 +66,7 @@ CONVOLUTIONS = [
     (10, 9, 5, 70, (1, 1), (2, 2), (0, 0, 0, 0), (1, 1)),
     (1, 40, 18, 18, (1, 7), (1, 1), (0, 3, 0, 3), (1, 1)),
     (3, 3, 8, 4, (3, 3), (1, 1), (0, 0, 0, 0), (1, 1)),
+    (6, 8, 64, 520, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
 ]
 
 
@@ -168,6 +171,12 @@ def test_the_target_decides(layouts, instruction):
     assert instruction in assembly
     without = build(module, "llvm -mtriple=x86_64-linux-gnu -mcpu=icelake-server")
     assert "tmm" not in "".join(module.inspect_source("asm") for module in without.mod.imports)
+
+
+def test_threads_share_what_is_larger():
+    assert shares_rows(weight_bytes=3 << 20, activation_bytes=4 << 20)
+    assert not shares_rows(weight_bytes=3 << 20, activation_bytes=2 << 20)
+    assert shares_rows(weight_bytes=1 << 18, activation_bytes=1)  # they stay in each core's cache
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, load_float, store, vector_runs
-
-MIN_PARALLEL_ELEMENTS = 65_536
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
 
 
 def emit_concat(

@@ -12,6 +12,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.float_contract import LANES, add, bind, mul, tree_sum, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, load_float, store, vector_runs
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def emit_pool(isa: InstructionSet, shape: PoolShape, x, finish: Callable, thread
     pixel = pooled(shape, x)
     out_h, out_w = shape.out_height, shape.out_width
     size = shape.batch * shape.height * shape.width * shape.channels
-    parallel = threads > 1 and size >= 65_536
+    parallel = threads > 1 and size >= MIN_PARALLEL_ELEMENTS
     with (T.parallel if parallel else T.serial)(0, shape.batch * out_h) as row:
         image, oy = tirx.floordiv(row, out_h), tirx.floormod(row, out_h)
         with T.serial(0, out_w) as ox:

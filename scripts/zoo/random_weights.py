@@ -1,7 +1,8 @@
-"""Networks of well-known shapes with random weights, for timing alone: no package has trained ones."""
+"""Networks of well-known shapes with random weights, for timing alone."""
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,16 +35,16 @@ def onnx_file(name: str, build: Callable[[], Any]) -> Path:
     photos = torch.from_numpy(np.concatenate([inputs["input"] for inputs in calibration(STATISTICS)]))
     with torch.no_grad():
         network.train()(photos)
-    part = path.with_suffix(".part")
+    file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter of TorchScript needs no further package
         torch.onnx.export(
             network.eval(),
             (photos[:1],),
-            str(part),
+            file,
             input_names=["input"],
             output_names=["logits"],
             dynamo=False,
         )
-    part.replace(path)
+    fetch.write_atomically(path, file.getvalue())
     return path
