@@ -1,43 +1,65 @@
-"""For GPUs: a norm's kernel encodes its rows, too, where a dense layer reads them with a scale for each row.
+"""A kernel that finishes row after row encodes them, too, where linear layers read them with a scale for each row.
 
-The threads of a row have its values at hand. Before::
+A row's values are at hand when it is finished: in the first-level cache of a CPU, in the registers of a GPU's threads.
+Before::
 
     normed = R.nn.layer_norm(x, gamma, beta)                 # Group
     encoded = R.qfp8.encode_rows(normed, factors)            # Single
 
-After: the group has ``encode_rows``, its kernel the outputs ``normed``, codes and scales.
+After: the group has ``encode_rows``, its kernel the outputs ``normed``, where others read it, codes and scales.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 from tvm import relax, tirx
+from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes.cuda_kernels import emit_rows
-from tvm_qfp8.relay_passes.fuse import Group, Single, normalized_axis, op_name, shape_of
+from tvm_qfp8.relay_passes.epilogue import Epilogue
+from tvm_qfp8.relay_passes.fuse import Group, Single, joins_channels, normalized_axis, op_name, shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of
 from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
-from tvm_qfp8.topi.encode_rows import scaled_reader, store_encoded_row
+from tvm_qfp8.topi.encode_rows import emit_cpu_row, scaled_reader, store_encoded_row
+from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec
 
 
-def with_encoded_rows(steps: list[Group | Single]) -> list[Group | Single]:
-    """Let encodes with a scale for each row join the norms whose results they read."""
-    norm_of = {
+def with_encoded_rows(
+    steps: list[Group | Single], results: set[relax.Var], on_cpu: bool
+) -> list[Group | Single]:
+    """Let encodes with a scale for each row join the kernels that finish these rows."""
+    group_of = {
         var: step
         for step in steps
-        if isinstance(step, Group) and is_norm_of_rows(step.anchor)
+        if isinstance(step, Group)
+        and (is_norm_of_rows(step.anchor) or on_cpu and joins_channels(step.anchor))
         for var in step.outputs
     }
+    reads = Counter(var for step in steps for var in _read(step))
     kept: list[Group | Single] = []
     for step in steps:
         if isinstance(step, Single) and op_name(step.value) == "relax.qfp8.encode_rows":
-            group = norm_of.get(step.value.args[0])
+            source = step.value.args[0]
+            group = group_of.get(source)
             if group is not None and group.encode_rows is None:
                 group.encode_rows = step.var, step.value
+                if on_cpu and reads[source] == 1 and source not in results:
+                    group.outputs.remove(source)
                 continue
         kept.append(step)
     return kept
+
+
+def _read(step: Group | Single) -> set[relax.Var]:
+    """What a step reads of others."""
+    if isinstance(step, Single):
+        return set(relax.analysis.free_vars(step.value))
+    found = {var for _, call in step.members for var in relax.analysis.free_vars(call)}
+    return found - {var for var, _ in step.members}
 
 
 def is_norm_of_rows(call: relax.Call) -> bool:
@@ -47,29 +69,47 @@ def is_norm_of_rows(call: relax.Call) -> bool:
 
 
 class EncodedRows:
-    """The encode of what a norm's kernel stores, in the same kernel."""
+    """The encode of rows that a kernel finishes, in the same kernel."""
 
-    def __init__(self, call, operands: Operands) -> None:
-        self.layout = get_layout(str(call.attrs["layout"]))
+    def __init__(self, call, operands: Operands, isa: InstructionSet) -> None:
+        self.layout, self.isa = get_layout(str(call.attrs["layout"])), isa
         self.shape, self.source = shape_of(call.args[0]), call.args[0]
         self._factors = operands.constant(array_of(call.args[1]))
         self.outputs = [TensorSpec(self.shape, "uint8"), TensorSpec(self.shape[:-1], "float32")]
-        self.buffers: tuple = ()
-        """Inputs, the source as stored, codes, scales; known when the kernel is written."""
+        self.epilogue: Epilogue | None = None
+        self.results: tuple = ()
+        """Codes and scales; known with the epilogue when the kernel is written."""
 
-    def emit(self, row, index) -> None:
-        """Encode one row."""
-        inputs, source, codes, scales = self.buffers
-        read = scaled_reader(source, inputs[self._factors], self.shape[-1])
+    def around(self, index, finish_row: Callable[[], None]) -> None:
+        """On a CPU: finish a row and encode it; one that nothing else reads stays in scratch memory."""
+        assert self.epilogue is not None
+        length, stored = self.shape[-1], self.source in self.epilogue.outputs
+        if not stored:
+            self.epilogue.scratch_rows[self.source] = T.alloc_buffer((length,), "float32", align=64)
+        finish_row()
+        source = self.epilogue.outputs[self.source] if stored else self.epilogue.scratch_rows[self.source]
+        read = scaled_reader(source, self.epilogue.buffers[self._factors], length)
+        where = index if stored else 0
+        emit_cpu_row(
+            lambda offset, lanes: read(where, offset, lanes),
+            index,
+            length,
+            self.layout,
+            self.isa,
+            *self.results,
+        )
+
+    def by_threads(self, row, index) -> None:
+        """On a GPU: encode a row that its threads have stored."""
+        assert self.epilogue is not None
+        source = self.epilogue.outputs[self.source]
+        read = scaled_reader(source, self.epilogue.buffers[self._factors], self.shape[-1])
         values = row.again(lambda offset, lanes: read(index, offset, lanes))
-        magnitudes = values.mapped(tirx.abs)
-        store_encoded_row(values, magnitudes, index, self.layout, INSTRUCTION_SET, codes, scales)
+        store_encoded_row(values, values.mapped(tirx.abs), index, self.layout, self.isa, *self.results)
 
 
-def norm_with_encoded_rows(
-    anchor, encode, operands: Operands, max_error: float
-) -> tuple[Emitter, EncodedRows]:
+def cuda_norm_with_encoded_rows(
+    anchor, encoded: EncodedRows, operands: Operands, max_error: float
+) -> Emitter:
     """The kernel of a norm over rows that encodes them, too."""
-    encoded = EncodedRows(encode, operands)
-    body, described = emit_rows(anchor, INSTRUCTION_SET, operands, max_error, encoded.emit)
-    return (body, (described, "encode_rows", encoded.layout)), encoded
+    return emit_rows(anchor, INSTRUCTION_SET, operands, max_error, encoded.by_threads)

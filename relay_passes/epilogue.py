@@ -63,6 +63,8 @@ class Epilogue:
         self._absorb_clips(operands)
         self.buffers: list = []
         self.outputs: dict = {}
+        self.scratch_rows: dict = {}
+        """Buffers of one row, of members whose rows are read again right after they are finished."""
         self.scalar_buffer = None
 
     def _absorb_clips(self, operands: Operands) -> None:
@@ -147,8 +149,10 @@ class Epilogue:
         return bind(load_float(part, 0, lanes))
 
     def _write(self, var: relax.Var, value, row, column, lanes: int, valid: int) -> None:
-        buffer = self.outputs[var]
-        at = row * self.columns + column
+        if var in self.scratch_rows:
+            buffer, at = self.scratch_rows[var], column
+        else:
+            buffer, at = self.outputs[var], row * self.columns + column
         if str(buffer.dtype) == "float16":
             value = as_float16(value)
         if valid == lanes:
@@ -159,12 +163,15 @@ class Epilogue:
         for lane in range(valid):
             store(buffer, at + lane, load(part, lane, 1), 1)
 
+    def _is_written(self, var: relax.Var) -> bool:
+        return var in self.outputs or var in self.scratch_rows
+
     def emit(self, start: relax.Var | None, value, row, column, lanes: int, valid: int) -> None:
         """Finish one vector: ``value`` is the anchor's result (None where the anchor itself is in the members)."""
         values: dict[relax.Expr, object] = {}
         if start is not None:
             values[start] = value
-            if start in self.outputs:
+            if self._is_written(start):
                 self._write(start, value, row, column, lanes, valid)
         for var, call in self.members:
             arguments = [
@@ -173,7 +180,7 @@ class Epilogue:
             ]
             result = arguments[0] if var in self.absorbed else self._compute(var, call, arguments, lanes)
             values[var] = result
-            if var in self.outputs:
+            if self._is_written(var):
                 self._write(var, result, row, column, lanes, valid)
 
     def _compute(self, var, call, arguments: list, lanes: int):

@@ -40,7 +40,7 @@ class Group:
     members: list[tuple[relax.Var, relax.Call]]
     outputs: list[relax.Var] = field(default_factory=list)
     encode_rows: tuple[relax.Var, relax.Call] | None = None
-    """On GPUs the encode with a scale for each row of one of the outputs, see ``encoded_rows``."""
+    """The encode with a scale for each row of what a member gives, see ``encoded_rows``."""
 
     @property
     def anchor(self) -> relax.Call:

@@ -10,11 +10,11 @@ from tvm import relax, tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.relay_passes.cuda_kernels import CUDA_ANCHORS, elementwise_body
-from tvm_qfp8.relay_passes.encoded_rows import norm_with_encoded_rows
+from tvm_qfp8.relay_passes.encoded_rows import EncodedRows, cuda_norm_with_encoded_rows
 from tvm_qfp8.relay_passes.epilogue import Epilogue, External
 from tvm_qfp8.relay_passes.fuse import Group, op_name
 from tvm_qfp8.relay_passes.linear_kernels import LINEAR_ANCHORS
-from tvm_qfp8.relay_passes.operands import Operands
+from tvm_qfp8.relay_passes.operands import Emitter, Operands
 from tvm_qfp8.relay_passes.row_kernels import ROW_ANCHORS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, stores_last, vector_runs
@@ -54,14 +54,8 @@ def write_kernel(
     encoded = None
     if name in LINEAR_ANCHORS or name in ROW_ANCHORS:
         if group.encode_rows is not None:
-            encode = group.encode_rows[1]
-            (body, shape_key), encoded = norm_with_encoded_rows(anchor, encode, operands, max_error)
-        elif isa.name == "cuda":
-            body, shape_key = CUDA_ANCHORS[name](anchor, isa, operands, max_error)
-        elif name in LINEAR_ANCHORS:
-            body, shape_key = LINEAR_ANCHORS[name](anchor, isa, threads, operands, choose)
-        else:
-            body, shape_key = ROW_ANCHORS[name](anchor, isa, threads, operands, max_error)
+            encoded = EncodedRows(group.encode_rows[1], operands, isa)
+        body, shape_key = _of_anchor(anchor, isa, threads, operands, max_error, choose, encoded)
         epilogue = Epilogue(group, isa, operands, skip=1)
         start = anchor_var
     else:
@@ -86,7 +80,7 @@ def write_kernel(
             epilogue.scalar_buffer = inputs[scalars]
             epilogue.outputs = dict(zip(group.outputs, results, strict=False))
             if encoded is not None:
-                encoded.buffers = (inputs, epilogue.outputs[encoded.source], *results[len(group.outputs) :])
+                encoded.epilogue, encoded.results = epilogue, results[len(group.outputs) :]
             body(inputs, lambda *position: epilogue.emit(start, *position))
 
         return build_prim_func(short[:60], [*operands.specs, *outputs], emit)
@@ -94,8 +88,29 @@ def write_kernel(
     members = [(op_name(call), _attributes(call), _wiring(group, call)) for _, call in group.members]
     written = [[var for var, _ in group.members].index(var) for var in group.outputs]
     externals = [(e.argument, e.scalar, e.shape) for e in epilogue.externals.values()]
-    key = repr((shape_key, members, written, externals, operands.specs, outputs, isa.label, threads))
+    layout = encoded and (encoded.layout, [var for var, _ in group.members].index(encoded.source))
+    key = repr((shape_key, members, written, layout, externals, operands.specs, outputs, isa.label, threads))
     return Kernel(short[:60], key, operands.arguments, outputs, function)
+
+
+def _of_anchor(
+    anchor: relax.Call,
+    isa: InstructionSet,
+    threads: int,
+    operands: Operands,
+    max_error: float,
+    choose: ScheduleChooser,
+    encoded: EncodedRows | None,
+) -> Emitter:
+    name = op_name(anchor)
+    if isa.name == "cuda":
+        if encoded is not None:
+            return cuda_norm_with_encoded_rows(anchor, encoded, operands, max_error)
+        return CUDA_ANCHORS[name](anchor, isa, operands, max_error)
+    if name in LINEAR_ANCHORS:
+        return LINEAR_ANCHORS[name](anchor, isa, threads, operands, choose)
+    around = [] if encoded is None else [encoded.around]
+    return ROW_ANCHORS[name](anchor, isa, threads, operands, max_error, *around)
 
 
 def _attributes(call) -> str:

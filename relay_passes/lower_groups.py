@@ -86,7 +86,7 @@ class _Rewriter(MainRewriter):
         self._written: dict[str, relax.GlobalVar] = {}
         self._halves = self._kept_as_float16()
         self._encoded: dict[relax.Expr, list[relax.Expr]] = {}
-        """Codes and scales of the rows that a norm's kernel encodes."""
+        """Codes and scales of the rows that another step's kernel encodes."""
 
     def _kept_as_float16(self) -> set[relax.Var]:
         if not self.options.isa.float16:
@@ -101,7 +101,7 @@ class _Rewriter(MainRewriter):
         results = results_of(self.main)
         for block in self.main.body.blocks:
             steps = partition(block, results)
-            for step in with_encoded_rows(steps) if self.options.isa.name == "cuda" else steps:
+            for step in with_encoded_rows(steps, results, on_cpu=self.options.isa.name != "cuda"):
                 self.step(step)
 
     def expression(self, expr: relax.Expr) -> relax.Expr:

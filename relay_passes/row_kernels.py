@@ -126,7 +126,15 @@ def emit_row_operator(
     return _norm(call, operands, isa, walk)
 
 
-def _on_cpu(call, isa: InstructionSet, threads: int, operands: Operands, max_error: float) -> Emitter:
+def _on_cpu(
+    call,
+    isa: InstructionSet,
+    threads: int,
+    operands: Operands,
+    max_error: float,
+    around: Callable | None = None,
+) -> Emitter:
+    """``around(row, finish_row)`` emits what belongs to a whole row of a norm."""
     if not Rows.of(call).last:
         return emit_row_operator(call, isa, operands, max_error, _columns(threads))
     pad = float("-inf") if "softmax" in op_name(call) else 0.0
@@ -135,9 +143,16 @@ def _on_cpu(call, isa: InstructionSet, threads: int, operands: Operands, max_err
         return Row(isa, length, lambda offset, lanes: read(index, offset, lanes), pad=pad)
 
     def each(rows: Rows, read: Callable, body: Callable) -> None:
-        for_each_row(
-            rows.count, rows.length, threads, lambda index: body(row_at(rows.length, read, index), index)
-        )
+        def one(index) -> None:
+            def finish_row() -> None:
+                body(row_at(rows.length, read, index), index)
+
+            if around is None:
+                finish_row()
+            else:
+                around(index, finish_row)
+
+        for_each_row(rows.count, rows.length, threads, one)
 
     def softmax(rows: Rows, read: Callable, exp: Callable, finish: Callable) -> None:
         emit_softmax(
@@ -291,14 +306,21 @@ def concat_operands(call, operands: Operands) -> tuple[list[int], list[int]]:
     return [operands.tensor(part) for part in parts], [shape_of(part)[-1] for part in parts]
 
 
-def _concat(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+def _concat(
+    call,
+    isa: InstructionSet,
+    threads: int,
+    operands: Operands,
+    _max_error: float,
+    around: Callable | None = None,
+) -> Emitter:
     at, lengths = concat_operands(call, operands)
     rows = math.prod(shape_of(call)[:-1])
 
     def body(inputs, finish) -> None:
         sources = [inputs[index] for index in at]
         emit_concat_of_floats(
-            isa, rows, lengths, sources, lambda v, r, c, lanes: finish(v, r, c, lanes, lanes), threads
+            isa, rows, lengths, sources, lambda v, r, c, lanes: finish(v, r, c, lanes, lanes), threads, around
         )
 
     return body, ("concat", rows, lengths, at)

@@ -1,13 +1,75 @@
-"""On GPUs a norm's kernel encodes its rows, too."""
+"""Kernels that finish row after row encode them, too."""
 
 import numpy as np
 import onnx
 import pytest
 from cuda_emulator import run_program
+from quantized_programs import TARGETS, build, machine_runs, program, run
+from relax_programs import random
 from test_cuda import NEEDS_COMPILER
 from test_cuda_modules import lowered_for_cuda
+from tvm import relax
+from tvm.relax import op as R
 
 import tvm_qfp8
+from tvm_qfp8.format import get_layout
+from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.topi import reference
+
+RUNS = [name for name in TARGETS if machine_runs(name)]
+
+
+def check(inputs, values, emit, factors, layout, is_read, target, threads):
+    """The kernel gives the rows' codes and scales, and the rows, ``emit(builder, *x)``, where more reads them."""
+
+    def with_encode(builder, *x):
+        rows = emit(builder, *x)
+        encoded = builder.emit(qfp8_ops.encode_rows(rows, relax.const(factors), get_layout(layout)))
+        parts = [builder.emit(relax.TupleGetItem(encoded, index)) for index in range(2)]
+        return relax.Tuple([*parts, *([rows] if is_read else [])])
+
+    executable = build(program([(x.shape, None) for x in inputs], with_encode), target, threads)
+    found = run(executable, *inputs)
+    expected = [*reference.encode_rows(values, get_layout(layout), factors), values]
+    assert len(found) == 2 + is_read
+    for got, wanted in zip(found, expected, strict=False):
+        np.testing.assert_array_equal(got, wanted)
+
+
+SHAPES = [(1, 1, 1), (1, 5, 40), (1, 300, 7), (2, 700, 130)]  # threads, rows, channels
+
+
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("threads, rows, channels", SHAPES)
+def test_rows_of_a_concatenation(isa, threads, is_read, rows, channels):
+    parts = [random(rows, channels), random(rows, 3, seed=1), random(rows, 2 * channels, seed=2)]
+    parts[0][0] *= 1000
+    columns = 3 * channels + 3
+    factors, slope = np.exp2(random(columns, seed=3)), random(columns, seed=4)
+
+    def emit(builder, *x):
+        joined = builder.emit(R.concat([*x], axis=-1))
+        return builder.emit(R.nn.relu(builder.emit(R.multiply(joined, relax.const(slope)))))
+
+    values = np.maximum(np.concatenate(parts, axis=1) * slope, np.float32(0))
+    check(parts, values, emit, factors, "UE1M7", is_read, TARGETS[isa], threads)
+
+
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("threads, rows, channels", SHAPES)
+def test_rows_of_a_norm(isa, threads, is_read, rows, channels):
+    x, gamma, beta = random(rows, channels), random(channels, seed=1), random(channels, seed=2)
+    factors = np.exp2(random(channels, seed=3))
+
+    def emit(builder, x):
+        return builder.emit(
+            R.nn.layer_norm(x, relax.const(gamma), relax.const(beta), axes=[-1], epsilon=1e-5)
+        )
+
+    values = reference.layer_norm(x, gamma, beta, 1e-5)
+    check([x], values, emit, factors, "E3M4", is_read, TARGETS[isa], threads)
 
 
 def normed(more: str) -> onnx.ModelProto:

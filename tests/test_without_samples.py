@@ -27,7 +27,10 @@ DEPTH, COLUMNS = 70, 33
 WEIGHT, BIAS = constant(DEPTH, COLUMNS), constant(COLUMNS, seed=1)
 
 
-def dense(shape=(9, DEPTH), before=R.abs):
+BEFORE = {R.negative: np.negative, R.abs: np.abs}
+
+
+def dense(shape=(9, DEPTH), before=R.negative):
     """A dense layer that reads what ``before`` makes of the input."""
 
     def body(emit, x):
@@ -36,12 +39,14 @@ def dense(shape=(9, DEPTH), before=R.abs):
     return build({"x": (shape, "float32")}, body)
 
 
-def twin(x, layout="E3M4"):
+def twin(x, layout="E3M4", before=R.negative):
     """The layer's exact result: integer sums, then the scales of columns and rows."""
-    plan = calibrate(dense(), None, Config(activations=layout))
+    plan = calibrate(
+        dense(before=before), None, Config(activations=layout if before is R.negative else "auto")
+    )
     (chosen,) = plan.linear.values()
     weight = chosen.weight
-    codes, scales = reference.encode_rows(np.abs(x), get_layout(layout))
+    codes, scales = reference.encode_rows(BEFORE[before](x), get_layout(layout))
     total = reference.matmul(codes, weight.codes.T, get_layout(layout), get_layout(weight.layout))
     return reference.scale_and_bias(total, np.asarray(weight.scale).reshape(-1), BIAS.value.numpy(), scales)
 
@@ -52,13 +57,14 @@ def matmuls(report):
 
 @pytest.mark.parametrize("isa", RUNS)
 @pytest.mark.parametrize("shape", [(9, DEPTH), (1, DEPTH), (2, 3, DEPTH)])
-def test_a_dense_layer_is_its_twin(isa, shape):
+@pytest.mark.parametrize("before, layout", [(R.negative, "E3M4"), (R.abs, "UE3M5")], ids=["signed", "not"])
+def test_a_dense_layer_is_its_twin(isa, shape, before, layout):
     x = random(*shape)
     x[:1] *= 1000  # rows of their own size
-    module = q.compile(dense(shape), TARGETS[isa])
+    module = q.compile(dense(shape, before), TARGETS[isa])
     (layer,) = matmuls(module.report)
-    assert (layer.became, layer.activation_layout) == ("QFP8", "E3M4 by row")
-    np.testing.assert_array_equal(module.run({"x": x})[0], twin(x))
+    assert (layer.became, layer.activation_layout) == ("QFP8", f"{layout} by row")
+    np.testing.assert_array_equal(module.run({"x": x})[0], twin(x, layout, before))
 
 
 @pytest.mark.parametrize("layout", ["E2M5", "E1M6"])
@@ -92,7 +98,7 @@ def test_float32_activations_by_configuration(calibration):
     (layer,) = matmuls(module.report)
     assert (layer.became, layer.activation_layout) == ("QFP8 weights", "float32")
     x = random(9, DEPTH, seed=3)
-    exact = np.abs(x) @ WEIGHT.value.numpy() + BIAS.value.numpy()
+    exact = -x @ WEIGHT.value.numpy() + BIAS.value.numpy()
     off = np.abs(module.run({"x": x})[0] - exact)
     assert off.max() < 0.03 * np.abs(exact).max()
     if calibration is not None:
@@ -118,6 +124,24 @@ def test_inputs_stay_float32_unless_a_layout_is_asked_for():
     forced = q.compile(mod, config=Config(activations="E3M4"))
     assert matmuls(forced.report)[0].activation_layout == "E3M4 by row"
     assert not forced.run(given)[0].any()  # as it must be here
+
+
+@pytest.mark.parametrize(
+    "colours, window, layout", [(3, 3, "E1M6 by sample"), (4, 3, "float32"), (3, 1, "float32")]
+)
+def test_an_image_that_is_the_input_has_colours_of_one_unit(colours, window, layout):
+    def body(emit, x):
+        return emit(R.nn.conv2d(x, constant(64, window, window, colours), **NHWC))
+
+    mod = build({"x": ((2, 6, 7, colours), "float32")}, body)
+    module = q.compile(mod)
+    (layer,) = module.report.layers
+    assert layer.activation_layout == layout
+    x = random(2, 6, 7, colours)
+    x[0] *= 1000
+    (expected,) = evaluate_quantized(mod, calibrate(mod, None), {"x": x})
+    for found, sample in zip(module.run({"x": x})[0], expected, strict=True):
+        np.testing.assert_allclose(found, sample, atol=1e-4 * np.abs(sample).max())
 
 
 def test_what_is_a_value_of_an_input():
@@ -150,7 +174,7 @@ def test_where_e3m4_could_overflow_rows_are_narrower():
     def narrow(depth):
         mod = build(
             {"x": ((2, depth), "float32")},
-            lambda emit, x: emit(R.matmul(emit(R.abs(x)), relax.const(np.ones((depth, 3), np.float32)))),
+            lambda emit, x: emit(R.matmul(emit(R.negative(x)), relax.const(np.ones((depth, 3), np.float32)))),
         )
         (chosen,) = calibrate(mod, None).linear.values()
         return chosen.activation.layout, mod
@@ -158,9 +182,9 @@ def test_where_e3m4_could_overflow_rows_are_narrower():
     assert narrow(4000)[0] == "E3M4"
     layout, mod = narrow(12000)
     assert layout == "E2M5"
-    x = random(2, 12000)
+    x = -np.abs(random(2, 12000))
     np.testing.assert_allclose(
-        q.compile(mod).run({"x": x})[0], np.abs(x).sum(1, keepdims=True) + [0, 0, 0], rtol=1e-2
+        q.compile(mod).run({"x": x})[0], -x.sum(1, keepdims=True) + [0, 0, 0], rtol=1e-2
     )
 
 
@@ -168,7 +192,7 @@ def test_layers_of_all_kinds():
     module = q.compile(cnn())
     layers = {layer.operator: layer for layer in module.report.layers}
     assert layers["conv2d"].became == "QFP8 weights" and layers["matmul"].became == "QFP8"
-    assert any("1 of 4 linear layers" in note for note in module.report.notes)
+    assert any("2 of 4 linear layers" in note for note in module.report.notes)
     x = images(1)[0]
     canonical = _canonical(cnn())
     expected = evaluate_quantized(canonical, calibrate(canonical, None), x)[0]
@@ -185,24 +209,26 @@ def _canonical(mod):
 @pytest.mark.parametrize("isa", RUNS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    "kernel, how, described",
+    "kernel, how, before, described",
     [
-        ((48, 1, 1, 20), {}, "E2M5 by row"),
-        ((48, 1, 1, 20), {"padding": 1}, "E3M4 by sample"),
-        ((128, 1, 1, 20), {"strides": 2}, "E3M4 by sample"),
-        ((40, 3, 3, 20), {"padding": 1}, "E3M4 by sample"),  # by Winograd where that is faster
-        ((40, 3, 3, 10), {"padding": 1, "strides": (2, 1), "groups": 2}, "E3M4 by sample"),
-        ((20, 3, 3, 1), {"padding": 1, "groups": 20}, "float32"),
-        ((16, 1, 1, 20), {}, "float32"),
+        ((48, 1, 1, 20), {}, R.negative, "E2M5 by row"),
+        ((48, 1, 1, 20), {}, R.abs, "UE1M7 by row"),
+        ((48, 1, 1, 20), {"padding": 1}, R.negative, "E3M4 by sample"),
+        ((128, 1, 1, 20), {"strides": 2}, R.abs, "UE2M6 by sample"),
+        ((40, 3, 3, 20), {"padding": 1}, R.negative, "E3M4 by sample"),  # by Winograd where that is faster
+        ((40, 3, 3, 20), {"padding": 1}, R.abs, "UE2M6 by sample"),
+        ((40, 3, 3, 10), {"padding": 1, "strides": (2, 1), "groups": 2}, R.negative, "E3M4 by sample"),
+        ((20, 3, 3, 1), {"padding": 1, "groups": 20}, R.abs, "float32"),
+        ((16, 1, 1, 20), {}, R.negative, "float32"),
     ],
 )
-def test_a_convolution_is_its_twin(isa, threads, kernel, how, described):
+def test_a_convolution_is_its_twin(isa, threads, kernel, how, before, described):
     x = random(3, 9, 8, 20)
     x[0] *= 1000  # samples of their own size
     weight, bias = constant(*kernel), constant(kernel[0], seed=1)
 
     def body(emit, x):
-        return emit(R.add(emit(R.nn.conv2d(emit(R.abs(x)), weight, **how, **NHWC)), bias))
+        return emit(R.add(emit(R.nn.conv2d(emit(before(x)), weight, **how, **NHWC)), bias))
 
     mod = build({"x": (x.shape, "float32")}, body)
     module = q.compile(mod, TARGETS[isa], config=Config(threads=threads))
@@ -216,8 +242,8 @@ def test_a_convolution_is_its_twin(isa, threads, kernel, how, described):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4 * np.abs(expected).max())
         return
     layouts = get_layout(chosen.activation.layout), get_layout(chosen.weight.layout)
-    encode = reference.encode_rows if described == "E2M5 by row" else reference.encode_samples
-    codes, scales = encode(np.abs(x), layouts[0])
+    encode = reference.encode_rows if described.endswith("by row") else reference.encode_samples
+    codes, scales = encode(BEFORE[before](x), layouts[0])
     total = reference.conv2d(codes, chosen.weight.codes, conv_shape_of(x.shape, kernel, how, layouts))
     scales = scales if scales.ndim == 3 else scales[:, None, None]
     a = np.asarray(chosen.weight.scale).reshape(-1)
@@ -237,7 +263,11 @@ def test_a_transposed_convolution_has_a_scale_for_each_sample():
 
     def body(emit, x):
         call = R.nn.conv2d_transpose(
-            emit(R.abs(x)), constant(24, 3, 3, 8), strides=(2, 2), data_layout="NHWC", kernel_layout="OHWI"
+            emit(R.negative(x)),
+            constant(24, 3, 3, 8),
+            strides=(2, 2),
+            data_layout="NHWC",
+            kernel_layout="OHWI",
         )
         return emit(call)
 
@@ -332,7 +362,7 @@ def test_command_line(tmp_path):
     from tvm_qfp8.cli import app
 
     constants = {"w": WEIGHT.value.numpy()}
-    nodes = [helper.make_node("Abs", ["x"], ["a"]), helper.make_node("MatMul", ["a", "w"], ["y"])]
+    nodes = [helper.make_node("Neg", ["x"], ["a"]), helper.make_node("MatMul", ["a", "w"], ["y"])]
     path, out = tmp_path / "dense.onnx", tmp_path / "dense.so"
     onnx.save(model(nodes, {"x": (4, DEPTH)}, {"y": (4, COLUMNS)}, constants), path)
     for options, described in (

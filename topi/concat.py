@@ -6,19 +6,26 @@ import math
 from collections.abc import Callable, Sequence
 
 from tvm import tirx
-from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, load_float, store, vector_runs
-from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
+from tvm_qfp8.topi.rows import for_each_row
 
 
 def emit_concat(
-    rows: int, lengths: Sequence[int], lanes: int, threads: int, place: Callable[..., None]
+    rows: int,
+    lengths: Sequence[int],
+    lanes: int,
+    threads: int,
+    place: Callable[..., None],
+    around: Callable | None = None,
 ) -> None:
-    """``place(part, index, row, column, lanes)`` for every vector of the result, ``index`` counting in its part."""
-    parallel = threads > 1 and rows * sum(lengths) >= MIN_PARALLEL_ELEMENTS
-    with (T.parallel if parallel else T.serial)(0, rows) as row:
+    """``place(part, index, row, column, lanes)`` for every vector of the result, ``index`` counting in its part.
+
+    ``around(row, finish_row)`` emits what belongs to a whole row.
+    """
+
+    def join(row) -> None:
         start = 0
         for part, length in enumerate(lengths):
 
@@ -28,16 +35,30 @@ def emit_concat(
             vector_runs(length, lanes, one)
             start += length
 
+    def one_row(row) -> None:
+        if around is None:
+            join(row)
+        else:
+            around(row, lambda: join(row))
+
+    for_each_row(rows, sum(lengths), threads, one_row)
+
 
 def emit_concat_of_floats(
-    isa: InstructionSet, rows: int, lengths: Sequence[int], sources: Sequence, finish: Callable, threads: int
+    isa: InstructionSet,
+    rows: int,
+    lengths: Sequence[int],
+    sources: Sequence,
+    finish: Callable,
+    threads: int,
+    around: Callable | None = None,
 ) -> None:
     """Rows of float32 or float16 joined; ``finish(value, row, column, lanes)`` for every vector of the result."""
 
     def place(part: int, index, row, column, lanes: int) -> None:
         finish(load_float(sources[part], index, lanes), row, column, lanes)
 
-    emit_concat(rows, lengths, isa.lanes, threads, place)
+    emit_concat(rows, lengths, isa.lanes, threads, place, around)
 
 
 def concat_prim_func(isa: InstructionSet, parts: list[TensorSpec], axis: int, threads: int) -> tirx.PrimFunc:

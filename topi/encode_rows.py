@@ -36,21 +36,23 @@ def encode_rows_prim_func(
     def body(source, factor_buffer, code_buffer, scale_buffer) -> None:
         read = scaled_reader(source, factor_buffer, length)
 
-        def magnitude(index, offset, lanes: int):
-            return tirx.abs(read(index, offset, lanes))
-
-        def one(values, magnitudes, index) -> None:
-            store_encoded_row(values, magnitudes, index, layout, isa, code_buffer, scale_buffer)
-
         def cpu_row(index) -> None:
-            def row(reader: Callable) -> Row:
-                return Row(isa, length, lambda offset, lanes: reader(index, offset, lanes), pad=0.0)
+            emit_cpu_row(
+                lambda offset, lanes: read(index, offset, lanes),
+                index,
+                length,
+                layout,
+                isa,
+                code_buffer,
+                scale_buffer,
+            )
 
-            one(row(read), row(magnitude), index)
+        def cuda_row(row, index) -> None:
+            # The walk is over values; magnitudes are seen by the same threads.
+            store_encoded_row(row, row.mapped(tirx.abs), index, layout, isa, code_buffer, scale_buffer)
 
         if isa.name == "cuda":
-            # The walk is over values; magnitudes are seen by the same threads.
-            for_each_cuda_row(rows, length, read, lambda row, index: one(row, row.mapped(tirx.abs), index))
+            for_each_cuda_row(rows, length, read, cuda_row)
         else:
             for_each_row(rows, length, threads, cpu_row)
 
@@ -65,6 +67,15 @@ def scaled_reader(source, factors, length: int) -> Callable:
         return bind(mul(value, load(factors, offset, lanes)))
 
     return read
+
+
+def emit_cpu_row(
+    read: Callable, index, length: int, layout: Layout, isa: InstructionSet, codes, scales
+) -> None:
+    """Encode row ``index``, read by ``read(offset, lanes)``, into the buffers ``codes`` and ``scales``."""
+    values = Row(isa, length, read, pad=0.0)
+    magnitudes = Row(isa, length, lambda offset, lanes: tirx.abs(read(offset, lanes)), pad=0.0)
+    store_encoded_row(values, magnitudes, index, layout, isa, codes, scales)
 
 
 def store_encoded_row(values, magnitudes, index, layout: Layout, isa: InstructionSet, codes, scales) -> None:

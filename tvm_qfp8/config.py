@@ -19,15 +19,16 @@ class Config:
         ``auto``: the layout of least error per tensor; or one layout's name for all; or ``float32``, to quantize
         weights only. Without calibration data these are the inputs of dense layers and of most convolutions, with a
         scale for each row or sample that is found at run time: ``auto`` is E3M4 or E2M5 for what the network computes
-        itself, and the module's own inputs, whose columns may have any units, stay float32; E1M6 is the fastest on CPUs
-        with int8 dot products, and less accurate.
+        itself, or a layout without a sign after a ReLU; the module's own inputs, whose columns may have any units, stay
+        float32, but for images of one or three colours; E1M6 is the fastest on CPUs with int8 dot products, and less
+        accurate.
     method : str
         How the scale of an activation is found: ``mse`` (least squared error), ``max``, ``percentile`` (99.99 %) or
         ``entropy`` (least Kullback-Leibler divergence). All stream over the samples in bounded memory.
     byte_loss_db : float or None
-        How many decibels of the outputs' signal to error linear layouts may cost, estimated; their bytes are multiplied
-        twice as fast. 0: none, 6: the fastest module that is of use. None: 2, but 0 for outputs whose estimated signal
-        to error is below 12 dB already.
+        How many decibels of the outputs' signal to error faster layouts than the best may cost, estimated: linear ones,
+        whose bytes are multiplied twice as fast, and those of two exponent bits instead of three. 0: none, 6: the
+        fastest module that is of use. None: 2, but 0 for outputs whose estimated signal to error is below 12 dB.
     recalibrate_batchnorm : bool
         Estimate BatchNorm's statistics anew on the calibration data before folding, layer by layer where that serves
         (see ``recalibrate_batchnorm``); for networks whose weights were rounded, pruned or changed without training.

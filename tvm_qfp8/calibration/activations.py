@@ -18,6 +18,7 @@ from tvm_qfp8.distribution import Distribution, distribution_of
 from tvm_qfp8.format import get_layout
 
 LAYOUTS = ("E2M5", "E3M4", "UE2M6", "UE3M5")
+NARROW_LAYOUTS = ("E2M5", "UE2M6")
 LINEAR_LAYOUTS = ("E1M6", "UE1M7")
 _DROPPED_BITS = (
     14  # of a float32: bins of sign-less exponent and 9 mantissa bits, 4 or more to a rounding step

@@ -10,10 +10,10 @@ import tvm
 
 from tvm_qfp8.calibration import before_logarithm
 from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS
-from tvm_qfp8.calibration.byte_layouts import tensors_in_bytes
-from tvm_qfp8.calibration.choose_activation import FLOAT32, ActivationChooser
+from tvm_qfp8.calibration.choose_activation import FLOAT32, ActivationChooser, Grade
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
+from tvm_qfp8.calibration.grades import grades_of_tensors
 from tvm_qfp8.calibration.linear import find_linear
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.samples import Batches, first_samples
@@ -120,12 +120,12 @@ def calibrate(
         return plan
     samples, first = first_samples(batches, program.inputs, FIRST_SAMPLES)
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
-        in_bytes: set[str] = set()
+        grades: dict[str, Grade] = {}
         if config.activations == "auto":
-            in_bytes = tensors_in_bytes(
+            grades = grades_of_tensors(
                 program, steps, first, options["chooser"], token_mask, progress, config.byte_loss_db
             )
-        walk = Walk(program, steps, spill, plan, token_mask=token_mask, in_bytes=in_bytes, **options)
+        walk = Walk(program, steps, spill, plan, token_mask=token_mask, grades=grades, **options)
         plan.samples = walk.spill_inputs(samples or ())
         walk.run(lambda: report("calibrate", len(plan.linear), count))
     return plan

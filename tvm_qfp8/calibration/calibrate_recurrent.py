@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from tvm_qfp8.calibration.activations import Observer
-from tvm_qfp8.calibration.choose_activation import ActivationChooser
-from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, quantized_weight
+from tvm_qfp8.calibration.choose_activation import ActivationChooser, Grade
+from tvm_qfp8.calibration.linear import quantized_weight
 from tvm_qfp8.calibration.plan import LinearQuantization
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
 
@@ -33,9 +33,9 @@ def calibrate_recurrent(
     chooser: ActivationChooser,
     max_error: float,
     write: Callable[[str, int, tuple], None],
-    in_bytes: bool,
+    grade: Grade,
 ) -> LinearQuantization:
-    """Layouts, linear ones where ``in_bytes``, scales and bias correction.
+    """Layouts of a grade, scales and bias correction.
 
     ``write(flow, sample, result)`` receives both flows' results.
     """
@@ -48,8 +48,8 @@ def calibrate_recurrent(
         _, seen = layer.observed([exact(sample) for sample in batch])
         observer.record(np.stack([x for _, x in seen]))
         operands = operands or seen
-    choice = chooser.choose(observer, [], lambda: [], in_bytes)
-    weight = quantized_weight(layer, LINEAR_WEIGHTS if in_bytes else WEIGHTS)
+    choice = chooser.choose(observer, [], lambda: [], grade)
+    weight = quantized_weight(layer, grade.weights)
     chosen = LinearQuantization(weight, choice.activation, note=choice.note, received=choice.distribution)
     chosen = replace(chosen, bias_correction=_correction(layer.weight, chosen, operands))
     for batch in batches:

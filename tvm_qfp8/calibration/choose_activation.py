@@ -5,13 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS, Choice, Observer
+from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS, NARROW_LAYOUTS, Choice, Observer
 from tvm_qfp8.calibration.channel_scales import can_have_channel_scales, with_channel_scales
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear
 from tvm_qfp8.calibration.row_scales import Rows, can_have_row_scales, with_row_scales
 
-ROW_LAYOUTS, LINEAR_ROW_LAYOUTS = ("E2M5", "E3M4", "UE2M6", "UE3M5"), ("E1M6", "UE1M7")
-"""With a scale for each row, which its largest magnitude decides."""
+
+@dataclass(frozen=True)
+class Grade:
+    """Layouts that an activation and the weights that meet it may have, by what their products cost.
+
+    Attributes
+    ----------
+    activations, weights : tuple of str
+    cost : int
+        Of a multiply-add, relative.
+    """
+
+    activations: tuple[str, ...]
+    weights: tuple[str, ...]
+    cost: int
+
+
+ANY, NARROW, LINEAR = (
+    Grade(LAYOUTS, WEIGHTS, 3),
+    Grade(NARROW_LAYOUTS, WEIGHTS, 2),
+    Grade(LINEAR_LAYOUTS, LINEAR_WEIGHTS, 1),
+)
+"""Linear grid values are bytes, multiplied twice as fast as int16 values with VNNI. Layouts of three exponent bits take
+two products of tiles or on tensor cores (bfloat16 and float16 do not hold their grid), but one of int16 values; their
+cost stands for both."""
 
 FLOAT32 = "float32"
 """Stands for no layout."""
@@ -35,7 +58,7 @@ class ActivationChooser:
     method: str = "mse"
     own_scales: bool = True
 
-    def choose(self, observer: Observer, linears: Sequence[Linear], rows: Rows, in_bytes: bool) -> Choice:
+    def choose(self, observer: Observer, linears: Sequence[Linear], rows: Rows, grade: Grade = ANY) -> Choice:
         """For an activation that ``linears`` read, and nothing else that is quantized; it may be none.
 
         Parameters
@@ -45,12 +68,12 @@ class ActivationChooser:
         linears : sequence of Linear
         rows : callable
             As in ``with_row_scales``.
-        in_bytes : bool
-            In linear layouts.
+        grade : Grade
+            ``ANY``: what the configuration allows.
         """
         if not self.layouts:
             return Choice(None, "activations stay float32 by configuration")
-        allowed = LINEAR_LAYOUTS if in_bytes else self.layouts
+        allowed = self.layouts if grade is ANY else grade.activations
         choice = observer.choose(allowed, self.method)
         if not self.own_scales or not linears:
             return choice
@@ -58,5 +81,4 @@ class ActivationChooser:
             return with_channel_scales(choice, linears, rows, lambda seen: seen.choose(allowed, self.method))
         if not can_have_row_scales(linears):
             return choice
-        layouts, weights = (LINEAR_ROW_LAYOUTS, LINEAR_WEIGHTS) if in_bytes else (ROW_LAYOUTS, WEIGHTS)
-        return with_row_scales(choice, linears, rows, observer.holding(layouts), weights)
+        return with_row_scales(choice, linears, rows, observer.holding(grade.activations), grade.weights)

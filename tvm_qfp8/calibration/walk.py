@@ -11,20 +11,20 @@ one shot, or after the activation function, the correction loses its effect.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from tvm_qfp8.calibration.activations import Choice, Observer
 from tvm_qfp8.calibration.calibrate_recurrent import calibrate_recurrent
-from tvm_qfp8.calibration.choose_activation import ActivationChooser
+from tvm_qfp8.calibration.choose_activation import ANY, ActivationChooser, Grade
 from tvm_qfp8.calibration.embeddings import embedding_steps
 from tvm_qfp8.calibration.evaluate import Program, Step
 from tvm_qfp8.calibration.input_rows import InputRows
 from tvm_qfp8.calibration.linear import (
-    LINEAR_WEIGHTS,
     WEIGHTS,
     Linear,
     LinearSteps,
@@ -62,9 +62,9 @@ class Walk:
         chooser: ActivationChooser,
         token_mask: str,
         max_error: float,
-        in_bytes: Collection[str] = (),
+        grades: Mapping[str, Grade] = MappingProxyType({}),
     ) -> None:
-        self.chooser, self.in_bytes = chooser, in_bytes
+        self.chooser, self.grades = chooser, grades
         self.program, self.spill, self.plan = program, spill, plan
         self.token_mask = token_mask
         self.max_error = max_error
@@ -201,7 +201,7 @@ class Walk:
                 self.observers.pop(name),
                 self.readers.get(name, []),
                 lambda: (self._rows(name, sample) for sample in samples),
-                name in self.in_bytes,
+                self.grades.get(name, ANY),
             )
             self.choices[name] = choice
         return self.choices[name]
@@ -227,7 +227,7 @@ class Walk:
         name, source = linear.step.name, linear.source
         choice = self._choice(source)
         meets = linear if choice.activation is None else linear.meeting(choice.activation)
-        layouts = LINEAR_WEIGHTS if self._multiplies_bytes(linear) else WEIGHTS
+        layouts = WEIGHTS if linear.is_depthwise else self.grades.get(source, ANY).weights
         if linear.shares:
             same = linear.shares, layouts
             codes = self.nearest.get(same) or self.nearest.setdefault(same, quantized_weight(linear, layouts))
@@ -253,9 +253,6 @@ class Walk:
         correction = error.correction()
         self.corrections[name] = linear.per_channel(correction)
         self.plan.linear[name] = replace(chosen, bias_correction=correction, sqnr_db=error.sqnr_db())
-
-    def _multiplies_bytes(self, linear: Linear) -> bool:
-        return linear.source in self.in_bytes and not linear.is_depthwise
 
     def _input_rows(self, linear: Linear, activation: ActivationQuantization | None) -> InputRows:
         """What the layer reads, in both flows; dense layers that read one tensor share it."""
@@ -318,7 +315,7 @@ class Walk:
             self.chooser,
             self.max_error,
             write,
-            step.name in self.in_bytes,
+            self.grades.get(step.name, ANY),
         )
 
     def free_dead(self, group: Group) -> None:

@@ -8,10 +8,12 @@ multiply-adds for each value, such as depthwise ones, would not win back: they s
 Nothing is known of outliers, so activations are E3M4: its grid spans 2000 to 1, and it keeps 5 significant bits of all
 but the smallest. results/accuracy.json has what that costs ("qfp8 without samples"). E2M5 errs somewhat more where
 channels have outliers, as in language models, E1M6 far more; but its bytes multiply twice as fast. Pixels are E2M5:
-the channels of a convolution are evened out by the normalisation that it was trained with.
+the channels of a convolution are evened out by the normalisation that it was trained with. What is never negative
+(``nonnegative``) has a layout without a sign.
 
 The network's own values lie in the range that its weights were trained for. Its inputs may have columns of any units,
-years beside incomes, of which a common scale keeps the largest: they stay float32 unless a layout is asked for.
+years beside incomes, of which a common scale keeps the largest: they stay float32 unless a layout is asked for. Only
+images of one or three colours are known to be of one unit.
 
 Products of two activations and recurrent layers keep float32 activations, too.
 """
@@ -26,14 +28,21 @@ from tvm_qfp8.calibration.activations import LINEAR_LAYOUTS
 from tvm_qfp8.calibration.choose_activation import FLOAT32
 from tvm_qfp8.calibration.evaluate import Name, Program
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear, LinearSteps, quantized_weight
+from tvm_qfp8.calibration.nonnegative import nonnegative
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
 from tvm_qfp8.data_movement import MOVES_DATA
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import QTensor
 from tvm_qfp8.topi.overflow import INT32_LIMIT, largest_sum
 
-LAYOUTS, PIXEL_LAYOUTS = ("E3M4", "E2M5"), ("E2M5",)
-"""The first whose sums fit int32."""
+ROWS, PIXELS, IMAGES = ("E3M4", "E2M5"), ("E2M5",), ("E3M4", "E2M5")
+"""Layouts of what dense layers read, 1x1 convolutions, and others: the first whose sums fit int32."""
+
+ROWS_ABOVE_ZERO, PIXELS_ABOVE_ZERO, IMAGES_ABOVE_ZERO = ("UE3M5", "UE2M6"), ("UE1M7",), ("UE2M6",)
+"""The same where no value is negative. UE1M7 holds all values of E2M5's grid, and its bytes multiply twice as fast."""
+
+COLOURS, COLOUR_LAYOUTS = (1, 3), ("E1M6",)
+"""Channels of an image that is the module's input: they have one unit, and their steps are even, as pixels' are."""
 
 LEAST_MACS = 32
 """For each value that a convolution reads."""
@@ -71,13 +80,14 @@ def quantize_without_samples(
         Called after each linear operator.
     """
     plan.skipped.update(dict.fromkeys(found.products, NO_DATA))
-    inputs = values_of_inputs(program)
+    inputs, above_zero = values_of_inputs(program), nonnegative(program)
     specs = program.inputs | {step.name: step.spec for step in program.steps}
     for name, linear in found.linear.items():
         same = plan.linear.get(linear.shares)
         reason = _reason_for_float32(linear, activations, inputs, specs[linear.source].shape)
         if reason is None:
-            layouts = _layouts(linear) if activations == "auto" else (activations,)
+            auto = activations == "auto"
+            layouts = _layouts(linear, inputs, above_zero) if auto else (activations,)
             weight = quantized_weight(linear, _weights_for(layouts)) if same is None else same.weight
             plan.linear[name] = LinearQuantization(weight, _at_run_time(linear, weight, layouts))
         else:
@@ -113,12 +123,28 @@ def _reason_for_float32(
     if linear.step.operator != "relax.matmul" and linear.macs < LEAST_MACS * math.prod(shape):
         return FEW_MACS
     if activations == "auto":
-        return IS_INPUT if linear.source in inputs else None
+        return IS_INPUT if linear.source in inputs and not _reads_image(linear) else None
     return None if get_layout(activations).signed else NEVER_NEGATIVE.format(activations)
 
 
-def _layouts(linear: Linear) -> Sequence[str]:
-    return PIXEL_LAYOUTS if linear.reads_rows and linear.step.operator != "relax.matmul" else LAYOUTS
+def _reads_image(linear: Linear) -> bool:
+    """A convolution over the pixels of an image of one or three colours."""
+    attrs = linear.step.attrs
+    if linear.step.operator != "relax.nn.conv2d" or int(attrs.groups) != 1:
+        return False
+    extents = dict(zip(attrs.kernel_layout, linear.weight.shape, strict=True))
+    return extents["I"] in COLOURS and min(extents["H"], extents["W"]) > 1
+
+
+def _layouts(linear: Linear, inputs: set[str], above_zero: set[str]) -> Sequence[str]:
+    is_above = linear.source in above_zero
+    if linear.source in inputs:
+        return COLOUR_LAYOUTS
+    if linear.step.operator == "relax.matmul":
+        return ROWS_ABOVE_ZERO if is_above else ROWS
+    if linear.reads_rows:
+        return PIXELS_ABOVE_ZERO if is_above else PIXELS
+    return IMAGES_ABOVE_ZERO if is_above else IMAGES
 
 
 def _weights_for(layouts: Sequence[str]) -> Sequence[str]:

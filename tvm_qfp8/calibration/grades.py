@@ -1,11 +1,12 @@
-"""Which tensors get linear layouts: those where they cost the outputs little for the multiply-adds they save.
+"""Which tensors get cheaper layouts than their best: those where they cost the outputs little for the time they save.
 
 Linear grid values are bytes, of which an instruction multiplies twice as many as of int16 values with VNNI (x86), three
-times as many with Arm's dot products, and somewhat more without. Linear layouts have fewer fine steps, though, and how
-much that costs differs from tensor to tensor by a factor of a thousand. So the error of each activation and the weights
-that it meets, in their best layouts and in linear ones, is compared at the module's outputs, all else in float32;
-tensors are taken in the order of error for each multiply-add, up to a budget, and none where that makes up little of
-the network. The choice does not look at the target: a module gives the same bits everywhere.
+times as many with Arm's dot products, and somewhat more without. Layouts of three exponent bits take two products each
+on tile registers and on tensor cores, those of two one. Cheaper layouts have fewer steps where it matters, though, and
+how much that costs differs from tensor to tensor by a factor of a thousand. So the error of each activation and the
+weights that it meets, in their best layouts and in cheaper ones, is compared at the module's outputs, all else in
+float32; tensors are taken in the order of error for each multiply-add, up to a budget, and none where that makes up
+little of the network. The choice does not look at the target: a module gives the same bits everywhere.
 """
 
 from __future__ import annotations
@@ -17,31 +18,24 @@ from typing import Any
 import numpy as np
 
 from tvm_qfp8.calibration.activations import Observer
-from tvm_qfp8.calibration.choose_activation import ActivationChooser
+from tvm_qfp8.calibration.choose_activation import ANY, LINEAR, NARROW, ActivationChooser, Grade
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.linear import (
-    LINEAR_WEIGHTS,
-    WEIGHTS,
-    Linear,
-    LinearSteps,
-    quantized_weight,
-    read_only_by_linears,
-)
+from tvm_qfp8.calibration.linear import Linear, LinearSteps, quantized_weight, read_only_by_linears
 from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.propagate import Compared, relative_energy, values_with
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
 from tvm_qfp8.quantize import QTensor
 
 BYTE_LOSS_DB = 2.0
-"""That linear layouts may cost of the outputs' signal to error (of a softmax the logits'), estimated by the sum of what
-rounding each activation alone does to them."""
+"""That cheaper layouts may cost of the outputs' signal to error (of a softmax the logits'), estimated by the sum of
+what rounding each activation alone does to them."""
 
 LEAST_DB = 12.0
 """Unless asked to, outputs of more estimated error lose nothing: long chains of layers, as in language models, have
 none to spare."""
 
 LEAST_SHARE = 0.25
-"""Of the multiply-adds of all layers that might be served: less is not worth any error."""
+"""Of the multiply-adds of all layers that might be served, all in linear layouts: less is not worth any error."""
 
 COMPARED_SAMPLES = 4
 """Samples on which outputs are compared; scales are found on all."""
@@ -62,7 +56,7 @@ class _Rounding:
     weights: Mapping[str, QTensor]
 
 
-def tensors_in_bytes(
+def grades_of_tensors(
     program: Program,
     found: LinearSteps,
     samples: Sequence[Mapping[str, np.ndarray]],
@@ -70,8 +64,8 @@ def tensors_in_bytes(
     token_mask: str = "attention_mask",
     progress: Callable[[str, int, int], None] | None = None,
     byte_loss_db: float | None = None,
-) -> set[str]:
-    """Names of the variables that get linear layouts, with the weights of the dense layers that read them.
+) -> dict[str, Grade]:
+    """The variables that get cheaper layouts than the best, with the weights of the dense layers that read them.
 
     A recurrent layer's own name stands for its hidden state.
 
@@ -91,7 +85,7 @@ def tensors_in_bytes(
     """
     report = progress or (lambda stage, done, total: None)
     readers: dict[str, Readers] = {
-        name: linears for name, linears in read_only_by_linears(found).items() if _saved(linears)
+        name: linears for name, linears in read_only_by_linears(found).items() if _macs(linears)
     }
     readers |= found.recurrent
     compared = _Comparison(program, readers, chooser or ActivationChooser(), token_mask)
@@ -102,7 +96,7 @@ def tensors_in_bytes(
         for index, sample in enumerate(few):
             for done in compared.add(sample):
                 report("choose layouts", index * len(readers) + done, len(few) * len(readers))
-    return compared.within_budget(byte_loss_db) if samples else set()
+    return compared.within_budget(byte_loss_db) if samples else {}
 
 
 class _Comparison:
@@ -118,10 +112,10 @@ class _Comparison:
         self.program, self.readers = program, readers
         self.chooser, self.token_mask, self.compared = chooser, token_mask, Compared(program)
         self.observers = {name: Observer() for name in readers}
-        self.roundings: dict[tuple[str, bool], _Rounding] = {}
+        self.roundings: dict[tuple[str, Grade], _Rounding] = {}
         self.activation_alone = dict.fromkeys(readers, 0.0)
         self.samples = 0
-        self.best, self.linear = dict.fromkeys(readers, 0.0), dict.fromkeys(readers, 0.0)
+        self.lost = {grade: dict.fromkeys(readers, 0.0) for grade in (ANY, NARROW, LINEAR)}
 
     def observe(self, sample: Mapping[str, np.ndarray]) -> None:
         """Statistics of one sample's tensors."""
@@ -156,30 +150,34 @@ class _Comparison:
             return relative_energy([a - b for a, b in zip(found, exact, strict=True)], exact, mask)
 
         for count, name in enumerate(self.readers, 1):
-            best, linear = (self._rounding(name, in_bytes, values, mask) for in_bytes in (False, True))
+            best = self._rounding(name, ANY, values, mask)
             self.activation_alone[name] += lost(name, replace(best, weights={}))
-            self.best[name] += lost(name, best)
-            self.linear[name] += lost(name, linear)
+            best_lost = lost(name, best)
+            self.lost[ANY][name] += best_lost
+            is_narrow = best.activation is not None and best.activation.layout in NARROW.activations
+            self.lost[NARROW][name] += (
+                best_lost if is_narrow else lost(name, self._rounding(name, NARROW, values, mask))
+            )
+            self.lost[LINEAR][name] += lost(name, self._rounding(name, LINEAR, values, mask))
             yield count
 
     def _rounding(
-        self, name: str, in_bytes: bool, values: Mapping[str, Any], mask: np.ndarray | None
+        self, name: str, grade: Grade, values: Mapping[str, Any], mask: np.ndarray | None
     ) -> _Rounding:
         """With the factors of the first sample that is compared, where rows have scales."""
-        if (name, in_bytes) not in self.roundings:
+        if (name, grade) not in self.roundings:
             readers, observer = self.readers[name], self.observers[name]
-            layouts = LINEAR_WEIGHTS if in_bytes else WEIGHTS
             if isinstance(readers, Recurrent):
-                choice = self.chooser.choose(observer, [], lambda: [], in_bytes)
-                weights = {name: quantized_weight(readers, layouts)}
+                choice = self.chooser.choose(observer, [], lambda: [], grade)
+                weights = {name: quantized_weight(readers, grade.weights)}
             else:
                 rows = _valid_rows(values[name], mask)
-                choice = self.chooser.choose(observer, readers, lambda: [rows], in_bytes)
-                weights = _weights(readers, choice.activation, layouts)
-            self.roundings[name, in_bytes] = _Rounding(choice.activation, weights)
-        return self.roundings[name, in_bytes]
+                choice = self.chooser.choose(observer, readers, lambda: [rows], grade)
+                weights = _weights(readers, choice.activation, grade.weights)
+            self.roundings[name, grade] = _Rounding(choice.activation, weights)
+        return self.roundings[name, grade]
 
-    def within_budget(self, byte_loss_db: float | None) -> set[str]:
+    def within_budget(self, byte_loss_db: float | None) -> dict[str, Grade]:
         """The tensors of least loss for each multiply-add that is saved."""
         alone = sum(lost for lost in self.activation_alone.values() if np.isfinite(lost))
         if byte_loss_db is None:
@@ -187,19 +185,42 @@ class _Comparison:
         else:
             most = alone * 10 ** (byte_loss_db / 10)
         budget = max(most - alone, 0.0)
-        cost = {name: max(self.linear[name] - self.best[name], 0.0) for name in self.readers}
-        saved = {name: _saved(linears) for name, linears in self.readers.items()}
-        chosen, free = set(), {name for name, lost in cost.items() if lost == 0}
-        for name in sorted(cost, key=lambda name: cost[name] / saved[name]):
-            if cost[name] <= budget:  # never for what is infinite or no number
-                budget -= cost[name]
-                chosen.add(name)
-        enough = sum(saved[name] for name in chosen) >= LEAST_SHARE * sum(saved.values())
-        return chosen if enough else free
+        chosen = {name: LINEAR for name in self.readers if self._loss(name, LINEAR) == 0}
+        free = dict(chosen)
+        while budget > 0 and (moves := list(self._moves(chosen, budget))):
+            _, loss, name, grade = min(moves, key=lambda move: move[0])
+            budget -= loss
+            chosen[name] = grade
+        saved = sum(
+            _macs(self.readers[name]) * self._saved(name, ANY, grade) for name, grade in chosen.items()
+        )
+        possible = sum(map(_macs, self.readers.values()))
+        return chosen if saved >= LEAST_SHARE * possible else free
+
+    def _moves(self, chosen: Mapping[str, Grade], budget: float) -> Iterator[tuple[float, float, str, Grade]]:
+        """What may come next: loss for what it saves, loss, tensor and grade."""
+        for name, readers in self.readers.items():
+            now = chosen.get(name, ANY)
+            for grade in (NARROW, LINEAR):
+                saved, loss = self._saved(name, now, grade), self._loss(name, grade) - self._loss(name, now)
+                if saved > 0 and loss <= budget:  # never for what is infinite or no number
+                    yield loss / (saved * _macs(readers)), loss, name, grade
+
+    def _saved(self, name: str, now: Grade, then: Grade) -> int:
+        return self._cost(name, now) - self._cost(name, then)
+
+    def _cost(self, name: str, grade: Grade) -> int:
+        best = self.roundings[name, ANY].activation
+        if grade is ANY and best is not None and best.layout in NARROW.activations:
+            return NARROW.cost
+        return grade.cost
+
+    def _loss(self, name: str, grade: Grade) -> float:
+        return max(self.lost[grade][name] - self.lost[ANY][name], 0.0)
 
 
-def _saved(readers: Readers) -> int:
-    """Multiply-adds of bytes instead of int16 values."""
+def _macs(readers: Readers) -> int:
+    """Multiply-adds that take time by the layouts."""
     if isinstance(readers, Recurrent):
         return readers.macs
     return sum(linear.macs for linear in readers if not linear.is_depthwise)
