@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, inverse_sum, mul, sub, with_lanes
 from tvm_qfp8.topi.panels import overlapped_start
 from tvm_qfp8.topi.prim_func import load, store
-from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ROW_ELEMENTS
 
 BLOCK = 16
 """Columns of a block: a cache line of every row, whatever the registers hold."""
@@ -83,7 +83,7 @@ def for_each_columns(shape: tuple[int, int, int], threads: int, body: Callable[.
     outer, length, inner = shape
     whole = inner >= BLOCK
     blocks = -(-inner // BLOCK) if whole else 1
-    parallel = threads > 1 and outer * blocks > 1 and outer * length * inner >= MIN_PARALLEL_ELEMENTS
+    parallel = threads > 1 and outer * blocks > 1 and outer * length * inner >= MIN_PARALLEL_ROW_ELEMENTS
     with (T.parallel if parallel else T.serial)(0, outer * blocks) as index:
         if whole:
             body(T.bind(index // blocks), overlapped_start(T.bind(index % blocks), BLOCK, inner), BLOCK)

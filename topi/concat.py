@@ -9,7 +9,7 @@ from tvm import tirx
 
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, load_float, store, vector_runs
-from tvm_qfp8.topi.rows import for_each_row
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, for_each_row
 
 
 def emit_concat(
@@ -41,7 +41,8 @@ def emit_concat(
         else:
             around(row, lambda: join(row))
 
-    for_each_row(rows, sum(lengths), threads, one_row)
+    is_small = around is None and rows * sum(lengths) < MIN_PARALLEL_ELEMENTS
+    for_each_row(rows, sum(lengths), 1 if is_small else threads, one_row)
 
 
 def emit_concat_of_floats(

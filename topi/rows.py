@@ -16,7 +16,10 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start
 from tvm_qfp8.topi.prim_func import load, store, stores_last
 
-MIN_PARALLEL_ELEMENTS = 65_536
+MIN_PARALLEL_ELEMENTS, MIN_PARALLEL_ROW_ELEMENTS = 65_536, 20_000
+"""Below, operators stay serial: those that go over their elements once, and those on rows, as softmax and norms. A
+parallel region costs 2 to 7 us, as so many elements do."""
+
 BLOCKS_OF_THREAD = 4
 """So that fewer threads than compiled for share them evenly, too."""
 
@@ -186,7 +189,7 @@ def _rotated(vector, distance: int):
 
 def for_each_row(rows: int, length: int, threads: int, body: Callable) -> None:
     """``body(row)`` over all rows, in parallel where it pays."""
-    if threads == 1 or rows == 1 or rows * length < MIN_PARALLEL_ELEMENTS:
+    if threads == 1 or rows == 1 or rows * length < MIN_PARALLEL_ROW_ELEMENTS:
         with T.serial(0, rows) as row:
             body(row)
         return

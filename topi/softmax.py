@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, bind, inverse_sum, lanes_of, mul, sub
 from tvm_qfp8.topi.panels import overlapped_start
 from tvm_qfp8.topi.prim_func import load, store
-from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, Row, like_scalar
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ROW_ELEMENTS, Row, like_scalar
 
 
 def emit_softmax(
@@ -27,7 +27,7 @@ def emit_softmax(
     ``exp`` gives 0 for -infinity, the rows' padding. 0 for a row of only -infinity,
     as attention asks for where a mask leaves nothing.
     """
-    parallel = threads > 1 and rows > 1 and rows * length >= MIN_PARALLEL_ELEMENTS
+    parallel = threads > 1 and rows > 1 and rows * length >= MIN_PARALLEL_ROW_ELEMENTS
     block = -(-rows // threads) if parallel else rows
 
     def one_block(first) -> None:

@@ -142,17 +142,21 @@ def emit_tile_conv(
             finish,
         )
 
-    def block(image, index) -> None:
-        first_out_row = overlapped_start(index, block_h, out_h)
+    def slab_of(image, first_out_row):
         slab = tile_buffer(plan.parts * part_size, kind.dtype)
         for number, part in enumerate(plan.decoded_parts):
             filler(part)(image, first_out_row, 0, slab, number * part_size)
             zero_run(isa, slab, number * part_size + slab_size, plan.steps)
-        registers.share(
-            panels.count,
-            threads if parallel and not by_rows else 1,
-            lambda *panel_range: products(panel_range, image, first_out_row, slab),
-        )
+        return slab
+
+    def block(image, index) -> None:
+        first_out_row = overlapped_start(index, block_h, out_h)
+
+        def part(*panel_range) -> None:
+            # Each thread fills a slab for itself: to wait for another's cache takes longer.
+            products(panel_range, image, first_out_row, slab_of(image, first_out_row))
+
+        registers.share(panels.count, threads if parallel and not by_rows else 1, part)
 
     def body() -> None:
         with T.serial(0, shape.batch) as image:

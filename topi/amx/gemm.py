@@ -23,7 +23,7 @@ from tvm_qfp8.topi.amx.plan import (
     tile_kind,
 )
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
-from tvm_qfp8.topi.amx.tiles import ROWS, UNSIGNED, tile_buffer, with_tiles
+from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, UNSIGNED, tile_buffer, with_tiles
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start, zero_run
@@ -52,10 +52,12 @@ def emit_tile_gemm(
     row_size = scratch_row(depth * plan.parts, kind)
 
     parallel = threads > 1 and shape.rows * shape.columns * shape.depth >= MIN_PARALLEL_MACS
+    weight_bytes, activation_bytes = shape.columns * shape.depth, shape.rows * shape.depth
     by_rows = (
         parallel
-        and shape.rows >= 2 * threads * 48
-        and shares_rows(shape.columns * shape.depth, shape.rows * shape.depth)
+        and -(-shape.rows // registers.all_rows) >= threads
+        # Each thread decodes what it reads, of weights and of activations.
+        and (shape.columns <= shape.rows if kind is BFLOAT16 else shares_rows(weight_bytes, activation_bytes))
     )
     most = max(registers.all_rows, SCRATCH_BYTES // (row_size * kind.element_bytes))
     if by_rows:
@@ -90,29 +92,28 @@ def emit_tile_gemm(
                 decode_for_tiles(kind, activation, x, source, operands, at, shape.depth, part)
                 zero_run(isa, operands, at + shape.depth, depth - shape.depth)
 
-    def block(index) -> None:
-        first_row = overlapped_start(index, block_rows, shape.rows)
+    def operands_of(first_row) -> tuple:
+        """(buffer, elements from row to row) of a block of rows."""
         if in_place:
             offset = T.bind(first_row * shape.depth) if blocks > 1 else 0
             size = block_rows * shape.depth
-            operands, row_stride = (
-                T.decl_buffer((size,), "uint8", data=x.data, elem_offset=offset),
-                shape.depth,
-            )
+            return T.decl_buffer((size,), "uint8", data=x.data, elem_offset=offset), shape.depth
+        operands = tile_buffer(groups * registers.all_rows * row_size, kind.dtype)
+        if row_size == shape.depth:
+            source = first_row * shape.depth
+            decode_for_tiles(kind, activation, x, source, operands, 0, block_rows * shape.depth)
         else:
-            size = groups * registers.all_rows * row_size
-            operands, row_stride = tile_buffer(size, kind.dtype), row_size
-            if row_size == shape.depth:
-                source = first_row * shape.depth
-                decode_for_tiles(kind, activation, x, source, operands, 0, block_rows * shape.depth)
-            else:
-                decode_rows(operands, first_row)
+            decode_rows(operands, first_row)
+        return operands, row_size
 
-        registers.share(
-            panels.count,
-            threads if parallel and not by_rows else 1,
-            lambda *panel_range: products(panel_range, first_row, operands, row_stride),
-        )
+    def block(index) -> None:
+        first_row = overlapped_start(index, block_rows, shape.rows)
+
+        def part(*panel_range) -> None:
+            # Each thread decodes for itself: to wait for another's cache takes longer.
+            products(panel_range, first_row, *operands_of(first_row))
+
+        registers.share(panels.count, threads if parallel and not by_rows else 1, part)
 
     def body() -> None:
         if blocks == 1:
