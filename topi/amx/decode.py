@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from tvm import tirx
 
@@ -19,6 +21,13 @@ CODES = 64
 
 AS_BYTES = Split(0, (WHOLE,), (WHOLE,), (1,))
 
+PACKED = np.concatenate([np.r_[at : at + 8, at + 32 : at + 40] for at in range(0, 32, 8)])
+"""Which of 64 numbers has which place among packed codes: so the instructions that put a low and a high byte beside
+each other, which work on 16 bytes for themselves, give the numbers in order."""
+
+PLACES = np.argsort(PACKED).tolist()
+"""The place of each number."""
+
 
 def decode_for_tiles(
     kind: TileKind,
@@ -29,18 +38,24 @@ def decode_for_tiles(
     target_at,
     length: int,
     part: tuple[int, bool] | None = None,
+    packed: bool = False,
 ) -> None:
-    """Make operands of ``length`` neighbouring codes; of a ``part`` of them, (shift, high), as in ``plan.part``."""
+    """Make operands of ``length`` neighbouring codes; of a ``part`` of them, (shift, high), as in ``plan.part``.
+
+    ``packed``: groups of 64 are in the order ``PACKED``, and ``length`` is whole groups.
+    """
 
     def emit(offset, lanes: int) -> None:
         codes = load(source, source_at + offset, lanes)
-        for at, value in operands_of(kind, layout, codes, part):
+        for at, value in operands_of(kind, layout, codes, part, packed):
             store(target, target_at + offset + at, value, lanes_of(value))
 
     vector_runs(length, CODES, emit)
 
 
-def operands_of(kind: TileKind, layout: Layout, codes, part: tuple[int, bool] | None = None) -> list[tuple]:
+def operands_of(
+    kind: TileKind, layout: Layout, codes, part: tuple[int, bool] | None = None, packed: bool = False
+) -> list[tuple]:
     """[(offset, vector)] of the operands of a vector of codes."""
     lanes = lanes_of(codes)
     if kind is not BFLOAT16:
@@ -50,7 +65,9 @@ def operands_of(kind: TileKind, layout: Layout, codes, part: tuple[int, bool] | 
     if lanes < CODES:
         codes = bind(tirx.Shuffle([codes] * (CODES // lanes), [tirx.const(i, "int32") for i in range(CODES)]))
     low, high = _looked_up(codes, layout, part)
-    return [(at, _interleaved(low, high, at, min(lanes, 32))) for at in range(0, lanes, 32)]
+    if packed:
+        return [(at, _interleaved(low, high, PLACES[at : at + 32])) for at in (0, 32)]
+    return [(at, _interleaved(low, high, range(at, at + min(lanes, 32)))) for at in range(0, lanes, 32)]
 
 
 def _looked_up(codes, layout: Layout, part: tuple[int, bool] | None) -> tuple:
@@ -71,8 +88,8 @@ def _bytes(layout: Layout, part: tuple[int, bool] | None) -> tuple[np.ndarray, n
     return (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
 
 
-def _interleaved(low, high, first: int, count: int):
-    """``count`` numbers of two bytes from the bytes ``first`` and on."""
-    order = [half * CODES + first + i for i in range(count) for half in (0, 1)]
+def _interleaved(low, high, places: Sequence[int]):
+    """Numbers of two bytes, from the bytes at ``places``."""
+    order = [half * CODES + place for place in places for half in (0, 1)]
     found = bind(tirx.Shuffle([low, high], [tirx.const(place, "int32") for place in order]))
-    return bind(tirx.reinterpret(with_lanes("uint16", count), found))
+    return bind(tirx.reinterpret(with_lanes("uint16", len(places)), found))

@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout, decode_grid
-from tvm_qfp8.topi.amx.decode import decode_for_tiles
+from tvm_qfp8.topi.amx.decode import PACKED, decode_for_tiles
 from tvm_qfp8.topi.amx.plan import RESIDENT_BYTES, TilePlan
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer
 from tvm_qfp8.topi.panels import pack_panels
@@ -29,6 +29,8 @@ def pack_tile_weights(plan: TilePlan, layout: Layout, codes: np.ndarray) -> np.n
     if plan.kind is not BFLOAT16:
         padded = decode_grid(padded, layout).astype(np.int8).view(np.uint8)
     panels = pack_panels(padded.reshape(len(codes), -1), plan.registers.width, plan.kind.pair)
+    if plan.kind is BFLOAT16:
+        panels = panels.reshape(-1, PIECE)[:, PACKED].reshape(len(panels), -1)
     return panels.reshape(len(panels), -1)
 
 
@@ -94,10 +96,10 @@ class WeightPanels(Panels):
             weights = tile_buffer(self.count * self.unit, self.plan.kind.dtype)
             with T.serial(0, count) as panel:
                 at = T.bind(panel * self.unit)
-                decode_for_tiles(self.plan.kind, self.layout, packed, source + at, weights, at, self.unit)
+                self._decode(packed, source + at, weights, at, self.unit)
             return weights
         weights = tile_buffer(2 * self.unit, self.plan.kind.dtype)
-        decode_for_tiles(self.plan.kind, self.layout, packed, source, weights, 0, self.unit)
+        self._decode(packed, source, weights, 0, self.unit)
         return weights
 
     def next_slice(self, packed, buffer, first_panel, unit, part, parts: int) -> None:
@@ -117,7 +119,10 @@ class WeightPanels(Panels):
                 return
             prefetch_run(packed, source + self.unit + at, PIECE)
             target = T.bind((unit + 1) % 2 * self.unit + at)
-            decode_for_tiles(self.plan.kind, self.layout, packed, source + at, buffer, target, PIECE)
+            self._decode(packed, source + at, buffer, target, PIECE)
+
+    def _decode(self, packed, source, target, target_at, length: int) -> None:
+        decode_for_tiles(self.plan.kind, self.layout, packed, source, target, target_at, length, packed=True)
 
     def place(self, first_panel, unit):
         if self.plan.kind is not BFLOAT16:
