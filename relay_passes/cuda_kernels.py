@@ -11,13 +11,12 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
-from tvm_qfp8.relay_passes.linear_kernels import batch_matmul_shape, conv_shape, scaled_by
+from tvm_qfp8.relay_passes.linear_kernels import conv_shape, product_of, scaled_by
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
-from tvm_qfp8.relay_passes.qfp8_ops import logical_shapes
 from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, concat_operands, emit_row_operator, pool_shape
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
-from tvm_qfp8.topi.cuda.batch_matmul import Product, emit_batch_matmul
+from tvm_qfp8.topi.cuda.batch_matmul import emit_batch_matmul
 from tvm_qfp8.topi.cuda.direct_conv import emit_float_conv, pack_direct_weights
 from tvm_qfp8.topi.cuda.isa import HOPPER, INSTRUCTION_SET
 from tvm_qfp8.topi.cuda.launch import BUSY, for_each
@@ -70,9 +69,7 @@ def _with_scales(
 
 
 def _batch_matmul(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
-    shape = batch_matmul_shape(call)
-    inside = bool(call.attrs["x_heads_inside"]), bool(call.attrs["y_heads_inside"])
-    product = Product(shape, logical_shapes(call)[0][1] if any(inside) else 1, *inside)
+    product = product_of(call)
     x_at, y_at = (operands.tensor(argument) for argument in call.args)
     scale = operands.scalar(float(call.attrs["scale"]))
 

@@ -14,12 +14,12 @@ from tvm_qfp8.calibration.contents import contents
 from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
-from tvm_qfp8.relay_passes.qfp8_ops import logical_shapes
+from tvm_qfp8.relay_passes.qfp8_ops import HEADS_INSIDE, logical_shapes
 from tvm_qfp8.topi.amx.batch_matmul import emit_tile_products, plan_tile_products
 from tvm_qfp8.topi.amx.conv2d import emit_tile_conv, plan_tile_conv
 from tvm_qfp8.topi.amx.gemm import emit_tile_gemm, plan_tile_gemm
 from tvm_qfp8.topi.amx.panels import pack_tile_weights
-from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, emit_batch_matmul
+from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, Product, emit_batch_matmul
 from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
 from tvm_qfp8.topi.few_rows import emit_few_rows, multiplies_magnitudes, pack_few_rows
@@ -258,12 +258,12 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
     return body, plan
 
 
-def batch_matmul_shape(call) -> BatchMatmulShape:
+def product_of(call) -> Product:
     """The static description of a ``qfp8.batch_matmul`` call."""
     x, y = call.args
     x_shape, y_shape = ([int(extent) for extent in shape] for shape in logical_shapes(call))
     transpose = bool(call.attrs["transpose_y"])
-    return BatchMatmulShape(
+    shape = BatchMatmulShape(
         int(np.prod(x_shape[:-2], dtype=np.int64)),
         x_shape[-2],
         y_shape[-2] if transpose else y_shape[-1],
@@ -272,22 +272,25 @@ def batch_matmul_shape(call) -> BatchMatmulShape:
         layout_of(y),
         transpose,
     )
+    inside = [bool(call.attrs[name]) for name in HEADS_INSIDE]
+    return Product(shape, x_shape[1] if any(inside) else 1, *inside)
 
 
 def _batch_matmul(
     call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser
 ) -> Emitter:
     x, y = call.args
-    shape = batch_matmul_shape(call)
+    product = product_of(call)
+    shape = product.shape
     x_at, y_at = operands.tensor(x), operands.tensor(y)
     scale = operands.scalar(float(call.attrs["scale"]))
     plan = plan_tile_products(isa, shape)
     if plan is not None:
-        emit = functools.partial(emit_tile_products, isa, shape, plan, threads=threads)
+        emit = functools.partial(emit_tile_products, isa, product, plan, threads=threads)
     else:
         variant, chooser = _in_floats(isa, choose) if shape.x is None else (isa, choose)
         schedule = chooser(BatchMatmulSchedule, variant, shape, threads)
-        emit = functools.partial(emit_batch_matmul, variant, shape, threads=threads, schedule=schedule)
+        emit = functools.partial(emit_batch_matmul, variant, product, threads=threads, schedule=schedule)
 
     def body(inputs, finish) -> None:
         scalars = inputs[-1]
@@ -298,7 +301,7 @@ def _batch_matmul(
 
         emit(inputs[x_at], inputs[y_at], epilogue)
 
-    return body, (shape, plan)
+    return body, (product, plan)
 
 
 LINEAR_ANCHORS: dict[str, Callable] = {

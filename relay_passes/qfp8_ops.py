@@ -86,14 +86,16 @@ def _conv2d_type(call, _builder):
 
 def _batch_matmul_type(call, _builder):
     x, y = logical_shapes(call)
-    columns = y[-2] if bool(call.attrs["transpose_y"]) else y[-1]
-    return relax.TensorType([*x[:-1], columns], "float32")
+    shape = [*x[:-1], y[-2] if bool(call.attrs["transpose_y"]) else y[-1]]
+    if bool(call.attrs["result_heads_inside"]):
+        shape[1], shape[2] = shape[2], shape[1]
+    return relax.TensorType(shape, "float32")
 
 
 def logical_shapes(call) -> list[list]:
     """Shapes of a product's operands with heads, where they lie inside, among the batches."""
     found = []
-    for argument, inside in zip(call.args, ("x_heads_inside", "y_heads_inside"), strict=True):
+    for argument, inside in zip(call.args, HEADS_INSIDE, strict=False):
         shape = list(argument.ty.shape)
         if bool(call.attrs[inside]):
             shape[1], shape[2] = shape[2], shape[1]
@@ -230,14 +232,22 @@ def conv2d(
     )
 
 
+HEADS_INSIDE = ("x_heads_inside", "y_heads_inside", "result_heads_inside")
+
+
 def batch_matmul(
-    x, y, scale: float, *, transpose_y: bool, heads_inside: tuple[bool, bool] = (False, False)
+    x,
+    y,
+    scale: float,
+    *,
+    transpose_y: bool,
+    heads_inside: tuple[bool, bool, bool] = (False, False, False),
 ) -> relax.Call:
     """``x (..., m, k)`` by ``y (..., k, n)``, or by ``(..., n, k)`` transposed, times ``scale``.
 
-    An operand with ``heads_inside`` is ``(batch, m, heads, k)`` instead of ``(batch, heads, m, k)``; likewise y.
+    x with ``heads_inside`` is ``(batch, m, heads, k)`` instead of ``(batch, heads, m, k)``; likewise y and the result.
     """
-    inside = dict(zip(("x_heads_inside", "y_heads_inside"), heads_inside, strict=True))
+    inside = dict(zip(HEADS_INSIDE, heads_inside, strict=True))
     return _call("batch_matmul", [x, y], scale=float(scale), transpose_y=transpose_y, **inside)
 
 

@@ -6,8 +6,8 @@ from cuda_emulator import run_kernel
 from test_cuda import NEEDS_COMPILER, NEEDS_GPU, kernel_of, on_gpu, random_codes
 
 from tvm_qfp8.format import decode_grid, get_layout
-from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
-from tvm_qfp8.topi.cuda.batch_matmul import Product, emit_batch_matmul, exact_steps_of_any
+from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, Product
+from tvm_qfp8.topi.cuda.batch_matmul import emit_batch_matmul, exact_steps_of_any
 
 # batch, rows, columns, depth, layouts, and if the right operand is transposed
 PRODUCTS = {

@@ -51,9 +51,41 @@ class BatchMatmulShape:
         return (INT32_LIMIT - 1) // (x.max_grid * y.max_grid) // 2 * 2
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product, and where the heads of its operands and its result are: the last of the batches, or inside.
+
+    Inside is between the lines and what lies in a line: ``(batch, lines, heads, values)``.
+    """
+
+    shape: BatchMatmulShape
+    heads: int = 1
+    x_inside: bool = False
+    y_inside: bool = False
+    result_inside: bool = False
+
+    def row_of_x(self, batch, row):
+        """The place of a batch's row among all of x."""
+        return self._line(self.x_inside, batch, self.shape.rows, row)
+
+    def row_of_y(self, batch, row):
+        """The same of y, whose rows are columns of the product if it is transposed, else steps of the reduction."""
+        rows = self.shape.columns if self.shape.transpose_y else self.shape.depth
+        return self._line(self.y_inside, batch, rows, row)
+
+    def row_of_result(self, batch, row):
+        """The same of the result."""
+        return self._line(self.result_inside, batch, self.shape.rows, row)
+
+    def _line(self, inside: bool, batch, lines: int, line):
+        if not inside:
+            return batch * lines + line
+        return (batch // self.heads * lines + line) * self.heads + batch % self.heads
+
+
 def emit_batch_matmul(
     isa: InstructionSet,
-    shape: BatchMatmulShape,
+    product: Product,
     x,
     y,
     epilogue: Callable,
@@ -61,6 +93,7 @@ def emit_batch_matmul(
     schedule: BatchMatmulSchedule,
 ) -> None:
     """Emit the loops; ``epilogue(sum float32xL, row, column, valid)`` with ``row`` counted over all batches."""
+    shape = product.shape
     tile_rows, vectors = schedule.tile_rows, schedule.vectors
     width = vectors * isa.lanes
     depth = round_up(shape.depth, isa.pair)
@@ -77,7 +110,7 @@ def emit_batch_matmul(
         with T.serial(0, panel_count) as panel:
             first = overlapped_start(panel, width, shape.columns)
             with T.serial(0, min(width, shape.columns)) as lane:
-                source = (batch * shape.columns + first + lane) * shape.depth
+                source = product.row_of_y(batch, first + lane) * shape.depth
                 decode_run(isa, shape.y, y, source, row, 0, shape.depth)
                 start = T.bind(panel * steps * panel_step + lane * isa.pair)
                 with T.serial(0, steps) as step:
@@ -85,7 +118,6 @@ def emit_batch_matmul(
 
     def decode_straight(batch, panels) -> None:
         """Rows of y are steps of the reduction: neighbouring columns stay neighbours."""
-        start = batch * shape.depth * shape.columns
 
         def columns_of(panel, step) -> None:
             first = overlapped_start(panel, width, shape.columns)
@@ -94,7 +126,7 @@ def emit_batch_matmul(
                 at = (panel * steps + step) * panel_step + offset * isa.pair
 
                 def values(k):
-                    return load(y, start + k * shape.columns + first + offset, lanes)
+                    return load(y, product.row_of_y(batch, k) * shape.columns + first + offset, lanes)
 
                 if isa.pair == 1:
                     store(panels, at, operand_expr(isa, shape.y, values(step)), lanes)
@@ -169,12 +201,12 @@ def emit_batch_matmul(
                 at = (i * vectors + j) * lanes
                 value = registers.value(i, j) if single else load(totals, at, lanes)
                 value = to_float(value) if dtype_of(value).startswith("int32") else value
-                epilogue(value, batch * shape.rows + first_row + i, first_column + j * lanes, valid)
+                epilogue(value, product.row_of_result(batch, first_row + i), first_column + j * lanes, valid)
 
     with (T.parallel if parallel else T.serial)(0, shape.batch) as batch:
         scratch = T.alloc_buffer((shape.rows * depth,), isa.operand, align=64)
         with T.serial(0, shape.rows) as row:
-            source = (batch * shape.rows + row) * shape.depth
+            source = product.row_of_x(batch, row) * shape.depth
             decode_run(isa, shape.x, x, source, scratch, row * depth, shape.depth)
             zero_run(isa, scratch, row * depth + shape.depth, depth - shape.depth)
         panels = T.alloc_buffer((panel_count * depth * width,), isa.operand, align=64)

@@ -108,7 +108,8 @@ def lowering_passes(
         Interpolate(config.max_error),
         # -- what goes from kernel to kernel in float32, such as residual sums, is rounded to float16
         *([] if halved is None else [HalveTraffic(halved)]),
-        *([FoldHeads()] if isa.name == "cuda" else []),
+        # -- products of two activations read and write heads where they lie
+        FoldHeads(),
         # -- fuse and schedule: one kernel per group of layers, from codes to codes
         LowerGroups(isa, threads, config.max_error, choose, memory),
         # -- the rest: remaining QFP8 tensors become bytes, remaining operators get a generic schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from tvm import tirx
@@ -12,7 +13,7 @@ from tvm_qfp8.topi.amx.panels import Panels
 from tvm_qfp8.topi.amx.plan import TilePlan, best_block, exact_blocks, fits_tiles, scratch_row
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, tile_buffer, with_tiles
-from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
+from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, Product
 from tvm_qfp8.topi.exact_sums import EXACT
 from tvm_qfp8.topi.float_contract import bind, dtype_of, to_float, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
@@ -55,9 +56,10 @@ class ActivationPanels(Panels):
 
 
 def emit_tile_products(
-    isa: InstructionSet, shape: BatchMatmulShape, plan: TilePlan, x, y, epilogue: Callable, threads: int
+    isa: InstructionSet, product: Product, plan: TilePlan, x, y, epilogue: Callable, threads: int
 ) -> None:
     """Emit the kernel; ``epilogue(sum float32x16, row, column, valid)`` as in ``batch_matmul.py``."""
+    shape = product.shape
     registers = plan.registers
     x_layout, y_layout = shape.layouts()
     panels = ActivationPanels(plan, shape.columns)
@@ -71,17 +73,19 @@ def emit_tile_products(
         """Where in the panels the pair of steps from ``step`` of a column lies."""
         return panel * (depth * width) + step * width + column * PAIR
 
-    def decode_rows(layout, source, first_row, rows: int, target, parts) -> None:
-        """So many rows of an operand whose rows are steps of the reduction."""
-        if row_size == shape.depth:
-            decode_for_tiles(BFLOAT16, layout, source, first_row * shape.depth, target, 0, rows * row_size)
+    def decode_rows(layout, source, row_of: Callable, rows: int, target, parts, together: bool) -> None:
+        """So many rows of an operand whose rows are steps of the reduction; ``row_of(row)`` is their place.
+
+        ``together``: one lies behind the other.
+        """
+        if row_size == shape.depth and together:
+            decode_for_tiles(BFLOAT16, layout, source, row_of(0) * shape.depth, target, 0, rows * row_size)
             return
         with T.serial(0, rows) as row:
+            start = T.bind(row_of(row) * shape.depth)
             for index, part in enumerate(parts):
                 at = row * row_size + index * depth
-                decode_for_tiles(
-                    BFLOAT16, layout, source, (first_row + row) * shape.depth, target, at, shape.depth, part
-                )
+                decode_for_tiles(BFLOAT16, layout, source, start, target, at, shape.depth, part)
                 zero_run(isa, target, at + shape.depth, depth - shape.depth)
 
     def turn_columns(batch, turned, panels_buffer) -> None:
@@ -89,8 +93,12 @@ def emit_tile_products(
         with T.serial(0, panels.count) as panel:
             first = overlapped_start(panel, width, shape.columns)
             for vector, valid in enumerate(panels.valid):
-                first_row = T.bind(batch * shape.columns + first + vector * ROWS)
-                decode_rows(y_layout, y, first_row, valid, turned, [None])
+                first_row = T.bind(first + vector * ROWS)
+
+                def row_of(row, first_row=first_row):
+                    return product.row_of_y(batch, first_row + row)
+
+                decode_rows(y_layout, y, row_of, valid, turned, [None], not product.y_inside)
                 with T.serial(0, -(-depth // BFLOAT16.most)) as chunk:
                     at = T.bind(chunk * BFLOAT16.most)
                     rows = [
@@ -113,10 +121,14 @@ def emit_tile_products(
                     # Two whole vectors are as many codes as are looked up at once.
                     count = 2 if panels.valid[vector : vector + 2] == [ROWS, ROWS] else 1
                     lanes = count * ROWS
-                    source = (batch * shape.depth + step) * shape.columns + first + vector * ROWS
-                    rows = [_codes(y, source, panels.valid[vector], lanes)]
+                    column = first + vector * ROWS
+
+                    def codes_of(row, column=column, valid=panels.valid[vector], lanes=lanes):
+                        return _codes(y, product.row_of_y(batch, row) * shape.columns + column, valid, lanes)
+
+                    rows = [codes_of(step)]
                     if both:
-                        rows.append(_codes(y, source + shape.columns, panels.valid[vector], lanes))
+                        rows.append(codes_of(step + 1))
                     else:
                         rows.append(tirx.const(0, with_lanes("uint8", lanes)))
                     order = [half * lanes + lane for lane in range(lanes) for half in (0, 1)]
@@ -141,7 +153,15 @@ def emit_tile_products(
         sums = sum_buffers(plan, groups)
         with T.serial(0, count) as index:
             batch = T.bind(first_batch + index)
-            decode_rows(x_layout, x, batch * shape.rows, shape.rows, operands, plan.decoded_parts)
+            decode_rows(
+                x_layout,
+                x,
+                functools.partial(product.row_of_x, batch),
+                shape.rows,
+                operands,
+                plan.decoded_parts,
+                not product.x_inside,
+            )
             (turn_columns if shape.transpose_y else pair_rows)(batch, turned, panels_buffer)
             one(batch, operands, panels_buffer, sums)
 
@@ -155,7 +175,7 @@ def emit_tile_products(
 
         def finish(panel, group, row):
             first_column = overlapped_start(panel, width, shape.columns)
-            at = T.bind(batch * shape.rows + first_of(group) + row)
+            at = T.bind(product.row_of_result(batch, first_of(group) + row))
 
             def column(vector, total) -> None:
                 value = to_float(total) if dtype_of(total).startswith("int32") else total

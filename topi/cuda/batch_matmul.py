@@ -7,13 +7,12 @@ after as many steps as are exact for the largest grid values; a step is 16 codes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
+from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, Product
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.cuda.device import MMA_COLUMNS, MMA_DEPTH, MMA_ROWS, decode_pairs, grid_exponent, mma
 from tvm_qfp8.topi.cuda.float_sum import FloatSum
@@ -33,22 +32,6 @@ LANE = 4
 """Codes of a step that a thread has of a row: a word."""
 
 
-@dataclass(frozen=True)
-class Product:
-    """A product, and where its operands' heads are: the last of the batches, or between rows and depth."""
-
-    shape: BatchMatmulShape
-    heads: int = 1
-    x_inside: bool = False
-    y_inside: bool = False
-
-    def line(self, inside: bool, batch, lines: int, line):
-        """The place of a batch's ``line`` of so many among all: rows of x, columns or steps of y."""
-        if not inside:
-            return batch * lines + line
-        return (batch // self.heads * lines + line) * self.heads + batch % self.heads
-
-
 def emit_batch_matmul(product: Product, x, y, epilogue: Callable) -> None:
     """``epilogue(sum, row, column, valid)``, ``row`` counted over all batches; codes or, without layouts, float32."""
     shape, steps = product.shape, exact_steps_of_any(product.shape)
@@ -62,18 +45,16 @@ def emit_batch_matmul(product: Product, x, y, epilogue: Callable) -> None:
 
         def right(k):
             if shape.transpose_y:
-                return load(
-                    y, product.line(product.y_inside, batch, shape.columns, column) * shape.depth + k, 1
-                )
-            return load(y, product.line(product.y_inside, batch, shape.depth, k) * shape.columns + column, 1)
+                return load(y, product.row_of_y(batch, column) * shape.depth + k, 1)
+            return load(y, product.row_of_y(batch, k) * shape.columns + column, 1)
 
-        first = T.bind(product.line(product.x_inside, batch, shape.rows, row % shape.rows) * shape.depth)
+        first = T.bind(product.row_of_x(batch, row % shape.rows) * shape.depth)
 
         def left(k):
             return load(x, first + k, 1)
 
         total = _float_sum(shape, left, right) if shape.x is None else _code_sum(shape, left, right)
-        epilogue(total, row, column, 1)
+        epilogue(total, product.row_of_result(batch, row % shape.rows), column, 1)
 
     for_each(shape.batch * shape.rows * shape.columns, one)
 
@@ -110,7 +91,7 @@ def _emit_by_warps(product: Product, exact: int, x, y, epilogue: Callable) -> No
             first_row = T.bind(within // across * MMA_ROWS)
             first_column = T.bind(within % across * (fragments * MMA_COLUMNS))
             rows = [
-                T.bind(product.line(product.x_inside, batch, shape.rows, row))
+                T.bind(product.row_of_x(batch, row))
                 for row in (tirx.min(first_row + h * 8 + group, shape.rows - 1) for h in range(2))
             ]
             columns = [
@@ -138,7 +119,8 @@ def _emit_by_warps(product: Product, exact: int, x, y, epilogue: Callable) -> No
                 with T.If(tirx.And(row < shape.rows, column < shape.columns)):
                     with T.Then():
                         total = sums[part].value(2 * h + e).astype("int32")
-                        epilogue(T.bind(to_float(total)), T.bind(batch * shape.rows + row), T.bind(column), 1)
+                        at = T.bind(product.row_of_result(batch, row))
+                        epilogue(T.bind(to_float(total)), at, T.bind(column), 1)
 
 
 class _Rows:
@@ -165,13 +147,13 @@ class _Rows:
 
 def _right(product: Product, y, batch) -> Callable:
     """``word(column, k)`` of the right operand; beyond the last k the left one is 0."""
-    shape, inside = product.shape, product.y_inside
+    shape = product.shape
     if shape.transpose_y:
         rows = _Rows(shape.depth, y, shape.batch * shape.columns)
-        return lambda column, k: rows.word(T.bind(product.line(inside, batch, shape.columns, column)), k)
+        return lambda column, k: rows.word(T.bind(product.row_of_y(batch, column)), k)
 
     def code(k, column):
-        return load(y, product.line(inside, batch, shape.depth, k) * shape.columns + column, 1)
+        return load(y, product.row_of_y(batch, k) * shape.columns + column, 1)
 
     return lambda column, k: _word_of(lambda i: code(tirx.min(k + i, shape.depth - 1), column))
 
