@@ -21,8 +21,9 @@ from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import StaticMemory
 from tvm_qfp8.tuning.logs import LoggedSchedules, default_roots
 
-LAYOUTS = {Dense: ("E3M4", "E2M5"), Convolution: ("UE2M6", "E2M5")}
-"""Of activations and weights, as calibration picks them: transformers have outliers, convolutions follow a ReLU."""
+LAYOUTS = {Dense: ("E2M5", "E2M5"), Convolution: ("UE2M6", "E2M5")}
+"""Of activations and weights, as calibration picks them most often: rows of tokens have a scale each, convolutions
+follow a ReLU."""
 
 LINEAR_LAYOUTS = {Dense: ("E1M6", "E1M6"), Convolution: ("UE1M7", "E1M6")}
 """Where they cost the outputs little: products of bytes."""
