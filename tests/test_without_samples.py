@@ -18,7 +18,7 @@ from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.without_samples import FEW_MACS, IS_INPUT, values_of_inputs
 from tvm_qfp8.config import Config
 from tvm_qfp8.errors import CalibrationError, InputError
-from tvm_qfp8.format import get_layout
+from tvm_qfp8.format import encode, get_layout
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.conv2d import ConvShape
 
@@ -192,7 +192,7 @@ def test_layers_of_all_kinds():
     module = q.compile(cnn())
     layers = {layer.operator: layer for layer in module.report.layers}
     assert layers["conv2d"].became == "QFP8 weights" and layers["matmul"].became == "QFP8"
-    assert any("2 of 4 linear layers" in note for note in module.report.notes)
+    assert any("3 of 4 linear layers" in note for note in module.report.notes)
     x = images(1)[0]
     canonical = _canonical(cnn())
     expected = evaluate_quantized(canonical, calibrate(canonical, None), x)[0]
@@ -278,6 +278,33 @@ def test_a_transposed_convolution_has_a_scale_for_each_sample():
     (expected,) = evaluate_quantized(mod, calibrate(mod, None), {"x": x})
     for found, sample in zip(module.run({"x": x})[0], expected, strict=True):
         np.testing.assert_allclose(found, sample, atol=1e-4 * np.abs(sample).max())
+
+
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize(
+    "kernel, how", [((48, 1, 1, 20), {}), ((20, 3, 3, 1), {"padding": 1, "groups": 20}), ((16, 1, 1, 20), {})]
+)
+def test_values_with_a_limit_have_one_scale(isa, kernel, how):
+    x = random(3, 9, 8, 20) * 4
+    weight = constant(*kernel)
+
+    def body(emit, x):
+        return emit(R.nn.conv2d(emit(R.clip(x, 0, 6)), weight, **how, **NHWC))
+
+    mod = build({"x": (x.shape, "float32")}, body)
+    module = q.compile(mod, TARGETS[isa])
+    (layer,) = module.report.layers
+    assert (layer.became, layer.activation_layout) == ("QFP8", "UE2M6")
+    (chosen,) = calibrate(mod, None).linear.values()
+    layouts = get_layout("UE2M6"), get_layout(chosen.weight.layout)
+    scale = np.float32(6 / layouts[0].max_grid)
+    assert chosen.activation.scale == scale
+    codes = encode(np.clip(x, 0, 6), scale, layouts[0])
+    total = reference.conv2d(codes, chosen.weight.codes, conv_shape_of(x.shape, kernel, how, layouts))
+    a = np.asarray(chosen.weight.scale).reshape(-1) * scale
+    np.testing.assert_array_equal(
+        module.run({"x": x})[0], reference.scale_and_bias(total, a, np.zeros_like(a))
+    )
 
 
 def test_skipped_layers_and_those_that_share_a_weight():

@@ -11,6 +11,9 @@ channels have outliers, as in language models, E1M6 far more; but its bytes mult
 the channels of a convolution are evened out by the normalisation that it was trained with. What is never negative
 (``nonnegative``) has a layout without a sign.
 
+What ReLU6 or a sigmoid gives has a limit (``saturation``), hence one scale that is known before: every linear layer
+reads codes of it, depthwise convolutions, too.
+
 The network's own values lie in the range that its weights were trained for. Its inputs may have columns of any units,
 years beside incomes, of which a common scale keeps the largest: they stay float32 unless a layout is asked for. Only
 images of one or three colours are known to be of one unit.
@@ -24,12 +27,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from tvm_qfp8.calibration.activations import LINEAR_LAYOUTS
 from tvm_qfp8.calibration.choose_activation import FLOAT32
 from tvm_qfp8.calibration.evaluate import Name, Program
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear, LinearSteps, quantized_weight
 from tvm_qfp8.calibration.nonnegative import nonnegative
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
+from tvm_qfp8.calibration.saturation import saturated
 from tvm_qfp8.data_movement import MOVES_DATA
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import QTensor
@@ -40,6 +46,9 @@ ROWS, PIXELS, IMAGES = ("E3M4", "E2M5"), ("E2M5",), ("E3M4", "E2M5")
 
 ROWS_ABOVE_ZERO, PIXELS_ABOVE_ZERO, IMAGES_ABOVE_ZERO = ("UE3M5", "UE2M6"), ("UE1M7",), ("UE2M6",)
 """The same where no value is negative. UE1M7 holds all values of E2M5's grid, and its bytes multiply twice as fast."""
+
+LIMITED = "UE2M6"
+"""Layout of values whose limit is known; many are far below it."""
 
 COLOURS, COLOUR_LAYOUTS = (1, 3), ("E1M6",)
 """Channels of an image that is the module's input: they have one unit, and their steps are even, as pixels' are."""
@@ -80,13 +89,15 @@ def quantize_without_samples(
         Called after each linear operator.
     """
     plan.skipped.update(dict.fromkeys(found.products, NO_DATA))
-    inputs, above_zero = values_of_inputs(program), nonnegative(program)
+    inputs, above_zero, limits = values_of_inputs(program), nonnegative(program), saturated(program)
     specs = program.inputs | {step.name: step.spec for step in program.steps}
     for name, linear in found.linear.items():
         same = plan.linear.get(linear.shares)
         reason = _reason_for_float32(linear, activations, inputs, specs[linear.source].shape)
-        if reason is None:
-            auto = activations == "auto"
+        auto = activations == "auto"
+        if auto and linear.source in limits:
+            plan.linear[name] = _with_known_scale(linear, limits[linear.source], same)
+        elif reason is None:
             layouts = _layouts(linear, inputs, above_zero) if auto else (activations,)
             weight = quantized_weight(linear, _weights_for(layouts)) if same is None else same.weight
             plan.linear[name] = LinearQuantization(weight, _at_run_time(linear, weight, layouts))
@@ -97,6 +108,13 @@ def quantize_without_samples(
     for name, recurrent in found.recurrent.items():
         plan.linear[name] = LinearQuantization(quantized_weight(recurrent))
         done()
+
+
+def _with_known_scale(linear: Linear, limit: float, same: LinearQuantization | None) -> LinearQuantization:
+    """One scale for a tensor whose values reach ``limit`` and no more."""
+    weight = quantized_weight(linear) if same is None else same.weight
+    scale = float(np.float32(limit / get_layout(LIMITED).max_grid))
+    return LinearQuantization(weight, ActivationQuantization(LIMITED, scale))
 
 
 def values_of_inputs(program: Program) -> set[str]:
