@@ -52,7 +52,13 @@ TORCH = {
 }
 
 
-@pytest.mark.parametrize("form", TORCH)
+def some_slow(forms):
+    """Several forms of one layer whose kernel takes seconds to compile: all but the first are slow."""
+    slow = {"log of softmax", "logsumexp", "Softmax, Log", "ReduceLogSumExp"}
+    return [pytest.param(form, marks=[pytest.mark.slow] if form in slow else []) for form in forms]
+
+
+@pytest.mark.parametrize("form", some_slow(TORCH))
 def test_forms_of_torch(form):
     function, options, operator = TORCH[form]
     net, x = Applied(lambda x: function(x, **options)), torch.randn(SHAPE)
@@ -97,7 +103,7 @@ ONNX = {
 }
 
 
-@pytest.mark.parametrize("form", ONNX)
+@pytest.mark.parametrize("form", some_slow(ONNX))
 def test_forms_of_onnx(form):
     nodes, operator = ONNX[form]
     constants = {"low": np.float32(1e-12), "axis": np.array([-1], np.int64)}

@@ -76,6 +76,7 @@ def test_tiles_of_every_length_read_the_same_packed_weights(target):
     assert several - alone < weight.size // 10
 
 
+@pytest.mark.slow
 def test_shorter_samples_calibrate_like_padded_ones_however_they_are_given(tmp_path):
     short = [tokens(13, seed) for seed in range(4)]
     padded = [{name: np.pad(array, ((0, 0), (0, 7))) for name, array in one.items()} for one in short]
