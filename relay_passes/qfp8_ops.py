@@ -84,6 +84,10 @@ def _conv2d_type(call, _builder):
     return relax.TensorType([batch, out_h, out_w, out_channels], "float32")
 
 
+HEADS_INSIDE = ("x_heads_inside", "y_heads_inside", "result_heads_inside")
+"""Attributes of a product of two activations."""
+
+
 def _batch_matmul_type(call, _builder):
     x, y = logical_shapes(call)
     shape = [*x[:-1], y[-2] if bool(call.attrs["transpose_y"]) else y[-1]]
@@ -95,7 +99,7 @@ def _batch_matmul_type(call, _builder):
 def logical_shapes(call) -> list[list]:
     """Shapes of a product's operands with heads, where they lie inside, among the batches."""
     found = []
-    for argument, inside in zip(call.args, HEADS_INSIDE, strict=False):
+    for argument, inside in zip(call.args, HEADS_INSIDE[:2], strict=True):
         shape = list(argument.ty.shape)
         if bool(call.attrs[inside]):
             shape[1], shape[2] = shape[2], shape[1]
@@ -230,9 +234,6 @@ def conv2d(
         input_dilation=list(input_dilation),
         channels_first=channels_first,
     )
-
-
-HEADS_INSIDE = ("x_heads_inside", "y_heads_inside", "result_heads_inside")
 
 
 def batch_matmul(

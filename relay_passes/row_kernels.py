@@ -134,7 +134,7 @@ def _on_cpu(
     max_error: float,
     around: Callable | None = None,
 ) -> Emitter:
-    """``around(row, finish_row)`` emits what belongs to a whole row of a norm."""
+    """``around`` is for a norm's rows, as in ``for_each_row``."""
     if not Rows.of(call).last:
         return emit_row_operator(call, isa, operands, max_error, _columns(threads))
     pad = float("-inf") if "softmax" in op_name(call) else 0.0
@@ -143,16 +143,10 @@ def _on_cpu(
         return Row(isa, length, lambda offset, lanes: read(index, offset, lanes), pad=pad)
 
     def each(rows: Rows, read: Callable, body: Callable) -> None:
-        def one(index) -> None:
-            def finish_row() -> None:
-                body(row_at(rows.length, read, index), index)
+        def finish(index) -> None:
+            body(row_at(rows.length, read, index), index)
 
-            if around is None:
-                finish_row()
-            else:
-                around(index, finish_row)
-
-        for_each_row(rows.count, rows.length, threads, one)
+        for_each_row(rows.count, rows.length, threads, finish, around)
 
     def softmax(rows: Rows, read: Callable, exp: Callable, finish: Callable) -> None:
         emit_softmax(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 import numpy as np
+import pytest
 import tvm
 from tvm import relax
 
@@ -35,6 +36,14 @@ def machine_runs(name: str) -> bool:
 
 WITHOUT_TILES = next((target for name, target in reversed(TARGETS.items()) if machine_runs(name)), "native")
 """This machine's best instruction set whose kernels multiply vectors, not matrices."""
+
+
+_RUNS = [name for name in TARGETS if machine_runs(name)]
+RUNS = [
+    pytest.param(name, marks=[] if name in (_RUNS[0], _RUNS[-1]) else pytest.mark.slow, id=name)
+    for name in _RUNS
+]
+"""Those of ``TARGETS`` that this CPU runs; between the shortest registers and the longest they are slow tests."""
 
 
 def program(inputs, emit):

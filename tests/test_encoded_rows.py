@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from cuda_emulator import run_program
-from quantized_programs import TARGETS, build, machine_runs, program, run
+from quantized_programs import RUNS, TARGETS, build, program, run
 from relax_programs import random
 from test_cuda import NEEDS_COMPILER
 from test_cuda_modules import lowered_for_cuda
@@ -15,10 +15,6 @@ import tvm_qfp8
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.topi import reference
-
-RUNS = [name for name in TARGETS if machine_runs(name)]
-WIDTHS = sorted({RUNS[0], RUNS[-1]}) if RUNS else []
-"""The shortest registers and the longest."""
 
 
 def check(inputs, values, emit, factors, layout, is_read, target, threads):
@@ -41,7 +37,7 @@ def check(inputs, values, emit, factors, layout, is_read, target, threads):
 SHAPES = [(1, 1, 1), (1, 5, 40), (1, 300, 7), (2, 700, 130)]  # threads, rows, channels
 
 
-@pytest.mark.parametrize("isa", WIDTHS)
+@pytest.mark.parametrize("isa", RUNS)
 @pytest.mark.parametrize("is_read", [False, True])
 @pytest.mark.parametrize("threads, rows, channels", SHAPES)
 def test_rows_of_a_concatenation(isa, threads, is_read, rows, channels):
@@ -58,7 +54,7 @@ def test_rows_of_a_concatenation(isa, threads, is_read, rows, channels):
     check(parts, values, emit, factors, "UE1M7", is_read, TARGETS[isa], threads)
 
 
-@pytest.mark.parametrize("isa", WIDTHS)
+@pytest.mark.parametrize("isa", RUNS)
 @pytest.mark.parametrize("is_read", [False, True])
 @pytest.mark.parametrize("threads, rows, channels", SHAPES)
 def test_rows_of_a_norm(isa, threads, is_read, rows, channels):

@@ -4,7 +4,17 @@ import numpy as np
 import onnx
 import pytest
 from cuda_emulator import run_program
-from quantized_programs import TARGETS, TILES, build, machine_runs, program, random_codes, run
+from quantized_programs import (
+    RUNS,
+    TARGETS,
+    TILES,
+    WITHOUT_TILES,
+    build,
+    machine_runs,
+    program,
+    random_codes,
+    run,
+)
 from test_cuda import NEEDS_COMPILER
 from test_cuda_modules import lowered_for_cuda
 from tvm.relax import op as R
@@ -17,15 +27,16 @@ from tvm_qfp8.relay_passes.fuse import op_name
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 
-RUNS = {"sse2": TARGETS["sse2"], "avx512": TARGETS["avx512"], "tiles": TILES}
-RUNS = {name: target for name, target in RUNS.items() if machine_runs(target)}
+ON_TILES = [
+    pytest.param("tiles", marks=pytest.mark.skipif(not machine_runs(TILES), reason="no tile registers"))
+]
 
 
 def swapped(array):
     return np.ascontiguousarray(array.swapaxes(1, 2))
 
 
-@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("isa", [*RUNS, *ON_TILES])
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("inside", [(True, True, True), (True, False, False), (False, True, True)])
 @pytest.mark.parametrize("threads, rows, columns, depth", [(1, 5, 7, 9), (2, 70, 33, 64)])
@@ -47,9 +58,11 @@ def test_a_product_is_its_twin(isa, threads, transpose, inside, rows, columns, d
 
     layouts = ("UE2M6", "E2M5")
     mod = FoldHeads()(program([(c.shape, layout) for c, layout in zip(given, layouts, strict=True)], emit))
-    left = [op_name(binding.value) for block in mod["main"].body.blocks for binding in block.bindings]
-    assert "relax.permute_dims" not in left[left.index("relax.qfp8.batch_matmul") :]
-    (found,) = run(build(mod, RUNS[isa], threads), *given)
+    values = [binding.value for block in mod["main"].body.blocks for binding in block.bindings]
+    (product,) = (value for value in values if op_name(value) == "relax.qfp8.batch_matmul")
+    assert tuple(bool(product.attrs[name]) for name in qfp8_ops.HEADS_INSIDE) == inside
+    assert op_name(values[-1]) != "relax.permute_dims"  # nothing is moved after it
+    (found,) = run(build(mod, TARGETS.get(isa, TILES), threads), *given)
     np.testing.assert_array_equal(found, swapped(expected) if inside[2] else expected)
 
 
@@ -62,7 +75,7 @@ def test_a_result_that_others_read_is_not_moved():
     mod = FoldHeads()(program([(x.shape, "E2M5")] * 2, emit))
     shape = BatchMatmulShape(8, 4, 4, 8, get_layout("E2M5"), get_layout("E2M5"), True)
     product = reference.batch_matmul(x, x, shape) * np.float32(0.25)
-    (found,) = run(build(mod, RUNS[next(iter(RUNS))]), x, x)
+    (found,) = run(build(mod, WITHOUT_TILES), x, x)
     np.testing.assert_array_equal(found, product + product.swapaxes(1, 2))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tvm
 from cuda_emulator import run_program
-from quantized_programs import TARGETS, build, machine_runs, program, run
+from quantized_programs import RUNS, TARGETS, WITHOUT_TILES, build, program, run
 from tvm import relax
 
 from tvm_qfp8.calibration import calibrate
@@ -23,9 +23,6 @@ from tvm_qfp8.topi import reference
 
 RNG = np.random.default_rng(0)
 LAYOUT_PAIRS = [("E2M5", "E2M5"), ("E3M4", "E2M5"), ("E1M6", "E1M6"), ("UE2M6", "E2M5"), ("UE1M7", "E1M6")]
-RUNS = [name for name in TARGETS if machine_runs(name)]
-WIDTHS = sorted({RUNS[0], RUNS[-1]}) if RUNS else []
-"""The shortest registers and the longest."""
 
 
 def rows(shape):
@@ -46,7 +43,7 @@ def encoded(shape, layout, factors):
     return program([(shape, None)], emit)
 
 
-@pytest.mark.parametrize("isa", WIDTHS)
+@pytest.mark.parametrize("isa", RUNS)
 @pytest.mark.parametrize("layout", ["E2M5", "E3M4", "E1M6", "UE2M6", "UE1M7"])
 @pytest.mark.parametrize("shape", [(5, 384), (7, 1), (2, 3, 50), (1, 16), (0, 8)])
 def test_encode_is_its_twin(isa, layout, shape):
@@ -101,7 +98,7 @@ def test_cuda_encodes_samples_alike(tmp_path):
 def test_infinity_and_nan_leave_numbers():
     x = rows((3, 20))
     x[0, 3], x[1, 4], x[2, 5] = np.inf, -np.inf, np.nan
-    codes, scales = run(build(encoded((3, 20), "E2M5", np.ones(20, np.float32)), TARGETS[RUNS[-1]]), x)
+    codes, scales = run(build(encoded((3, 20), "E2M5", np.ones(20, np.float32)), WITHOUT_TILES), x)
     assert np.isfinite(scales).all() and np.isfinite(decode(codes, 1.0, "E2M5")).all()
     assert (codes[0, 3], codes[1, 4], codes[2, 5]) == (0x7F, 0xFF, 0x00)
 
@@ -133,7 +130,7 @@ def dense(shape, columns, layout, weight_layout, factors):
     return program([(shape, None)], emit), twin
 
 
-@pytest.mark.parametrize("isa", WIDTHS)
+@pytest.mark.parametrize("isa", RUNS)
 @pytest.mark.parametrize("layouts", LAYOUT_PAIRS)
 @pytest.mark.parametrize("shape, columns", [((1, 70), 33), ((2, 9, 64), 48), ((40, 30), 17)])
 def test_matmul_is_its_twin(isa, layouts, shape, columns):
@@ -256,7 +253,7 @@ def uneven(count, channels=24):
     ]
 
 
-@pytest.mark.parametrize("target", [TARGETS[RUNS[-1]], "cuda-sm80"])
+@pytest.mark.parametrize("target", [WITHOUT_TILES, "cuda-sm80"])
 def test_depthwise_layers_read_a_scale_for_each_channel(target, tmp_path):
     mod, samples = depthwise(), uneven(4)
     plan = calibrate(mod, samples)

@@ -7,7 +7,7 @@ import pytest
 from cuda_emulator import run_program
 from models import cnn, encoder, images, model
 from onnx import helper
-from quantized_programs import TARGETS, machine_runs
+from quantized_programs import RUNS, TARGETS
 from relax_programs import NHWC, build, constant, random
 from tvm import relax
 from tvm.relax import op as R
@@ -22,7 +22,6 @@ from tvm_qfp8.format import encode, get_layout
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.conv2d import ConvShape
 
-RUNS = [name for name in TARGETS if machine_runs(name)]
 DEPTH, COLUMNS = 70, 33
 WEIGHT, BIAS = constant(DEPTH, COLUMNS), constant(COLUMNS, seed=1)
 
@@ -127,7 +126,8 @@ def test_inputs_stay_float32_unless_a_layout_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    "colours, window, layout", [(3, 3, "E1M6 by sample"), (4, 3, "float32"), (3, 1, "float32")]
+    "colours, window, layout",
+    [(3, 3, "E1M6 by sample"), (1, 3, "float32"), (4, 3, "float32"), (3, 1, "float32")],
 )
 def test_an_image_that_is_the_input_has_colours_of_one_unit(colours, window, layout):
     def body(emit, x):
@@ -207,6 +207,7 @@ def _canonical(mod):
 
 
 @pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     "kernel, how, before, described",
     [
@@ -221,7 +222,7 @@ def _canonical(mod):
         ((16, 1, 1, 20), {}, R.negative, "float32"),
     ],
 )
-def test_a_convolution_is_its_twin(isa, kernel, how, before, described):
+def test_a_convolution_is_its_twin(isa, threads, kernel, how, before, described):
     x = random(3, 9, 8, 20)
     x[0] *= 1000  # samples of their own size
     weight, bias = constant(*kernel), constant(kernel[0], seed=1)
@@ -230,7 +231,7 @@ def test_a_convolution_is_its_twin(isa, kernel, how, before, described):
         return emit(R.add(emit(R.nn.conv2d(emit(before(x)), weight, **how, **NHWC)), bias))
 
     mod = build({"x": (x.shape, "float32")}, body)
-    module = q.compile(mod, TARGETS[isa], config=Config(threads=2))
+    module = q.compile(mod, TARGETS[isa], config=Config(threads=threads))
     (layer,) = module.report.layers
     assert layer.activation_layout == described
     found = module.run({"x": x})[0]
@@ -364,6 +365,8 @@ def test_a_layout_without_a_sign_has_to_be_known_to_fit():
     (layer,) = matmuls(module.report)
     assert layer.became == "QFP8 weights" and "no negative values" in layer.reason
     assert any("only weights" in note for note in module.report.notes)
+    (layer,) = matmuls(q.compile(dense(before=R.abs), config=Config(activations="UE2M6")).report)
+    assert (layer.became, layer.activation_layout) == ("QFP8", "UE2M6 by row")
 
 
 def test_torch_layers():

@@ -22,7 +22,7 @@ def emit_concat(
 ) -> None:
     """``place(part, index, row, column, lanes)`` for every vector of the result, ``index`` counting in its part.
 
-    ``around(row, finish_row)`` emits what belongs to a whole row.
+    ``around`` is as in ``for_each_row``.
     """
 
     def join(row) -> None:
@@ -35,14 +35,8 @@ def emit_concat(
             vector_runs(length, lanes, one)
             start += length
 
-    def one_row(row) -> None:
-        if around is None:
-            join(row)
-        else:
-            around(row, lambda: join(row))
-
     is_small = around is None and rows * sum(lengths) < MIN_PARALLEL_ELEMENTS
-    for_each_row(rows, sum(lengths), 1 if is_small else threads, one_row)
+    for_each_row(rows, sum(lengths), 1 if is_small else threads, join, around)
 
 
 def emit_concat_of_floats(

@@ -187,8 +187,20 @@ def _rotated(vector, distance: int):
     return tirx.Shuffle([vector], order)
 
 
-def for_each_row(rows: int, length: int, threads: int, body: Callable) -> None:
-    """``body(row)`` over all rows, in parallel where it pays."""
+def for_each_row(
+    rows: int, length: int, threads: int, finish: Callable, around: Callable | None = None
+) -> None:
+    """``finish(row)`` over all rows, in parallel where it pays.
+
+    ``around(row, finish_row)`` emits what belongs to a whole row, and calls ``finish_row``.
+    """
+
+    def body(row) -> None:
+        if around is None:
+            finish(row)
+        else:
+            around(row, lambda: finish(row))
+
     if threads == 1 or rows == 1 or rows * length < MIN_PARALLEL_ROW_ELEMENTS:
         with T.serial(0, rows) as row:
             body(row)

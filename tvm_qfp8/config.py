@@ -20,7 +20,7 @@ class Config:
         weights only. Without calibration data these are the inputs of dense layers and of most convolutions, with a
         scale for each row or sample that is found at run time: ``auto`` is E3M4 or E2M5 for what the network computes
         itself, or a layout without a sign after a ReLU, of one scale after ReLU6 or a sigmoid; the module's own inputs,
-        whose columns may have any units, stay float32, but for images of one or three colours; E1M6 is the fastest on
+        whose columns may have any units, stay float32, but for images of three colours; E1M6 is the fastest on
         CPUs with int8 dot products, and less accurate.
     method : str
         How the scale of an activation is found: ``mse`` (least squared error), ``max``, ``percentile`` (99.99 %) or

@@ -33,8 +33,8 @@ ANY, NARROW, LINEAR = (
     Grade(LINEAR_LAYOUTS, LINEAR_WEIGHTS, 1),
 )
 """Linear grid values are bytes, multiplied twice as fast as int16 values with VNNI. Layouts of three exponent bits take
-two products of tiles or on tensor cores (bfloat16 and float16 do not hold their grid), but one of int16 values; their
-cost stands for both."""
+two products of tiles or on tensor cores, where sums of their large grid values would soon be inexact in float32, but
+one of int16 values; their cost stands for both."""
 
 FLOAT32 = "float32"
 """Stands for no layout."""

@@ -16,8 +16,12 @@ from tvm import relax
 
 from tvm_qfp8.calibration.fallback import compile_call
 from tvm_qfp8.calibration.operators import TABLE
+from tvm_qfp8.data_movement import MOVES_DATA
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.layer_names import layer_name
+
+MOVING_STEPS = MOVES_DATA | {"alias", "tuple_get_item"}
+"""Operators of steps whose results are values of their first argument, elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tvm_qfp8.calibration.evaluate import Name, Program, Step
-from tvm_qfp8.data_movement import MOVES_DATA
+from tvm_qfp8.calibration.evaluate import MOVING_STEPS, Name, Program, Step
 
 ALWAYS = frozenset(
     {
@@ -27,25 +26,24 @@ ALWAYS = frozenset(
 )
 """Operators whose results are not negative."""
 
-KEEPS = MOVES_DATA | {
-    "alias",
-    "tuple_get_item",
+COMBINES = {
     "relax.add",
+    "relax.minimum",
+    "relax.multiply",
+}
+"""Operators whose results are not negative where no argument is."""
+
+KEEPS = MOVING_STEPS | {
     "relax.max",
     "relax.mean",
     "relax.min",
-    "relax.minimum",
-    "relax.multiply",
     "relax.nn.adaptive_avg_pool2d",
     "relax.nn.avg_pool2d",
     "relax.nn.max_pool2d",
     "relax.nn.pixel_shuffle",
     "relax.sum",
 }
-"""Operators whose results are not negative where no argument is."""
-
-FIRST_COUNTS = MOVES_DATA - {"relax.concat", "relax.stack"}
-"""Of ``KEEPS``: further arguments say where data goes."""
+"""Operators whose results are not negative where the first argument, or no part of it, is."""
 
 
 def nonnegative(program: Program) -> set[str]:
@@ -66,9 +64,9 @@ def _is_nonnegative(step: Step, found: set[str]) -> bool:
         return high >= 0 and (low >= 0 or _value_is(arguments[0], found))
     if operator == "relax.maximum":
         return any(_value_is(argument, found) for argument in arguments)
-    if operator in FIRST_COUNTS:
+    if operator in KEEPS:
         return _value_is(arguments[0], found)
-    return operator in KEEPS and all(_value_is(argument, found) for argument in arguments)
+    return operator in COMBINES and all(_value_is(argument, found) for argument in arguments)
 
 
 def _value_is(argument: Any, found: set[str]) -> bool:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm_qfp8.calibration.evaluate import Name, Program, Step
-from tvm_qfp8.data_movement import MOVES_DATA
+from tvm_qfp8.calibration.evaluate import MOVING_STEPS, Name, Program, Step
 
 HIGHEST = 8.0
 """Limits of a clip that are taken for a part of the network, as ReLU6 is."""
 
-KEEP = MOVES_DATA | {"alias", "tuple_get_item", "relax.nn.max_pool2d"}
+KEEP = MOVING_STEPS | {"relax.nn.max_pool2d"}
 
 
 def saturated(program: Program) -> dict[str, float]:

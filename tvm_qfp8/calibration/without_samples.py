@@ -16,7 +16,7 @@ reads codes of it, depthwise convolutions, too.
 
 The network's own values lie in the range that its weights were trained for. Its inputs may have columns of any units,
 years beside incomes, of which a common scale keeps the largest: they stay float32 unless a layout is asked for. Only
-images of one or three colours are known to be of one unit.
+images of three colours are taken to have one.
 
 Products of two activations and recurrent layers keep float32 activations, too.
 """
@@ -31,12 +31,11 @@ import numpy as np
 
 from tvm_qfp8.calibration.activations import LINEAR_LAYOUTS
 from tvm_qfp8.calibration.choose_activation import FLOAT32
-from tvm_qfp8.calibration.evaluate import Name, Program
+from tvm_qfp8.calibration.evaluate import MOVING_STEPS, Name, Program
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear, LinearSteps, quantized_weight
 from tvm_qfp8.calibration.nonnegative import nonnegative
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.saturation import saturated
-from tvm_qfp8.data_movement import MOVES_DATA
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import QTensor
 from tvm_qfp8.topi.overflow import INT32_LIMIT, largest_sum
@@ -50,13 +49,14 @@ ROWS_ABOVE_ZERO, PIXELS_ABOVE_ZERO, IMAGES_ABOVE_ZERO = ("UE3M5", "UE2M6"), ("UE
 LIMITED = "UE2M6"
 """Layout of values whose limit is known; many are far below it."""
 
-COLOURS, COLOUR_LAYOUTS = (1, 3), ("E1M6",)
-"""Channels of an image that is the module's input: they have one unit, and their steps are even, as pixels' are."""
+COLOURS, COLOUR_LAYOUTS = 3, ("E1M6",)
+"""Channels of an image that is the module's input: they have one unit, and their steps are even, as pixels' are. One
+channel may be a spectrogram, which spans more than eight bits."""
 
 LEAST_MACS = 32
 """For each value that a convolution reads."""
 
-HOLDS_VALUES = MOVES_DATA | {"alias", "tuple_get_item", "relax.astype"}
+HOLDS_VALUES = MOVING_STEPS | {"relax.astype"}
 """Operators whose results are values of their first argument."""
 
 NO_DATA = "no calibration data"
@@ -93,7 +93,7 @@ def quantize_without_samples(
     specs = program.inputs | {step.name: step.spec for step in program.steps}
     for name, linear in found.linear.items():
         same = plan.linear.get(linear.shares)
-        reason = _reason_for_float32(linear, activations, inputs, specs[linear.source].shape)
+        reason = _reason_for_float32(linear, activations, inputs, above_zero, specs[linear.source].shape)
         auto = activations == "auto"
         if auto and linear.source in limits:
             plan.linear[name] = _with_known_scale(linear, limits[linear.source], same)
@@ -133,7 +133,7 @@ def _names(argument: Any) -> list[str]:
 
 
 def _reason_for_float32(
-    linear: Linear, activations: str, inputs: set[str], shape: tuple[int, ...]
+    linear: Linear, activations: str, inputs: set[str], above_zero: set[str], shape: tuple[int, ...]
 ) -> str | None:
     """Why a layer's activation stays float32, empty where that is what was asked for; None: it is rounded."""
     if activations == FLOAT32:
@@ -142,16 +142,17 @@ def _reason_for_float32(
         return FEW_MACS
     if activations == "auto":
         return IS_INPUT if linear.source in inputs and not _reads_image(linear) else None
-    return None if get_layout(activations).signed else NEVER_NEGATIVE.format(activations)
+    fits = get_layout(activations).signed or linear.source in above_zero
+    return None if fits else NEVER_NEGATIVE.format(activations)
 
 
 def _reads_image(linear: Linear) -> bool:
-    """A convolution over the pixels of an image of one or three colours."""
+    """A convolution over the pixels of an image of three colours."""
     attrs = linear.step.attrs
     if linear.step.operator != "relax.nn.conv2d" or int(attrs.groups) != 1:
         return False
     extents = dict(zip(attrs.kernel_layout, linear.weight.shape, strict=True))
-    return extents["I"] in COLOURS and min(extents["H"], extents["W"]) > 1
+    return extents["I"] == COLOURS and min(extents["H"], extents["W"]) > 1
 
 
 def _layouts(linear: Linear, inputs: set[str], above_zero: set[str]) -> Sequence[str]:
