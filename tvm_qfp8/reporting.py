@@ -73,8 +73,8 @@ def _note_without_samples(plan: QuantizationPlan) -> str:
             "integer kernels, which are the fast ones, need samples"
         )
     return (
-        f"no calibration data: {encoded} of {layers} linear layers read codes with a scale for each row or "
-        "sample, found at run time; all are faster with samples, above all those that read float32"
+        f"no calibration data: {encoded} of {layers} linear layers read codes, whose scales are known limits or found "
+        "at run time; all are faster with samples, above all those that read float32"
     )
 
 
