@@ -18,7 +18,7 @@ from tvm_qfp8.tables.table import Table
 from tvm_qfp8.topi.cuda.device import look_up
 from tvm_qfp8.topi.float_contract import add, bind, lanes_of, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.prim_func import keep
 
 
 def emit_table(table: Table, x, isa: InstructionSet):
@@ -143,14 +143,7 @@ class TirOps:
         return bind(integer.astype(self._float))
 
     def keep(self, value):
-        """Name a value by way of memory, which LLVM takes out again.
-
-        TVM's simplifier looks through names, in exponential time on long chains, but not into memory.
-        """
-        dtype = str(value.ty.dtype).partition("x")[0]
-        place = T.alloc_buffer((self.lanes,), dtype, scope="local", align=64)
-        store(place, 0, value, self.lanes)
-        return bind(load(place, 0, self.lanes))
+        return keep(value)
 
     def wide(self, integer):
         wide = bind(integer).astype(with_lanes("int64", self.lanes))

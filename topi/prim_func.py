@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import bind, with_lanes
+from tvm_qfp8.topi.float_contract import bind, dtype_of, lanes_of, with_lanes
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,17 @@ def load_float(buffer, index, lanes: int):
     """As ``load``, of a buffer of float16 as float32."""
     value = load(buffer, index, lanes)
     return value.astype(with_lanes("float32", lanes)) if str(buffer.dtype) == "float16" else value
+
+
+def keep(value):
+    """Name a value by way of memory, which LLVM takes out again.
+
+    TVM's simplifier looks through names, in exponential time on long chains, but not into memory.
+    """
+    lanes = lanes_of(value)
+    place = T.alloc_buffer((lanes,), dtype_of(value).partition("x")[0], scope="local", align=64)
+    store(place, 0, value, lanes)
+    return bind(load(place, 0, lanes))
 
 
 _HELD: ContextVar[list[tuple] | None] = ContextVar("held", default=None)

@@ -15,7 +15,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, bind, inverse_sum, lanes_of, mul, sub
 from tvm_qfp8.topi.panels import overlapped_start
-from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.prim_func import keep, load, store
 from tvm_qfp8.topi.rows import MIN_PARALLEL_ROW_ELEMENTS, Row, like_scalar
 
 
@@ -104,7 +104,7 @@ class _Pipeline:
 
 def emit_log_softmax(row: Row, exp: Callable, log: Callable, finish: Callable) -> None:
     """x - max - log(sum); -infinity for a row of nothing else."""
-    wide = bind(row.largest())
+    wide = keep(row.largest())
     total = row.sum(lambda v: exp(bind(sub(v, wide))))
     shift = T.bind(log(total))
     largest = row.first_lane(wide)
