@@ -198,6 +198,9 @@ class _Rewriter(MainRewriter):
             result = self.builder.emit(qfp8_ops.matmul(x, *constants, row_scales=scales), var.name)
         elif operator == "relax.nn.conv2d":
             attributes = _conv2d_attributes(value)
+            if activation is not None and activation.by_rows:
+                x, scales = (self._every(attributes["strides"], part) for part in (x, scales))
+                attributes["strides"] = [1, 1]
             call = qfp8_ops.conv2d(
                 x, *constants, **attributes, channels_first=image is not None, scales=scales
             )
@@ -290,6 +293,13 @@ class _Rewriter(MainRewriter):
             self._encoded[key] = [self.builder.emit(relax.TupleGetItem(both, part)) for part in range(2)]
         codes, scales = self._encoded[key]
         return codes, scales
+
+    def _every(self, strides: list[int], rows: relax.Expr) -> relax.Expr:
+        """Of codes or scales of pixels, those that a 1x1 convolution with ``strides`` reads."""
+        if strides == [1, 1]:
+            return rows
+        ends = shape_of(rows)[1:3]
+        return self.builder.emit(relax.op.strided_slice(rows, [1, 2], [0, 0], ends, strides))
 
     def _encode_channels(self, expr: relax.Expr, activation: ActivationQuantization) -> relax.Expr:
         """Codes with a scale for each channel: factors are powers of two, so that one multiplication does for both."""

@@ -214,7 +214,8 @@ def _canonical(mod):
         ((48, 1, 1, 20), {}, R.negative, "E2M5 by row"),
         ((48, 1, 1, 20), {}, R.abs, "UE1M7 by row"),
         ((48, 1, 1, 20), {"padding": 1}, R.negative, "E3M4 by sample"),
-        ((128, 1, 1, 20), {"strides": 2}, R.abs, "UE2M6 by sample"),
+        ((128, 1, 1, 20), {"strides": 2}, R.abs, "UE1M7 by row"),
+        ((208, 1, 1, 20), {"strides": (2, 3)}, R.negative, "E2M5 by row"),
         ((40, 3, 3, 20), {"padding": 1}, R.negative, "E3M4 by sample"),  # by Winograd where that is faster
         ((40, 3, 3, 20), {"padding": 1}, R.abs, "UE2M6 by sample"),
         ((40, 3, 3, 10), {"padding": 1, "strides": (2, 1), "groups": 2}, R.negative, "E3M4 by sample"),
@@ -245,7 +246,8 @@ def test_a_convolution_is_its_twin(isa, threads, kernel, how, before, described)
     encode = reference.encode_rows if described.endswith("by row") else reference.encode_samples
     codes, scales = encode(BEFORE[before](x), layouts[0])
     total = reference.conv2d(codes, chosen.weight.codes, conv_shape_of(x.shape, kernel, how, layouts))
-    scales = scales if scales.ndim == 3 else scales[:, None, None]
+    rows, columns = np.broadcast_to(how.get("strides", 1), 2)
+    scales = scales[:, ::rows, ::columns] if scales.ndim == 3 else scales[:, None, None]
     a = np.asarray(chosen.weight.scale).reshape(-1)
     np.testing.assert_array_equal(found, reference.scale_and_bias(total, a, bias.value.numpy(), scales))
 

@@ -62,12 +62,12 @@ class Linear:
 
     @property
     def reads_rows(self) -> bool:
-        """A dense layer, over the last axis: a matmul, or a 1x1 convolution over pixels in NHWC."""
+        """A dense layer, over the last axis: a matmul, or a 1x1 convolution over pixels in NHWC, or over some of them."""
         if self.step.operator != "relax.nn.conv2d":
             return self.step.operator == "relax.matmul"
         attrs = self.step.attrs
         window = [self.weight.shape[attrs.kernel_layout.index(axis)] for axis in "HW"]
-        plain = [*window, *map(int, attrs.strides), int(attrs.groups)] == [1] * 5
+        plain = [*window, int(attrs.groups)] == [1] * 3
         return plain and not any(map(int, attrs.padding)) and attrs.data_layout == attrs.out_layout == "NHWC"
 
     @property
