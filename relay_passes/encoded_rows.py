@@ -20,7 +20,15 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes.cuda_kernels import emit_rows
 from tvm_qfp8.relay_passes.epilogue import Epilogue
-from tvm_qfp8.relay_passes.fuse import Group, Single, joins_channels, normalized_axis, op_name, shape_of
+from tvm_qfp8.relay_passes.fuse import (
+    Group,
+    Single,
+    joins_channels,
+    normalized_axis,
+    op_name,
+    read_by,
+    shape_of,
+)
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of
 from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
 from tvm_qfp8.topi.encode_rows import emit_cpu_row, scaled_reader, store_encoded_row
@@ -39,7 +47,7 @@ def with_encoded_rows(
         and (is_norm_of_rows(step.anchor) or on_cpu and joins_channels(step.anchor))
         for var in step.outputs
     }
-    reads = Counter(var for step in steps for var in _read(step))
+    reads = Counter(var for step in steps for var in read_by(step))
     kept: list[Group | Single] = []
     for step in steps:
         if isinstance(step, Single) and op_name(step.value) == "relax.qfp8.encode_rows":
@@ -52,14 +60,6 @@ def with_encoded_rows(
                 continue
         kept.append(step)
     return kept
-
-
-def _read(step: Group | Single) -> set[relax.Var]:
-    """What a step reads of others."""
-    if isinstance(step, Single):
-        return set(relax.analysis.free_vars(step.value))
-    found = {var for _, call in step.members for var in relax.analysis.free_vars(call)}
-    return found - {var for var, _ in step.members}
 
 
 def is_norm_of_rows(call: relax.Call) -> bool:

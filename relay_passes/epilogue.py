@@ -15,7 +15,15 @@ from tvm_qfp8.relay_passes.operands import Operands, array_of
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.topi.codec import ROUNDS_TO_ZERO, encode_expr
 from tvm_qfp8.topi.elementwise import emit_elementwise
-from tvm_qfp8.topi.float_contract import as_float16, bind, mul, round_to_float16
+from tvm_qfp8.topi.float_contract import (
+    BFLOAT16_WORDS,
+    as_bfloat16,
+    as_float16,
+    bind,
+    mul,
+    round_to_bfloat16,
+    round_to_float16,
+)
 from tvm_qfp8.topi.interpolate import emit_table
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
@@ -155,6 +163,8 @@ class Epilogue:
             buffer, at = self.outputs[var], row * self.columns + column
         if str(buffer.dtype) == "float16":
             value = as_float16(value)
+        elif str(buffer.dtype) == BFLOAT16_WORDS:
+            value = as_bfloat16(value)
         if valid == lanes:
             store(buffer, at, value, lanes)
             return
@@ -193,7 +203,9 @@ class Epilogue:
         if name == "relax.qfp8.interpolate":
             table = build_table(str(call.attrs["function"]), max_error=float(call.attrs["max_error"]))
             return bind(emit_table(table, arguments[0], self.isa))
-        if name == "relax.qfp8.to_float16":
+        if name == "relax.qfp8.halve":
+            if str(call.attrs["dtype"]) == "bfloat16":
+                return round_to_bfloat16(arguments[0])
             return round_to_float16(arguments[0], self.isa.float16)
         if name == "relax.clip":
             return emit_elementwise(name, tuple(float(bound.value) for bound in call.args[1:]), arguments)

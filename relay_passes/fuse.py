@@ -30,7 +30,7 @@ ROW = (
     "relax.qfp8.l2_normalize",
 )
 POOL = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
-POINTWISE = (*ELEMENTWISE, "relax.qfp8.interpolate", "relax.qfp8.to_float16", "relax.qfp8.encode")
+POINTWISE = (*ELEMENTWISE, "relax.qfp8.interpolate", "relax.qfp8.halve", "relax.qfp8.encode")
 
 
 @dataclass
@@ -53,6 +53,14 @@ class Single:
 
     var: relax.Var
     value: relax.Expr
+
+
+def read_by(step: Group | Single) -> set[relax.Var]:
+    """What a step reads of others."""
+    if isinstance(step, Single):
+        return set(relax.analysis.free_vars(step.value))
+    found = {var for _, call in step.members for var in relax.analysis.free_vars(call)}
+    return found - {var for var, _ in step.members}
 
 
 def op_name(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Rounds float32 tensors between kernels to float16, so that they are kept in half the memory.
+"""Rounds float32 tensors between kernels to float16 or bfloat16, so that they are kept in half the memory.
 
 What one layer's kernel hands to the next is codes, but for what must stay finer: the sums of a residual network above
 all, which every block reads and writes. Before::
@@ -10,13 +10,15 @@ all, which every block reads and writes. Before::
 After::
 
     lv2 = R.add(R.qfp8.conv2d(...), lv1)
-    half = R.qfp8.to_float16(lv2)
+    half = R.qfp8.halve(lv2, dtype="float16")
     lv3 = R.qfp8.encode(lv2, ...)                 # in lv2's kernel
     lv9 = R.add(R.qfp8.conv2d(...), half)
 
-Rounding leaves 73 dB, far more than any 8-bit layout. Float16 ends at 65504: only tensors are rounded of which that is
-proved. Codes cannot be more than their layout's greatest, so weights bound what a layer gives, and that the sums. The
-choice does not look at the target: one whose kernels cannot convert float16 rounds all the same and keeps float32.
+Rounding to float16 leaves 73 dB, far more than any 8-bit layout. Float16 ends at 65504: only tensors are rounded of
+which that is proved. Codes cannot be more than their layout's greatest, so weights bound what a layer gives, and that
+the sums. Where layers find scales at run time nothing is bounded, but the scales' own encode leaves some 20 dB fewer
+than bfloat16's 55, which has float32's range: what such layers give is rounded to that. The choice does not look at
+the target: one whose kernels do not convert rounds all the same and keeps float32.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from tvm_qfp8.relay_passes.fuse import (
     op_name,
     partition,
     parts_of,
+    read_by,
     results_of,
     shape_of,
     static_shape,
@@ -46,6 +49,8 @@ from tvm_qfp8.relay_passes.fuse import (
 )
 from tvm_qfp8.relay_passes.operands import array_of, layout_of
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
+
+ENCODES = ("relax.qfp8.encode_rows", "relax.qfp8.encode_samples")
 
 LARGEST = 65400.0
 """Float16 ends at 65504; the rest is for what rounding adds to a bound."""
@@ -72,19 +77,19 @@ KEEPING = (
 
 @tvm.transform.module_pass(opt_level=0, name="HalveTraffic")
 class HalveTraffic:
-    """Rewrite ``main``, of quantized layers; ``rounded`` gets the names of the layers whose results are."""
+    """Rewrite ``main``, of quantized layers; ``rounded`` gets the layers whose results are, and to which dtype."""
 
-    def __init__(self, rounded: list[str] | None = None) -> None:
-        self.rounded = [] if rounded is None else rounded
+    def __init__(self, rounded: dict[str, str] | None = None) -> None:
+        self.rounded = {} if rounded is None else rounded
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         return _Rewriter(relax.transform.DeadCodeElimination()(mod), self.rounded).rewrite()
 
 
 class _Rewriter(MainRewriter):
-    def __init__(self, mod: tvm.IRModule, names: list[str]) -> None:
+    def __init__(self, mod: tvm.IRModule, dtypes: dict[str, str]) -> None:
         super().__init__(mod)
-        self.names = names
+        self.dtypes = dtypes
 
     def body(self) -> None:
         results = results_of(self.main)
@@ -98,36 +103,68 @@ class _Rewriter(MainRewriter):
                 for var in step.outputs
             }
             bounds: dict[relax.Expr, float] = {}
+            at_run_time: set[relax.Expr] = set()
             rounded: dict[relax.Var, relax.Var] = {}
             for binding in block.bindings:
                 var, value = binding.var, binding.value
                 bounds[var] = _bound(value, bounds)
+                if _has_scales_of_run_time(value) or not at_run_time.isdisjoint(_parts_read(value)):
+                    at_run_time.add(var)
                 exact = {read: self.variables[read] for read in rounded if var not in group_of[read]}
                 self.variables.update((read, rounded[read]) for read in exact)
                 self.binding(var, value)
                 self.variables.update(exact)
-                if var in chosen and LEAST <= bounds[var] <= LARGEST:
-                    call = qfp8_ops.to_float16(self.variables[var])
-                    rounded[var] = self.builder.emit(call, f"{var.name}_float16")
-                    self.names.append(layer_name(group_of[var][0]))
+                dtype = _dtype(bounds[var], var in at_run_time) if var in chosen else None
+                if dtype is not None:
+                    call = qfp8_ops.halve(self.variables[var], dtype)
+                    rounded[var] = self.builder.emit(call, f"{var.name}_{dtype}")
+                    self.dtypes[layer_name(group_of[var][0])] = dtype
 
     def _between_kernels(self, steps: list[Group | Single]) -> set[relax.Var]:
-        """Images that kernels write and only kernels read that take float16."""
+        """Images that kernels write and only kernels read that take float16 and bfloat16."""
         written = {var for step in steps if isinstance(step, Group) for var in step.outputs}
         images = {
             var
             for var in written
             if len(static_shape(var) or ()) == IMAGE_RANK and str(var.ty.dtype) == "float32"
         }
+        read: set[relax.Var] = set()
         for step in steps:
             images -= _refused(step)
-        return images
+            if not _encodes(step):
+                read |= read_by(step)
+        # What is only encoded is read once, most often from cache: rounding would cost what it saves.
+        return images & read
+
+
+def _encodes(step: Group | Single) -> bool:
+    """With scales found at run time; such encodes take float16 and bfloat16."""
+    return isinstance(step, Single) and op_name(step.value) in ENCODES
+
+
+def _dtype(bound: float, at_run_time: bool) -> str | None:
+    """What a value is rounded to, None for nothing."""
+    if LEAST <= bound <= LARGEST:
+        return "float16"
+    return "bfloat16" if at_run_time else None
+
+
+def _has_scales_of_run_time(value: relax.Expr) -> bool:
+    return op_name(value) in ("relax.qfp8.conv2d", "relax.qfp8.matmul") and len(value.args) > 4
+
+
+def _parts_read(value: relax.Expr) -> set[relax.Expr]:
+    """The tensors whose elements, combined with others, are those of a value."""
+    name = op_name(value)
+    if name == "relax.concat":
+        return set(parts_of(value))
+    return set(tensor_arguments(value)) if name in POINTWISE or name and is_pooling(value) else set()
 
 
 def _refused(step: Group | Single) -> set[relax.Var]:
     """What a step reads that it must have in float32."""
     if isinstance(step, Single):
-        return set(relax.analysis.free_vars(step.value))
+        return set() if _encodes(step) else set(relax.analysis.free_vars(step.value))
     inner = {var for var, _ in step.members}
     anchor_var, _ = step.members[0]
     found: set[relax.Var] = set()

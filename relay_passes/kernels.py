@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +41,13 @@ def write_kernel(
     max_error: float,
     choose: ScheduleChooser = default_schedule,
     memory: StaticMemory | None = None,
-    halves: Collection[relax.Var] = (),
+    halves: Mapping[relax.Var, str] = {},
 ) -> Kernel:
     """The kernel of ``group`` for one instruction set and number of threads.
 
     ``max_error`` bounds the error of a softmax; interpolated functions carry their own. ``choose`` picks the
-    schedules of linear layers; ``memory`` is what kernels may keep between calls; ``halves`` are kept as float16.
+    schedules of linear layers; ``memory`` is what kernels may keep between calls; ``halves`` are kept as
+    other dtypes.
     """
     anchor_var, anchor = group.members[0]
     name = op_name(anchor)

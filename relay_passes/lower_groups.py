@@ -44,6 +44,7 @@ from tvm_qfp8.topi.code_lookup import look_up_prim_func
 from tvm_qfp8.topi.concat import concat_prim_func
 from tvm_qfp8.topi.encode_rows import encode_rows_prim_func, inverse_of
 from tvm_qfp8.topi.encode_samples import encode_samples_prim_func
+from tvm_qfp8.topi.float_contract import BFLOAT16_WORDS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
@@ -84,15 +85,21 @@ class _Rewriter(MainRewriter):
         super().__init__(mod)
         self.options = options
         self._written: dict[str, relax.GlobalVar] = {}
-        self._halves = self._kept_as_float16()
+        self._halves = self._kept_in_half()
         self._encoded: dict[relax.Expr, list[relax.Expr]] = {}
         """Codes and scales of the rows that another step's kernel encodes."""
 
-    def _kept_as_float16(self) -> set[relax.Var]:
-        if not self.options.isa.float16:
-            return set()
-        rounded = (var for var, value in self.definition.items() if op_name(value) == "relax.qfp8.to_float16")
-        return {var for var in rounded if self.uses.get(var)}
+    def _kept_in_half(self) -> dict[relax.Var, str]:
+        """Tensors that take half the memory, and what they are kept as."""
+        kept_as = {"float16": "float16"} if self.options.isa.float16 else {}
+        if self.options.isa.name != "cuda":
+            kept_as["bfloat16"] = BFLOAT16_WORDS
+        rounded = {
+            var: str(value.attrs["dtype"])
+            for var, value in self.definition.items()
+            if op_name(value) == "relax.qfp8.halve" and self.uses.get(var)
+        }
+        return {var: kept_as[dtype] for var, dtype in rounded.items() if dtype in kept_as}
 
     def parameter(self, old: relax.Var) -> relax.Var:
         return relax.Var(old.name, relax.TensorType(old.ty.shape, storage_dtype(str(old.ty.dtype))))
@@ -153,9 +160,10 @@ class _Rewriter(MainRewriter):
         """Codes and scales of the shape ``scales``, found at run time."""
         x, name = value.args[0], op_name(value).removeprefix("relax.qfp8.")
         shape, layout = shape_of(x), get_layout(str(value.attrs["layout"]))
-        key = repr((name, shape, layout))
+        source = TensorSpec(shape, self._halves.get(x, "float32"))
+        key = repr((name, source, layout))
         if key not in self._written:
-            function = make(self.options.isa, self.options.threads, shape, layout)
+            function = make(self.options.isa, self.options.threads, source, layout)
             self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), name)
         types = [relax.TensorType(shape, "uint8"), relax.TensorType(scales, "float32")]
         call = relax.call_tir(self._written[key], [self.expression(x), constant], types)

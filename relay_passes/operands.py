@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,9 @@ def array_of(constant: relax.Expr) -> np.ndarray:
 class Operands:
     """Collects the tensors a kernel reads. ``scalars`` go to one small float32 argument, so that kernels that
     differ only in scales are written once. ``memory`` is what kernels may keep between calls, None for nothing;
-    ``halves`` are float32 tensors that are kept as float16."""
+    ``halves`` are float32 tensors that are kept in half the memory, and as what."""
 
-    def __init__(self, memory: StaticMemory | None = None, halves: Collection[relax.Var] = ()) -> None:
+    def __init__(self, memory: StaticMemory | None = None, halves: Mapping[relax.Var, str] = {}) -> None:
         self.memory, self.halves = memory, halves
         self.arguments: list[relax.Expr | np.ndarray] = []
         self.specs: list[TensorSpec] = []
@@ -54,7 +54,7 @@ class Operands:
 
     def spec(self, expr: relax.Expr) -> TensorSpec:
         """How a tensor is kept."""
-        dtype = "float16" if expr in self.halves else storage_dtype(str(expr.ty.dtype))
+        dtype = self.halves.get(expr) or storage_dtype(str(expr.ty.dtype))
         return TensorSpec(shape_of(expr), dtype)
 
     def constant(self, value: np.ndarray) -> int:

@@ -19,7 +19,8 @@ qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc
 qfp8.take           table codes ``(rows, width)``, scale       float32: rows of an embedding table, each with its
                     ``(rows,)``, indices                       own scale
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
-qfp8.to_float16     x float32, no more than 65504 in magnitude   float32: x rounded to float16 (``halve_traffic``)
+qfp8.halve          x float32                                 float32: x rounded to float16, which takes 65504 at
+                                                              most, or bfloat16 (``halve_traffic``)
 qfp8.recurrent      inputs float32, weight, a, bias, ...       float32: outputs of all steps and the last states
 qfp8.fake_quantize  x float32, scale                           x rounded to ``layout``; ``ClaimTrained`` takes it
 qfp8.trained        a linear layer's result, weight scales     the same: how the layer was trained (``trained``)
@@ -136,7 +137,7 @@ _OPERATORS = {
     "interpolate": _same_type,
     **dict.fromkeys(
         (
-            "to_float16",
+            "halve",
             "l2_normalize",
             "fake_quantize",
             "trained",
@@ -176,9 +177,9 @@ def encode(x, layout: Layout, scale: float, reciprocals=None) -> relax.Call:
     )
 
 
-def to_float16(x) -> relax.Call:
-    """``x`` rounded to the nearest float16, as float32; magnitudes are 65504 at most."""
-    return _call("to_float16", [x])
+def halve(x, dtype: str) -> relax.Call:
+    """``x`` rounded to the nearest float16, magnitudes being 65504 at most, or bfloat16; as float32."""
+    return _call("halve", [x], dtype=dtype)
 
 
 def l2_normalize(x, floor: float, axis: int = -1) -> relax.Call:

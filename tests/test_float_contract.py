@@ -3,6 +3,7 @@
 import re
 from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 import pytest
 import tvm
@@ -16,8 +17,11 @@ from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.targets import parse_target
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.float_contract import (
+    as_bfloat16,
+    from_bfloat16,
     fused_multiply_add,
     fused_multiply_add_in_float64,
+    round_to_bfloat16,
     round_to_float16,
 )
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store, vector_runs
@@ -195,9 +199,17 @@ def test_rounding_to_float16(machine, converts):
     x = np.concatenate([around, -around])
     x = np.resize(x[np.abs(x) <= 65504], -(-len(x) // 16) * 16)
 
+    found = mapped(machine, lambda value: round_to_float16(value, converts), x)
+    expected = x.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+def mapped(machine, function, x):
+    """``function`` of vectors, compiled, over all of ``x``."""
+
     def body(source, target):
         def emit(at, lanes):
-            store(target, at, round_to_float16(load(source, at, lanes), converts), lanes)
+            store(target, at, function(load(source, at, lanes)), lanes)
 
         vector_runs(len(x), 16, emit)
 
@@ -207,5 +219,22 @@ def test_rounding_to_float16(machine, converts):
     )
     arrays = [tvm.runtime.tensor(x), tvm.runtime.tensor(np.empty_like(x))]
     built["main"](*arrays)
-    expected = x.astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(arrays[1].numpy().view(np.uint32), expected.view(np.uint32))
+    return arrays[1].numpy()
+
+
+@pytest.mark.parametrize("machine", TARGETS)
+def test_rounding_to_bfloat16(machine):
+    """All of its numbers, the middles between them, the float32 on both sides of either, infinities; and NaN."""
+    if not machine_runs(machine):
+        pytest.skip(f"this CPU does not run {machine}")
+    words = np.arange(0x7F81, dtype=np.uint32) << 16
+    bits = np.concatenate(
+        [words[:-1] + part for part in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)] + [words[-1:]]
+    )
+    x = np.concatenate([bits, bits | 0x80000000]).astype(np.uint32).view(np.float32)
+    not_numbers = np.array([0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFC00000, 0xFFFFFFFF], np.uint32)
+    x = np.resize(x, -(-len(x) // 16) * 16)
+    expected = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    for kept in (round_to_bfloat16, lambda value: from_bfloat16(as_bfloat16(round_to_bfloat16(value)))):
+        np.testing.assert_array_equal(mapped(machine, kept, x).view(np.uint32), expected.view(np.uint32))
+        assert np.isnan(mapped(machine, kept, np.resize(not_numbers, 16).view(np.float32))).all()

@@ -1,5 +1,6 @@
-"""What goes from kernel to kernel in float32 is rounded to float16 where its range is proved."""
+"""What goes from kernel to kernel in float32 is rounded to float16 or, where its range is not proved, to bfloat16."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from quantized_programs import TARGETS, TILES, build, machine_runs, program, random_codes, run
@@ -53,10 +54,12 @@ def twin(codes, between):
     return total
 
 
-def rounded(mod):
-    return [op_name(binding.value) for binding in HalveTraffic()(mod)["main"].body.blocks[0].bindings].count(
-        "relax.qfp8.to_float16"
-    )
+def rounded(mod, dtype="float16"):
+    """The number of tensors that are rounded to ``dtype``; none is to another."""
+    values = [binding.value for binding in HalveTraffic()(mod)["main"].body.blocks[0].bindings]
+    dtypes = [str(value.attrs["dtype"]) for value in values if op_name(value) == "relax.qfp8.halve"]
+    assert set(dtypes) <= {dtype}
+    return len(dtypes)
 
 
 @pytest.mark.parametrize("target", [*TARGETS.values(), TILES], ids=[*TARGETS, "amx"])
@@ -124,6 +127,70 @@ def test_bounds_follow_operators():
         return relax.op.add(conv(builder, encoded(builder, x)), x)
 
     assert rounded(program([(SHAPE, "E2M5")], emit)) == 1
+
+
+def residual_of_run_time(builder, x, by_rows=True):
+    """Two blocks of a residual network that finds its scales at run time."""
+    weight, a, bias = codes_constant(WEIGHT, "E2M5"), relax.const(A), relax.const(BIAS)
+    ones = relax.const(np.ones(CHANNELS, np.float32))
+    layout = get_layout("E2M5")
+
+    def block(x):
+        encode = qfp8_ops.encode_rows(x, ones, layout) if by_rows else qfp8_ops.encode_samples(x, layout)
+        both = builder.emit(encode)
+        codes, scales = (builder.emit(relax.TupleGetItem(both, part)) for part in range(2))
+        window = dict(strides=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1)
+        return builder.emit(qfp8_ops.conv2d(codes, weight, a, bias, **window, scales=scales))
+
+    total = builder.emit(relax.op.nn.relu(block(x)))
+    for _ in range(2):
+        total = builder.emit(relax.op.add(block(total), total))
+    return total
+
+
+def twin_of_run_time(x, by_rows=True):
+    def block(x):
+        codes, scales = (reference.encode_rows if by_rows else reference.encode_samples)(
+            x, get_layout("E2M5")
+        )
+        sums = reference.matmul(codes, WEIGHT[:, 0, 0], get_layout("E2M5"), get_layout("E2M5"))
+        return reference.scale_and_bias(sums, A, BIAS, scales if by_rows else scales[:, None, None])
+
+    total = np.maximum(block(x), np.float32(0))
+    for _ in range(2):
+        kept = total.astype(ml_dtypes.bfloat16).astype(np.float32)
+        total = block(kept) + kept
+    return total
+
+
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("target", [*TARGETS.values(), TILES], ids=[*TARGETS, "amx"])
+def test_sums_of_no_proved_range_are_kept_as_bfloat16(target, by_rows):
+    if not machine_runs(target):
+        pytest.skip("this CPU has no such instructions")
+    plain = program([(SHAPE, None)], lambda *arguments: residual_of_run_time(*arguments, by_rows=by_rows))
+    assert rounded(plain, "bfloat16") == 2
+    x = RNG.standard_normal(SHAPE, np.float32) * np.float32(1e6)
+    found = run(build(HalveTraffic()(plain), target), x)[0]
+    np.testing.assert_array_equal(found, twin_of_run_time(x, by_rows))
+
+
+@pytest.mark.parametrize("name, kept", [("sse2", "uint16"), ("neon", "uint16"), ("cuda", "float32")])
+def test_all_cpus_keep_bfloat16(name, kept):
+    mod = HalveTraffic()(program([(SHAPE, None)], residual_of_run_time))
+    lowered = LowerGroups(instruction_set(name, []), 1)(mod)
+    values = [binding.value for binding in lowered["main"].body.blocks[0].bindings]
+    dtypes = {str(value.ty.dtype) for value in values if isinstance(value.ty, relax.TensorType)}
+    assert dtypes == {kept, "float32", "uint8"}
+
+
+def test_what_is_only_encoded_stays():
+    def emit(builder, x):
+        ones = relax.const(np.ones(CHANNELS, np.float32))
+        total = residual_of_run_time(builder, x)
+        return builder.emit(qfp8_ops.encode_rows(total, ones, get_layout("E2M5")))
+
+    assert rounded(program([(SHAPE, None)], emit), "bfloat16") == 2
 
 
 @pytest.mark.parametrize("between", ["float32", "result", "softmax", "a factor"])

@@ -1,6 +1,6 @@
 """A table over a whole array of any length, and a table of a derivative times a gradient: the kernels of training.
 
-Arrays are float32 or bfloat16, the latter as the uint16 words that hold it; the arithmetic is float32 and rounds once
+Arrays are float32 or bfloat16, the latter as the words that hold it; the arithmetic is float32 and rounds once
 to bfloat16. A last part shorter than a vector goes through a buffer of one vector.
 """
 
@@ -14,10 +14,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.tables.table import Table
-from tvm_qfp8.topi.float_contract import bind, lanes_of, like, mul, with_lanes
+from tvm_qfp8.topi.float_contract import BFLOAT16_WORDS, as_bfloat16, bind, mul, round_to_bfloat16, with_lanes
 from tvm_qfp8.topi.interpolate import emit_table
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.prim_func import load, load_float, store
 
 CHUNK_VECTORS = 1024
 """Vectors that one thread takes at a time."""
@@ -34,7 +34,7 @@ class ApplyTable:
     table: Table
     gradient: bool
     storage: str
-    """``float32``, or ``uint16`` for bfloat16."""
+    """``float32``, or ``BFLOAT16_WORDS``."""
     parallel: bool
 
     def prim_func(self, isa: InstructionSet) -> tirx.PrimFunc:
@@ -80,26 +80,10 @@ class ApplyTable:
 
     def _vector(self, arrays: Sequence, at, isa: InstructionSet) -> None:
         *inputs, output = arrays
-        values = [bind(_to_float(bind(load(array, at, isa.lanes)))) for array in inputs]
+        values = [bind(load_float(array, at, isa.lanes)) for array in inputs]
         result = emit_table(self.table, values[-1], isa)
         if self.gradient:
             result = bind(mul(values[0], result))
-        store(output, at, result if self.storage == "float32" else _to_bfloat16(result), isa.lanes)
-
-
-def _to_float(words):
-    if str(words.ty.dtype).startswith("float32"):
-        return words
-    lanes = lanes_of(words)
-    wide = words.astype(with_lanes("uint32", lanes)) << like(16, words, "uint32")
-    return tirx.reinterpret(with_lanes("float32", lanes), wide)
-
-
-def _to_bfloat16(x):
-    """The uint16 words of ``x`` rounded to nearest, ties to even; NaN stays NaN."""
-    lanes = lanes_of(x)
-    bits = bind(tirx.reinterpret(with_lanes("uint32", lanes), x))
-    odd = (bits >> like(16, x, "uint32")) & like(1, x, "uint32")
-    # Infinities stay below the wrap of uint32; a NaN might not.
-    rounded = bind(tirx.Select(x != x, like(0x7FC00000, x, "uint32"), bits + odd + like(0x7FFF, x, "uint32")))
-    return (rounded >> like(16, x, "uint32")).astype(with_lanes("uint16", lanes))
+        if self.storage == BFLOAT16_WORDS:
+            result = as_bfloat16(round_to_bfloat16(result))
+        store(output, at, result, isa.lanes)

@@ -48,7 +48,7 @@ def emit_concat_of_floats(
     threads: int,
     around: Callable | None = None,
 ) -> None:
-    """Rows of float32 or float16 joined; ``finish(value, row, column, lanes)`` for every vector of the result."""
+    """Rows of float32 or two bytes joined; ``finish(value, row, column, lanes)`` for every vector of the result."""
 
     def place(part: int, index, row, column, lanes: int) -> None:
         finish(load_float(sources[part], index, lanes), row, column, lanes)

@@ -21,16 +21,18 @@ from tvm_qfp8.topi.codec import encode_expr
 from tvm_qfp8.topi.cuda.rows import for_each_row as for_each_cuda_row
 from tvm_qfp8.topi.float_contract import bind, lanes_of, like, mul
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, load_float, store
 from tvm_qfp8.topi.rows import Row, for_each_row, like_scalar
 
 
-def encode_rows_prim_func(
-    isa: InstructionSet, threads: int, shape: tuple[int, ...], layout: Layout
-) -> tirx.PrimFunc:
-    """``(x, factors, codes, scales) -> None`` for float32 ``x (..., channels)`` and scales ``(...,)``."""
+def encode_rows_prim_func(isa: InstructionSet, threads: int, x: TensorSpec, layout: Layout) -> tirx.PrimFunc:
+    """``(x, factors, codes, scales) -> None`` for ``x (..., channels)`` and float32 scales ``(...,)``.
+
+    ``x`` is float32, or kept as float16 or bfloat16.
+    """
+    shape = x.shape
     rows, length = math.prod(shape[:-1]), shape[-1]
-    x, factors = TensorSpec(shape, "float32"), TensorSpec((length,), "float32")
+    factors = TensorSpec((length,), "float32")
     codes, scales = TensorSpec(shape, "uint8"), TensorSpec(shape[:-1], "float32")
 
     def body(source, factor_buffer, code_buffer, scale_buffer) -> None:
@@ -63,7 +65,7 @@ def scaled_reader(source, factors, length: int) -> Callable:
     """``read(index, offset, lanes)`` of the rows of ``source``, times the factors of their channels."""
 
     def read(index, offset, lanes: int):
-        value = bind(load(source, index * length + offset, lanes))
+        value = bind(load_float(source, index * length + offset, lanes))
         return bind(mul(value, load(factors, offset, lanes)))
 
     return read

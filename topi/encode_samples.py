@@ -17,23 +17,20 @@ from tvm_qfp8.topi.encode_rows import coded, emit_scale
 from tvm_qfp8.topi.float_contract import LANES, bind
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import overlapped_start, round_up
-from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, load_float, store
 from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, Row
 
 
 def encode_samples_prim_func(
-    isa: InstructionSet, threads: int, shape: tuple[int, ...], layout: Layout
+    isa: InstructionSet, threads: int, x: TensorSpec, layout: Layout
 ) -> tirx.PrimFunc:
-    """``(x, inverse, codes, scales) -> None`` for float32 ``x (samples, ...)`` and scales ``(samples,)``.
+    """``(x, inverse, codes, scales) -> None`` for ``x (samples, ...)`` and float32 scales ``(samples,)``.
 
+    ``x`` is float32, or kept as float16 or bfloat16.
     ``inverse (1,)`` is fl32(1 / largest G): TVM takes a function of one input for a reshape, and looks for its block.
     """
-    samples, length = shape[0], math.prod(shape[1:])
-    x, codes, scales = (
-        TensorSpec(shape, "float32"),
-        TensorSpec(shape, "uint8"),
-        TensorSpec(shape[:1], "float32"),
-    )
+    samples, length = x.shape[0], math.prod(x.shape[1:])
+    codes, scales = TensorSpec(x.shape, "uint8"), TensorSpec(x.shape[:1], "float32")
     parts = threads if length >= MIN_PARALLEL_ELEMENTS else 1
     size = length if parts == 1 else round_up(-(-length // parts), LANES)
 
@@ -47,12 +44,15 @@ def encode_samples_prim_func(
 
             def find_largest(part, start) -> None:
                 row = Row(
-                    isa, size, lambda at, lanes: tirx.abs(bind(load(source, start + at, lanes))), pad=0.0
+                    isa,
+                    size,
+                    lambda at, lanes: tirx.abs(bind(load_float(source, start + at, lanes))),
+                    pad=0.0,
                 )
                 store(largest, part, row.first_lane(row.largest()), 1)
 
             def write_codes(_part, start) -> None:
-                row = Row(isa, size, lambda at, lanes: bind(load(source, start + at, lanes)), pad=0.0)
+                row = Row(isa, size, lambda at, lanes: bind(load_float(source, start + at, lanes)), pad=0.0)
                 reciprocal = load(largest, 0, 1)
                 row.finish(
                     coded(bind(reciprocal), layout, isa),
@@ -69,7 +69,7 @@ def encode_samples_prim_func(
             in_parts(write_codes)
 
         def read(index, offset, lanes: int):
-            return bind(load(source, index * length + offset, lanes))
+            return bind(load_float(source, index * length + offset, lanes))
 
         def cuda_sample(row, index) -> None:
             magnitudes = row.mapped(lambda v: tirx.abs(v))

@@ -135,6 +135,33 @@ def as_float16(x):
     return bind(x.astype(with_lanes("float16", lanes_of(x))))
 
 
+BFLOAT16_WORDS = "uint16"
+"""What bfloat16 is kept as: not all targets know the dtype."""
+
+
+def round_to_bfloat16(x):
+    """The bfloat16 nearest to ``x``, ties to even, as float32; NaN stays NaN."""
+    lanes = lanes_of(x)
+    bits = bind(tirx.reinterpret(with_lanes("uint32", lanes), x))
+    odd = (bits >> like(16, x, "uint32")) & like(1, x, "uint32")
+    # Infinities stay below the wrap of uint32; a NaN might not. TVM takes x != x for false.
+    is_nan = (bits & like(0x7FFFFFFF, x, "uint32")) > like(0x7F800000, x, "uint32")
+    rounded = tirx.Select(is_nan, like(0x7FC00000, x, "uint32"), bits + odd + like(0x7FFF, x, "uint32"))
+    return bind(tirx.reinterpret(dtype_of(x), bind(rounded) & like(0xFFFF0000, x, "uint32")))
+
+
+def as_bfloat16(x):
+    """The words of ``x``, which was rounded to bfloat16 before."""
+    bits = tirx.reinterpret(with_lanes("uint32", lanes_of(x)), x)
+    return bind((bits >> like(16, x, "uint32")).astype(with_lanes(BFLOAT16_WORDS, lanes_of(x))))
+
+
+def from_bfloat16(words):
+    """The float32 values of bfloat16's words."""
+    wide = words.astype(with_lanes("uint32", lanes_of(words))) << like(16, words, "uint32")
+    return tirx.reinterpret(with_lanes("float32", lanes_of(words)), wide)
+
+
 def sub(a, b):
     """fl32(a - b)."""
     return a - b

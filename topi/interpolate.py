@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import numpy as np
 from tvm import tirx
-from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.tables.evaluate import evaluate
 from tvm_qfp8.tables.table import Table

@@ -12,7 +12,14 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import bind, dtype_of, lanes_of, with_lanes
+from tvm_qfp8.topi.float_contract import (
+    BFLOAT16_WORDS,
+    bind,
+    dtype_of,
+    from_bfloat16,
+    lanes_of,
+    with_lanes,
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,10 @@ def load(buffer, index, lanes: int):
 
 
 def load_float(buffer, index, lanes: int):
-    """As ``load``, of a buffer of float16 as float32."""
+    """As ``load``, of a buffer of float16 or bfloat16 as float32."""
     value = load(buffer, index, lanes)
+    if str(buffer.dtype) == BFLOAT16_WORDS:
+        return from_bfloat16(value)
     return value.astype(with_lanes("float32", lanes)) if str(buffer.dtype) == "float16" else value
 
 

@@ -93,11 +93,11 @@ def lowering_passes(
     threads: int,
     choose: ScheduleChooser = default_schedule,
     memory: StaticMemory | None = None,
-    halved: list[str] | None = None,
+    halved: dict[str, str] | None = None,
 ) -> list:
     """The passes from the canonical float program to scheduled kernels, in order.
 
-    ``halved`` gets the names of layers whose results are rounded to float16; none are if it is None.
+    ``halved`` gets the layers whose results are rounded to float16 or bfloat16, and to which; none are if it is None.
     """
     return [
         # -- quantize: linear layers on QFP8 tensors, with the calibration's layouts, scales and biases
@@ -106,7 +106,7 @@ def lowering_passes(
         TabulateCodes(),
         # -- interpolate: nonlinear layers become tables
         Interpolate(config.max_error),
-        # -- what goes from kernel to kernel in float32, such as residual sums, is rounded to float16
+        # -- what goes from kernel to kernel in float32, such as residual sums, is rounded to two bytes
         *([] if halved is None else [HalveTraffic(halved)]),
         # -- products of two activations read and write heads where they lie
         FoldHeads(),
@@ -285,7 +285,7 @@ def compile(  # noqa: A001 - the public name
         memory = StaticMemory() if config.winograd and not on_gpu else None
         shared = SharedPanels(choose) if shorter else choose
         # A network that was trained with its rounding gives what it gave there, to the bit.
-        halved: list[str] | None = [] if trained is None else None
+        halved: dict[str, str] | None = {} if trained is None else None
 
         def lower(program: tvm.IRModule, own: QuantizationPlan) -> tvm.IRModule:
             passes = lowering_passes(own, config, isa, threads, shared, memory, halved)
@@ -297,8 +297,9 @@ def compile(  # noqa: A001 - the public name
         lowered = tvm.transform.Sequential([ShareConstants()])(joined(lower(canonical, plan), others))
         if isinstance(choose, LoggedSchedules):
             report.totals["tuned kernels"] = f"{len(choose.used)} of {len(choose.asked)}"
-        if halved:
-            report.totals["results rounded to float16"] = ", ".join(dict.fromkeys(halved))
+        for dtype in sorted(set((halved or {}).values())):
+            names = [name for name, rounded_to in (halved or {}).items() if rounded_to == dtype]
+            report.totals[f"results rounded to {dtype}"] = ", ".join(names)
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
         if memory is not None and memory.fillers:
             report.totals[LOADED] = f"{memory.size} ({len(memory.fillers)} layers, {AT_LOAD})"

@@ -62,7 +62,7 @@ class Linear:
 
     @property
     def reads_rows(self) -> bool:
-        """A dense layer, over the last axis: a matmul, or a 1x1 convolution over pixels in NHWC, or over some of them."""
+        """A dense layer, over the last axis: a matmul, or a 1x1 convolution over all or some pixels in NHWC."""
         if self.step.operator != "relax.nn.conv2d":
             return self.step.operator == "relax.matmul"
         attrs = self.step.attrs
