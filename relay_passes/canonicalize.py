@@ -133,8 +133,9 @@ class _Rewriter(MainRewriter):
         return x if [int(axis) % rank for axis in axes] == list(range(rank)) else None
 
     def _concat(self, value: relax.Call) -> relax.Expr | None:
-        parts = value.args[0]
-        return parts.fields[0] if isinstance(parts, relax.Tuple) and len(parts.fields) == 1 else None
+        """The only part that is not empty, as in rotary embeddings of all channels."""
+        parts = value.args[0].fields if isinstance(value.args[0], relax.Tuple) else []
+        return next((part for part in parts if _same_tensor(part, value)), None)
 
     # -- powers -----------------------------------------------------------------------------------------------
 

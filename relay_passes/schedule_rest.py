@@ -58,6 +58,8 @@ def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:
     for info in try_inline(sch, blocks):
         block = info.block_rv
         loops = sch.get_loops(block)
+        if any(_extent(sch, loop) == 0 for loop in loops):
+            continue
         kinds = info.dom_kind()
         spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == "S"]
         if len(spatial) != len(loops):

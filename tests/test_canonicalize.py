@@ -61,6 +61,7 @@ NOTHING = {
     "broadcast": lambda e, x: op.broadcast_to(x, (2, 3, 4, 5)),
     "slice": lambda e, x: op.strided_slice(x, [1], [0], [3]),
     "concat": lambda e, x: op.concat([x], 1),
+    "concat of nothing more": lambda e, x: op.concat([e(op.strided_slice(x, [1], [3], [3])), x], 1),
     "pad": lambda e, x: op.nn.pad(x, [0] * 8),
 }
 

@@ -45,3 +45,16 @@ def test_transpositions_go_by_tiles(shape, axes, loops, threads):
     if threads == 1:
         assert len(found_loops) == loops
     assert (found_loops[0].kind == ForKind.PARALLEL) == (threads > 1 and x.size >= MIN_PARALLEL_ELEMENTS)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 0, 9, 16), (0, 3, 4), (5, 16, 0)])
+def test_what_is_empty_needs_no_schedule(shape, threads):
+    passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(threads)])
+    with parse_target("llvm") as target:
+        scheduled = passes(transposition(shape, [*range(len(shape))][::-1]))
+        executable = tvm.compile(scheduled, target=target)
+    found = relax.VirtualMachine(executable, tvm.cpu())["main"](
+        tvm.runtime.tensor(np.empty(shape, np.float32))
+    )
+    assert found.shape == shape[::-1]
