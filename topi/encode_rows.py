@@ -21,7 +21,7 @@ from tvm_qfp8.topi.codec import encode_expr
 from tvm_qfp8.topi.cuda.rows import for_each_row as for_each_cuda_row
 from tvm_qfp8.topi.float_contract import bind, lanes_of, like, mul
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, load_float, store
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, keep, load, load_float, store
 from tvm_qfp8.topi.rows import Row, for_each_row, like_scalar
 
 
@@ -105,9 +105,9 @@ def inverse_of(layout: Layout) -> float:
 def emit_scale(largest, inverse) -> tuple:
     """The scale that puts the magnitude ``largest`` on the largest grid value, and its reciprocal."""
     limits = np.finfo(np.float32)
-    finite = bind(tirx.min(largest, like(float(limits.max), largest)))
-    scale = bind(tirx.max(bind(mul(finite, inverse)), like(float(limits.tiny), finite)))
-    return scale, bind(like(1.0, scale) / scale)
+    finite = keep(tirx.min(largest, like(float(limits.max), largest)))
+    scale = keep(tirx.max(bind(mul(finite, inverse)), like(float(limits.tiny), finite)))
+    return scale, keep(like(1.0, scale) / scale)
 
 
 def coded(reciprocal, layout: Layout, isa: InstructionSet) -> Callable:

@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, lanes_of, like, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start
-from tvm_qfp8.topi.prim_func import load, store, stores_last
+from tvm_qfp8.topi.prim_func import keep, load, store, stores_last
 
 MIN_PARALLEL_ELEMENTS, MIN_PARALLEL_ROW_ELEMENTS = 65_536, 20_000
 """Below, operators stay serial: those that go over their elements once, and those on rows, as softmax and norms. A
@@ -156,7 +156,7 @@ class Row:
         while distance:
             total = bind(add(total, _rotated(total, distance)))
             distance //= 2
-        return self.first_lane(total)
+        return keep(self.first_lane(total))
 
     def pieces(self, offset) -> list[tuple]:
         """(offset, lanes) of the vectors that cover the group at ``offset``, its padding not."""
