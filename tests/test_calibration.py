@@ -10,6 +10,7 @@ from tvm_qfp8.calibration import calibrate, evaluate, evaluate_quantized, output
 from tvm_qfp8.calibration.activations import Observer
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.operators import TABLE
+from tvm_qfp8.calibration.small_values import DIVISOR
 from tvm_qfp8.config import Config
 from tvm_qfp8.format import decode, encode, get_layout
 
@@ -207,6 +208,40 @@ def test_what_a_logarithm_reads_stays_in_float32():
         plan = calibrate(mod, samples)
         assert len(plan.linear) == 2 and len(plan.skipped) == 3
         assert all("logarithm" in reason for reason in plan.skipped.values())
+
+
+def test_what_others_are_divided_by_stays_in_float32():
+    """Attention that is normalised after its products: the product whose last row is the divisor, no other."""
+
+    def body(emit, x):
+        keys, queries = (emit(R.nn.relu(emit(R.matmul(x, constant(16, 8, seed=seed))))) for seed in (1, 2))
+        values = emit(
+            R.concat(
+                [emit(R.matmul(x, constant(16, 8, seed=3))), relax.const(np.ones((1, 6, 1), np.float32))], -1
+            )
+        )
+        state = emit(R.matmul(emit(R.permute_dims(keys, [0, 2, 1])), values))
+        result = emit(R.matmul(queries, state))
+        divisor = emit(R.add(emit(R.strided_slice(result, [2], [8], [9])), relax.const(1e-6)))
+        return emit(R.divide(emit(R.strided_slice(result, [2], [0], [8])), divisor))
+
+    mod = build({"x": ((1, 6, 16), "float32")}, body)
+    plan = calibrate(mod, [{"x": random(1, 6, 16, seed=seed)} for seed in range(2)])
+    assert list(plan.skipped.values()) == [DIVISOR]
+    assert len(plan.linear) == 3 and len(plan.products) == 1
+
+
+@pytest.mark.parametrize("divisor", ["norm", "one and more", "bounded"])
+def test_divisors_that_no_rounding_makes_zero(divisor):
+    def body(emit, x):
+        y = emit(R.matmul(x, constant(16, 8)))
+        if divisor == "norm":
+            return emit(R.divide(y, emit(R.sqrt(emit(R.sum(emit(R.square(y)), axis=-1, keepdims=True))))))
+        if divisor == "one and more":
+            return emit(R.divide(y, emit(R.add(relax.const(1.0), emit(R.abs(y))))))
+        return emit(R.divide(y, emit(R.maximum(y, relax.const(0.5)))))
+
+    assert not calibrate(build({"x": ((6, 16), "float32")}, body), [{"x": random(6, 16)}]).skipped
 
 
 def test_layers_of_one_weight_keep_one_weight():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tvm
 
-from tvm_qfp8.calibration import before_logarithm
+from tvm_qfp8.calibration import small_values
 from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS
 from tvm_qfp8.calibration.choose_activation import FLOAT32, ActivationChooser, Grade
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
@@ -108,7 +108,7 @@ def calibrate(
     config = config or Config()
     options = walk_options(config)
     steps = find_linear(program, config.skip)
-    before_logarithm.keep_in_float32(program, steps)
+    small_values.keep_in_float32(program, steps)
     report = progress or (lambda stage, done, total: None)
     plan = QuantizationPlan(skipped=steps.skipped)
     plan.embeddings = quantized_embeddings(program, config.skip)
