@@ -31,6 +31,7 @@ from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
 from tvm_qfp8.relay_passes.sink_reshapes import SinkReshapes
 from tvm_qfp8.relay_passes.split_dense import SplitDense
 from tvm_qfp8.relay_passes.trained import ClaimTrained
+from tvm_qfp8.relay_passes.volumes_as_frames import VolumesAsFrames
 
 
 def prepare_passes() -> list:
@@ -56,6 +57,8 @@ def prepare_passes() -> list:
         FoldLayerNorm(),
         RecognizeSoftmax(),
         RecognizeL2(),
+        # -- 3-D convolutions become 2-D ones
+        VolumesAsFrames(),
         # -- channels last, without transpositions that cancel
         ChooseLayout(),
         NormalizeRows(),
