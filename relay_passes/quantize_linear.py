@@ -94,6 +94,12 @@ def _transposed_attributes(call: relax.Call) -> dict:
     }
 
 
+def _pads_with_zeros(value: Any) -> bool:
+    """Zero has the code 0."""
+    pads = op_name(value) == "relax.nn.pad" and str(value.attrs.pad_mode) == "constant"
+    return pads and float(value.attrs.pad_value) == 0.0
+
+
 @tvm.transform.module_pass(opt_level=0, name="QuantizeLinear")
 class QuantizeLinear:
     """Rewrite ``main`` according to a plan."""
@@ -294,6 +300,11 @@ class _Rewriter(MainRewriter):
         codes, scales = self._encoded[key]
         return codes, scales
 
+    def _is_taken_often(self, value: Any) -> bool:
+        """Places along an axis of what is read several times, as the frames that a 3-D convolution joins."""
+        taken = op_name(value) == "relax.take" and value.attrs.axis is not None
+        return taken and isinstance(value.args[0], relax.Var) and self.uses[value.args[0]] > 1
+
     def _every(self, strides: list[int], rows: relax.Expr) -> relax.Expr:
         """Of codes or scales of pixels, those that a 1x1 convolution with ``strides`` reads."""
         if strides == [1, 1]:
@@ -320,7 +331,7 @@ class _Rewriter(MainRewriter):
                 # Codes are joined instead: the encodes fuse with what makes the parts.
                 parts = [self._encode(part, layout, scale) for part in value.args[0].fields]
                 moved = relax.Call(value.op, [relax.Tuple(parts)], value.attrs)
-            elif op_name(value) in KEEPS_ELEMENTS:
+            elif op_name(value) in KEEPS_ELEMENTS or _pads_with_zeros(value) or self._is_taken_often(value):
                 source = self._encode(value.args[0], layout, scale)
                 moved = relax.Call(value.op, [source, *map(self.expression, value.args[1:])], value.attrs)
             else:

@@ -114,19 +114,19 @@ class _Rewriter(MainRewriter):
         batch, _, depth = shape_of(volume)[:3]
         end = batch * depth
         first = np.arange(out_depth) * window.stride - window.front
+        places = [first + tap * window.dilation for tap in range(window.size)]
+        inside = [(place >= 0) & (place < depth) for place in places]
+        if not np.all(inside):
+            frames = self.builder.emit(relax.op.nn.pad(frames, [0, 1, *[0] * 6], pad_value=beyond))
         found = []
-        for tap in range(window.size):
-            place = first + tap * window.dilation
-            inside = (place >= 0) & (place < depth)
-            places = np.concatenate(
-                [np.where(inside, place + sample * depth, end) for sample in range(batch)]
-            )
-            source = frames
-            if not inside.all():
-                source = self.builder.emit(relax.op.nn.pad(frames, [0, 1, *[0] * 6], pad_value=beyond))
-            if not np.array_equal(places, np.arange(end)):
-                source = self.builder.emit(relax.op.take(source, relax.const(places), axis=0, mode="clip"))
-            found.append(source)
+        for place, is_inside in zip(places, inside, strict=True):
+            of_samples = [np.where(is_inside, place + sample * depth, end) for sample in range(batch)]
+            taken = np.concatenate(of_samples)
+            if np.all(inside) and np.array_equal(taken, np.arange(end)):
+                found.append(frames)
+            else:
+                take = relax.op.take(frames, relax.const(taken), axis=0, mode="clip")
+                found.append(self.builder.emit(take))
         return found
 
 
