@@ -106,7 +106,8 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, workload):
 
 def test_an_interrupt_keeps_what_was_measured(tmp_path, workload):
     tuner, (result,) = tune(tmp_path, workload, CountingMeasurer(stop_after=12), 40)
-    assert tuner.interrupted and result.trials == 9
+    # The default and a batch of eight, among which the search may have drawn it, too.
+    assert tuner.interrupted and result.trials in (8, 9)
     _, (result,) = tune(tmp_path, workload, CountingMeasurer(), 16)
     assert result.trials == 16
 
