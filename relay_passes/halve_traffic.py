@@ -212,7 +212,7 @@ def _bound_of_linear(call: relax.Call) -> float:
     """Of codes times weights; a scale that is found at run time has no bound."""
     x, weight, a, bias = call.args[:4]
     activation, layout = layout_of(x), layout_of(weight)
-    if activation is None or layout is None or len(call.args) > 4:
+    if activation is None or layout is None or _has_scales_of_run_time(call):
         return math.inf
     grid = np.abs(decode_grid(array_of(weight), layout)).astype(np.float64)
     sums = grid.reshape(len(grid), -1).sum(axis=1) * activation.max_grid

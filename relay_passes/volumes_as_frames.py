@@ -184,7 +184,7 @@ def transposed_convolution(rewriter: _Rewriter, var: relax.Var, value: relax.Cal
     )
 
 
-def pooling(rewriter: _Rewriter, var: relax.Var, value: relax.Call) -> relax.Call | None:
+def pooling(rewriter: _Rewriter, var: relax.Var, value: relax.Call) -> relax.Expr | None:
     """Of each frame, then along depth."""
     attrs, x = value.attrs, value.args[0]
     size = [int(extent) for extent in attrs.pool_size]
@@ -207,7 +207,7 @@ def pooling(rewriter: _Rewriter, var: relax.Var, value: relax.Call) -> relax.Cal
     combine = relax.op.maximum if is_max else relax.op.add
     for other in others:
         first = emit(combine(first, other))
-    return relax.op.multiply(first, relax.const(np.float32(1 if is_max else 1 / size[0])))
+    return first if is_max else relax.op.multiply(first, relax.const(np.float32(1 / size[0])))
 
 
 def mean(rewriter: _Rewriter, var: relax.Var, value: relax.Call) -> relax.Call | None:

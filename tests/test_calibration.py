@@ -231,6 +231,15 @@ def test_what_others_are_divided_by_stays_in_float32():
     assert len(plan.linear) == 3 and len(plan.products) == 1
 
 
+def test_a_divisor_that_bounds_leave_near_zero_stays_in_float32():
+    def body(emit, x):
+        y = emit(R.matmul(x, constant(16, 8)))
+        return emit(R.divide(y, emit(R.clip(y, -5.0, 5.0))))
+
+    plan = calibrate(build({"x": ((6, 16), "float32")}, body), [{"x": random(6, 16)}])
+    assert list(plan.skipped.values()) == [DIVISOR]
+
+
 @pytest.mark.parametrize("divisor", ["norm", "one and more", "bounded"])
 def test_divisors_that_no_rounding_makes_zero(divisor):
     def body(emit, x):

@@ -297,8 +297,9 @@ def compile(  # noqa: A001 - the public name
         lowered = tvm.transform.Sequential([ShareConstants()])(joined(lower(canonical, plan), others))
         if isinstance(choose, LoggedSchedules):
             report.totals["tuned kernels"] = f"{len(choose.used)} of {len(choose.asked)}"
-        for dtype in sorted(set((halved or {}).values())):
-            names = [name for name, rounded_to in (halved or {}).items() if rounded_to == dtype]
+        rounded = halved or {}
+        for dtype in sorted(set(rounded.values())):
+            names = [name for name in rounded if rounded[name] == dtype]
             report.totals[f"results rounded to {dtype}"] = ", ".join(names)
         report.totals["resident bytes of constants after load"] = _constant_bytes(lowered)
         if memory is not None and memory.fillers:

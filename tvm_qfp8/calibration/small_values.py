@@ -16,20 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from tvm_qfp8.calibration.evaluate import Name, Program, Step
+from tvm_qfp8.calibration.evaluate import MOVING_STEPS, Name, Program, Step
 from tvm_qfp8.calibration.linear import LINEAR, LinearSteps
-from tvm_qfp8.data_movement import MOVES_DATA
 
 LOGARITHM = "a logarithm reads its values, where errors beside the small ones count as much"
 DIVISOR = "others are divided by its values, of which a small one must not become zero"
-SUMS = MOVES_DATA | {
-    "alias", "tuple_get_item", "relax.abs", "relax.add", "relax.divide", "relax.mean", "relax.multiply",
+SUMS = MOVING_STEPS | {
+    "relax.abs", "relax.add", "relax.divide", "relax.mean", "relax.multiply",
     "relax.negative", "relax.power", "relax.sqrt", "relax.square", "relax.subtract", "relax.sum",
 }  # fmt: skip
 BOUNDS = {"relax.clip", "relax.maximum", "relax.minimum"}
 """Between a logarithm and the layer before it; further back they are activation functions."""
 
-MOVES = MOVES_DATA | {"alias", "tuple_get_item", "relax.abs"}
+MOVES = MOVING_STEPS | {"relax.abs"}
 GUARDS = {"relax.add", "relax.clip", "relax.maximum"}
 """Before a division, with constants of at most ``SMALLEST_DIVISOR``; larger ones keep a divisor from zero."""
 
@@ -72,7 +71,7 @@ def _largest_constant(step: Step) -> float:
     other: Any = step.arguments[1]
     if step.operator != "relax.clip" and isinstance(other, Name):
         other = step.arguments[0]
-    return float("inf") if isinstance(other, Name) else float(np.max(np.abs(other)))
+    return float("inf") if isinstance(other, Name) else float(np.max(other))
 
 
 def _before_logarithm(program: Program, steps: dict[str, Step]) -> set[str]:
