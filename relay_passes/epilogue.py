@@ -9,11 +9,11 @@ from tvm import relax, tirx
 from tvm.ir import GenericConst
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.format import get_layout
+from tvm_qfp8.format import Layout, get_layout
 from tvm_qfp8.relay_passes.fuse import Group, op_name, shape_of, tensor_arguments
-from tvm_qfp8.relay_passes.operands import Operands, array_of
+from tvm_qfp8.relay_passes.operands import Operands, array_of, layout_of
 from tvm_qfp8.tables import build_table
-from tvm_qfp8.topi.codec import ROUNDS_TO_ZERO, encode_expr
+from tvm_qfp8.topi.codec import ROUNDS_TO_ZERO, decode_expr, encode_expr
 from tvm_qfp8.topi.elementwise import emit_elementwise
 from tvm_qfp8.topi.float_contract import (
     BFLOAT16_WORDS,
@@ -23,6 +23,7 @@ from tvm_qfp8.topi.float_contract import (
     mul,
     round_to_bfloat16,
     round_to_float16,
+    with_lanes,
 )
 from tvm_qfp8.topi.interpolate import emit_table
 from tvm_qfp8.topi.isa import InstructionSet
@@ -39,6 +40,8 @@ class External:
     shape: tuple[int, ...]
     padded: bool = False
     """A vector may be read past the end."""
+    layout: Layout | None = None
+    """Of an argument that holds codes; their scale is the scalar."""
 
 
 def clip_bounds(call: relax.Call) -> tuple[float, float] | None:
@@ -105,6 +108,9 @@ class Epilogue:
     def _external(self, expr: relax.Expr, operands: Operands) -> External:
         shape = shape_of(expr)
         aligned = (1,) * (len(self.shape) - len(shape)) + shape
+        if op_name(expr) == "relax.qfp8.decode":
+            (codes,), scale = expr.args, operands.scalar(float(expr.attrs["scale"]))
+            return External(operands.tensor(codes), scale, aligned, layout=layout_of(codes))
         if isinstance(expr, GenericConst):
             array = np.asarray(array_of(expr), np.float32)
             if array.size == 1:
@@ -139,22 +145,30 @@ class Epilogue:
         return value if lanes == 1 else tirx.Broadcast(value, lanes)
 
     def _read(self, external: External, row, column, lanes: int, valid: int):
-        if external.scalar is not None:
+        if external.argument is None:
+            assert external.scalar is not None
             return self._scalar(external.scalar, lanes)
-        assert external.argument is not None
         buffer = self.buffers[external.argument]
         at = self._index(external.shape, row, column)
         if external.shape[-1] == 1 and self.columns != 1:
-            value = bind(load_float(buffer, at, 1))
+            value = bind(self._values(external, buffer, at, 1))
             return value if lanes == 1 else tirx.Broadcast(value, lanes)
         if valid == lanes or external.padded:
-            return bind(load_float(buffer, at, lanes))
+            return bind(self._values(external, buffer, at, lanes))
         part = T.alloc_buffer((lanes,), str(buffer.dtype), scope="local")
         for lane in range(valid):
             store(part, lane, load(buffer, at + lane, 1), 1)
         for lane in range(valid, lanes):
             store(part, lane, tirx.const(0, str(buffer.dtype)), 1)
-        return bind(load_float(part, 0, lanes))
+        return bind(self._values(external, part, 0, lanes))
+
+    def _values(self, external: External, buffer, at, lanes: int):
+        """``lanes`` neighbouring elements as float32."""
+        if external.layout is None:
+            return load_float(buffer, at, lanes)
+        assert external.scalar is not None
+        grid = decode_expr(bind(load(buffer, at, lanes)), external.layout, "int32", self.isa)
+        return mul(grid.astype(with_lanes("float32", lanes)), self._scalar(external.scalar, lanes))
 
     def _write(self, var: relax.Var, value, row, column, lanes: int, valid: int) -> None:
         if var in self.scratch_rows:

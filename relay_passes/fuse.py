@@ -9,7 +9,8 @@ steps in execution order::
 An anchor is a linear operator, a row operator (softmax, LayerNorm), a pooling, a concatenation of channels, or an
 elementwise operator that could not join an earlier group. An elementwise operator or an encode joins the group of an
 argument if it has the shape of the anchor's output and all its other arguments exist before the anchor runs: then the
-group's kernel can run in the anchor's place.
+group's kernel can run in the anchor's place. Only elementwise operators read what ``decode`` gives, from
+the codes.
 """
 
 from __future__ import annotations
@@ -179,11 +180,17 @@ def results_of(function: relax.Function) -> set[relax.Var]:
 def partition(block: relax.DataflowBlock, results: set[relax.Var]) -> list[Group | Single]:
     """Steps of one dataflow block; ``results`` are the variables that live on after it."""
     steps: list[Group | Single] = []
+    decodes: dict[relax.Var, relax.Call] = {}
     position: dict[relax.Var, int] = {}
     group_of: dict[relax.Var, Group] = {}
 
     for binding in block.bindings:
         var, value = binding.var, binding.value
+        if op_name(value) == "relax.qfp8.decode":
+            decodes[var] = value
+        elif op_name(value) in POINTWISE and not decodes.keys().isdisjoint(value.args):
+            value = relax.Call(value.op, [decodes.get(a, a) for a in value.args], value.attrs, value.ty_args)
+            relax.expr._update_type(value, binding.value.ty)
         group = _group_to_join(value, position, group_of, steps) if _pointwise(value) else None
         if group is None and _can_anchor(value):
             group = Group([])
@@ -225,6 +232,7 @@ def _group_to_join(value, position: dict, group_of: dict, steps: list) -> Group 
         return None
     place = position[latest]
     for argument in tensor_arguments(value):
+        argument = argument.args[0] if op_name(argument) == "relax.qfp8.decode" else argument
         if not isinstance(argument, relax.Var) or group_of.get(argument) is group:
             continue
         if position.get(argument, -1) >= place:

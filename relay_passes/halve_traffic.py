@@ -184,6 +184,9 @@ def _bound(value: relax.Expr, bounds: dict[relax.Expr, float]) -> float:
     name = op_name(value)
     if name in ("relax.qfp8.conv2d", "relax.qfp8.matmul"):
         return _bound_of_linear(value)
+    if name == "relax.qfp8.decode":
+        layout = layout_of(value.args[0])
+        return math.inf if layout is None else layout.max_grid * float(value.attrs["scale"])
     arguments = [_bound_of(a, bounds) for a in tensor_arguments(value)] if name else []
     if name in ("relax.add", "relax.subtract"):
         return sum(arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tvm import relax, tirx
@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.relay_passes.cuda_kernels import CUDA_ANCHORS, elementwise_body
 from tvm_qfp8.relay_passes.encoded_rows import EncodedRows, cuda_norm_with_encoded_rows
-from tvm_qfp8.relay_passes.epilogue import Epilogue, External
+from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import Group, op_name
 from tvm_qfp8.relay_passes.linear_kernels import LINEAR_ANCHORS
 from tvm_qfp8.relay_passes.operands import Emitter, Operands
@@ -88,7 +88,7 @@ def write_kernel(
 
     members = [(op_name(call), _attributes(call), _wiring(group, call)) for _, call in group.members]
     written = [[var for var, _ in group.members].index(var) for var in group.outputs]
-    externals = [(e.argument, e.scalar, e.shape) for e in epilogue.externals.values()]
+    externals = [(e.argument, e.scalar, e.shape, e.layout) for e in epilogue.externals.values()]
     layout = encoded and (encoded.layout, [var for var, _ in group.members].index(encoded.source))
     key = repr((shape_key, members, written, layout, externals, operands.specs, outputs, isa.label, threads))
     return Kernel(short[:60], key, operands.arguments, outputs, function)
@@ -132,12 +132,12 @@ def _wiring(group: Group, call) -> list:
 def _elementwise_body(epilogue: Epilogue, isa: InstructionSet, threads: int) -> Callable:
     shape = epilogue.shape
     size = int(np.prod(shape, dtype=np.int64))
-    flat = all(e.scalar is not None or e.shape == shape for e in epilogue.externals.values())
+    flat = all(e.argument is None or e.shape == shape for e in epilogue.externals.values())
     if flat:
         epilogue.columns = size
         epilogue.shape = (size,)
         epilogue.externals = {
-            expr: External(e.argument, e.scalar, (size,) if e.scalar is None else e.shape)
+            expr: e if e.argument is None else replace(e, shape=(size,))
             for expr, e in epilogue.externals.items()
         }
 

@@ -181,7 +181,7 @@ class _Rewriter(MainRewriter):
                 self.encode_samples(step.var, step.value)
             elif op_name(step.value) == "relax.qfp8.recurrent":
                 self.recurrent(step.var, step.value)
-            else:
+            elif op_name(step.value) != "relax.qfp8.decode":  # whose readers read codes
                 self.keep(step.var, step.value)
             return
         options = self.options

@@ -9,6 +9,7 @@ They carry QFP8 tensors by their own data types, so that a printed program shows
 operator            arguments                                  result
 ==================  =========================================  ==================================================
 qfp8.encode         x float32 [, r ``(channels,)``]            codes of ``layout``; r = fl32(1 / scale)
+qfp8.decode         codes                                      float32: fl32(grid value * scale)
 qfp8.encode_rows    x float32, factors ``(channels,)``         (codes, scale of each row); ``topi.encode_rows``
 qfp8.encode_samples x float32 ``(batch, ...)``                 (codes, scale of each sample)
 qfp8.matmul         x codes, w codes ``(out, in)``, a, bias    float32: fl32(fl32(acc) * a[c]) + bias[c]
@@ -47,6 +48,10 @@ from tvm_qfp8.recurrent_cell import Cell
 
 def _encode_type(call, _builder):
     return relax.TensorType(call.args[0].ty.shape, get_layout(str(call.attrs["layout"])).ir_dtype)
+
+
+def _decode_type(call, _builder):
+    return relax.TensorType(call.args[0].ty.shape, "float32")
 
 
 def _encode_rows_type(call, _builder):
@@ -128,6 +133,7 @@ _OPERATORS = {
     "recurrent": _recurrent_type,
     "look_up": _look_up_type,
     "encode": _encode_type,
+    "decode": _decode_type,
     "encode_rows": _encode_rows_type,
     "encode_samples": _encode_samples_type,
     "matmul": _matmul_type,
@@ -175,6 +181,11 @@ def encode(x, layout: Layout, scale: float, reciprocals=None) -> relax.Call:
     return _call(
         "encode", [x] if reciprocals is None else [x, reciprocals], layout=layout.name, scale=float(scale)
     )
+
+
+def decode(codes, scale: float) -> relax.Call:
+    """The values of codes that have one scale."""
+    return _call("decode", [codes], scale=float(scale))
 
 
 def halve(x, dtype: str) -> relax.Call:

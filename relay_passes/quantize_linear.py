@@ -11,10 +11,10 @@ After::
     lv2 = R.qfp8.conv2d(q, weight_codes, a, bias, ...)
 
 ``a[c]`` is the product of the weight's and the activation's scale; the bias already holds the calibration's
-correction. A tensor read by several layers is encoded once. Where the plan has a scale for each row, ``encode_rows``
-makes codes and scales, and the matmul takes both. An encode moves up through operators that only move data, so that
-they move bytes. Products of two activations (attention) are quantized where the plan has both. What the plan skips
-stays in float32, with its reason in the plan.
+correction. A tensor read by several layers is encoded once, and read by sums as codes, too, where the plan says so.
+Where the plan has a scale for each row, ``encode_rows`` makes codes and scales, and the matmul takes both. An encode
+moves up through operators that only move data, so that they move bytes. Products of two activations (attention) are
+quantized where the plan has both. What the plan skips stays in float32, with its reason in the plan.
 """
 
 from __future__ import annotations
@@ -135,6 +135,14 @@ class _Rewriter(MainRewriter):
                 self.next_add[linear] = (var, data.reshape(-1).astype(np.float32))
 
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
+        self._lower(var, value)
+        kept = self.plan.codes.get(layer_name(var))
+        if kept is not None:
+            assert kept.scale is not None
+            codes = self._encode(var, kept.layout, kept.scale)
+            self.variables[var] = self.builder.emit(qfp8_ops.decode(codes, kept.scale), var.name)
+
+    def _lower(self, var: relax.Var, value: relax.Expr) -> None:
         if var in self._done:
             return
         if op_name(value) in LINEAR and isinstance(value.args[1], GenericConst) and self._can_lower(value):

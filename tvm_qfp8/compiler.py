@@ -297,6 +297,8 @@ def compile(  # noqa: A001 - the public name
         lowered = tvm.transform.Sequential([ShareConstants()])(joined(lower(canonical, plan), others))
         if isinstance(choose, LoggedSchedules):
             report.totals["tuned kernels"] = f"{len(choose.used)} of {len(choose.asked)}"
+        if plan.codes:
+            report.totals["sums kept as codes"] = ", ".join(plan.codes)
         rounded = halved or {}
         for dtype in sorted(set(rounded.values())):
             names = [name for name in rounded if rounded[name] == dtype]

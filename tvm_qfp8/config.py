@@ -29,6 +29,7 @@ class Config:
         How many decibels of the outputs' signal to error faster layouts than the best may cost, estimated: linear ones,
         whose bytes are multiplied twice as fast, and those of two exponent bits instead of three. 0: none, 6: the
         fastest module that is of use. None: 2, but 0 for outputs whose estimated signal to error is below 12 dB.
+        Unless it is none, another 0.3 may go for sums of large images that are kept as codes.
     recalibrate_batchnorm : bool
         Estimate BatchNorm's statistics anew on the calibration data before folding, layer by layer where that serves
         (see ``recalibrate_batchnorm``); for networks whose weights were rounded, pruned or changed without training.

@@ -13,11 +13,12 @@ from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS
 from tvm_qfp8.calibration.choose_activation import FLOAT32, ActivationChooser, Grade
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.grades import grades_of_tensors
+from tvm_qfp8.calibration.grades import compare_grades
 from tvm_qfp8.calibration.linear import find_linear
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.samples import Batches, first_samples
 from tvm_qfp8.calibration.spill import Spill
+from tvm_qfp8.calibration.sums import sums_as_codes
 from tvm_qfp8.calibration.thresholds import METHODS
 from tvm_qfp8.calibration.walk import Walk
 from tvm_qfp8.calibration.without_samples import quantize_without_samples
@@ -121,11 +122,12 @@ def calibrate(
     samples, first = first_samples(batches, program.inputs, FIRST_SAMPLES)
     with Spill(spill_folder) as spill, np.errstate(all="ignore"):
         grades: dict[str, Grade] = {}
-        if config.activations == "auto":
-            grades = grades_of_tensors(
-                program, steps, first, options["chooser"], token_mask, progress, config.byte_loss_db
-            )
-        walk = Walk(program, steps, spill, plan, token_mask=token_mask, grades=grades, **options)
+        sums: set[str] = set()
+        if config.activations == "auto" and first:
+            compared = compare_grades(program, steps, first, options["chooser"], token_mask, progress)
+            grades = compared.within_budget(config.byte_loss_db)
+            sums = sums_as_codes(compared, grades, first, config.byte_loss_db)
+        walk = Walk(program, steps, spill, plan, token_mask=token_mask, grades=grades, sums=sums, **options)
         plan.samples = walk.spill_inputs(samples or ())
         walk.run(lambda: report("calibrate", len(plan.linear), count))
     return plan

@@ -11,7 +11,7 @@ little of the network. The choice does not look at the target: a module gives th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from tvm_qfp8.calibration.choose_activation import ANY, LINEAR, NARROW, Activati
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import Linear, LinearSteps, quantized_weight, read_only_by_linears
 from tvm_qfp8.calibration.plan import ActivationQuantization
-from tvm_qfp8.calibration.propagate import Compared, relative_energy, values_with
+from tvm_qfp8.calibration.propagate import Change, Compared, relative_energy, values_with
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
 from tvm_qfp8.quantize import QTensor
 
@@ -56,16 +56,15 @@ class _Rounding:
     weights: Mapping[str, QTensor]
 
 
-def grades_of_tensors(
+def compare_grades(
     program: Program,
     found: LinearSteps,
     samples: Sequence[Mapping[str, np.ndarray]],
     chooser: ActivationChooser | None = None,
     token_mask: str = "attention_mask",
     progress: Callable[[str, int, int], None] | None = None,
-    byte_loss_db: float | None = None,
-) -> dict[str, Grade]:
-    """The variables that get cheaper layouts than the best, with the weights of the dense layers that read them.
+) -> Comparison:
+    """What the outputs lose where variables, and the weights of the dense layers that read them, get other layouts.
 
     A recurrent layer's own name stands for its hidden state.
 
@@ -80,26 +79,24 @@ def grades_of_tensors(
     chooser : ActivationChooser
     token_mask : str
         As in ``calibrate``.
-    byte_loss_db : float or None
-        As in ``Config``.
     """
     report = progress or (lambda stage, done, total: None)
     readers: dict[str, Readers] = {
         name: linears for name, linears in read_only_by_linears(found).items() if _macs(linears)
     }
     readers |= found.recurrent
-    compared = _Comparison(program, readers, chooser or ActivationChooser(), token_mask)
-    few = samples[: min(COMPARED_SAMPLES, max(1, MOST_COMPARED // max(len(readers), 1)))]
+    compared = Comparison(program, readers, chooser or ActivationChooser(), token_mask)
     with np.errstate(all="ignore"):
         for sample in samples:
             compared.observe(sample)
+        few = compared.few(samples)
         for index, sample in enumerate(few):
             for done in compared.add(sample):
                 report("choose layouts", index * len(readers) + done, len(few) * len(readers))
-    return compared.within_budget(byte_loss_db) if samples else {}
+    return compared
 
 
-class _Comparison:
+class Comparison:
     """What the outputs lose by each tensor's rounding, summed over samples."""
 
     def __init__(
@@ -133,21 +130,32 @@ class _Comparison:
             for name in self.program.last_reads[step.name]:
                 del values[name]
 
-    def add(self, sample: Mapping[str, np.ndarray]) -> Iterator[int]:
-        """Compare outputs on one sample, after all were observed; yields how many tensors are done."""
-        self.samples += 1
+    def few(self, samples: Sequence[Mapping[str, np.ndarray]]) -> Sequence[Mapping[str, np.ndarray]]:
+        """The samples on which outputs are compared."""
+        return samples[: min(COMPARED_SAMPLES, max(1, MOST_COMPARED // max(len(self.readers), 1)))]
+
+    def in_float32(self, sample: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], Callable[..., float]]:
+        """All values on one sample, and what changed steps (``propagate.Change``) lose of the outputs."""
         values: dict[str, Any] = dict(sample)
         for step in self.program.steps:
             values[step.name] = step.run(values)
-        mask = sample.get(self.token_mask)
-        exact, wanted = self.compared.values(values), self.compared.names
+        mask, wanted = sample.get(self.token_mask), self.compared.names
+        exact = self.compared.values(values)
+
+        def lost_by(changes: Mapping[str, Change]) -> float:
+            found = self.compared.values(values_with(self.program, changes, values, wanted))
+            return relative_energy([a - b for a, b in zip(found, exact, strict=True)], exact, mask)
+
+        return values, lost_by
+
+    def add(self, sample: Mapping[str, np.ndarray]) -> Iterator[int]:
+        """Compare outputs on one sample, after all were observed; yields how many tensors are done."""
+        self.samples += 1
+        mask, (values, lost_by) = sample.get(self.token_mask), self.in_float32(sample)
 
         def lost(name: str, rounding: _Rounding) -> float:
-            seen = _values_with(self.program, self.readers[name], values, rounding, wanted)
-            if seen is None:
-                return np.inf
-            found = self.compared.values(seen)
-            return relative_energy([a - b for a, b in zip(found, exact, strict=True)], exact, mask)
+            changes = _changes(self.readers[name], values, rounding)
+            return np.inf if changes is None else lost_by(changes)
 
         for count, name in enumerate(self.readers, 1):
             best = self._rounding(name, ANY, values, mask)
@@ -177,9 +185,28 @@ class _Comparison:
             self.roundings[name, grade] = _Rounding(choice.activation, weights)
         return self.roundings[name, grade]
 
+    def activation(self, name: str, grade: Grade) -> ActivationQuantization | None:
+        """How a variable is rounded in a grade."""
+        return self.roundings[name, grade].activation
+
+    def error(self, chosen: Mapping[str, Grade]) -> float:
+        """Estimated error of the outputs over their energy, summed over samples; all weights rounded to nearest."""
+        lost = (self.lost[chosen.get(name, ANY)][name] for name in self.readers)
+        return sum(one for one in lost if np.isfinite(one))
+
+    def of_activations(self) -> float:
+        """The same of activations in their best layouts, with exact weights."""
+        return sum(lost for lost in self.activation_alone.values() if np.isfinite(lost))
+
     def within_budget(self, byte_loss_db: float | None) -> dict[str, Grade]:
-        """The tensors of least loss for each multiply-add that is saved."""
-        alone = sum(lost for lost in self.activation_alone.values() if np.isfinite(lost))
+        """The tensors that get cheaper layouts: those of least loss for each multiply-add that is saved.
+
+        Parameters
+        ----------
+        byte_loss_db : float or None
+            As in ``Config``.
+        """
+        alone = self.of_activations()
         if byte_loss_db is None:
             most = min(alone * 10 ** (BYTE_LOSS_DB / 10), self.samples * 10 ** (-LEAST_DB / 10))
         else:
@@ -251,19 +278,13 @@ def _weights(
     }
 
 
-def _values_with(
-    program: Program,
-    readers: Readers,
-    values: Mapping[str, Any],
-    rounding: _Rounding,
-    wanted: Collection[str],
-) -> Mapping[str, Any] | None:
-    """The values ``wanted`` with a tensor and the weights that meet it rounded; None where no layout holds it."""
+def _changes(readers: Readers, values: Mapping[str, Any], rounding: _Rounding) -> Mapping[str, Change] | None:
+    """What the readers give with a tensor and the weights that meet it rounded; None where no layout holds it."""
     activation = rounding.activation
     if activation is None:
         return None
     if isinstance(readers, Recurrent):
-        return _with_rounded_state(program, readers, values, activation, rounding.weights, wanted)
+        return _with_rounded_state(readers, activation, rounding.weights)
     linears = readers
     rounded = activation.rounded(values[linears[0].source])
     by_name = {linear.step.name: linear for linear in linears}
@@ -273,22 +294,17 @@ def _values_with(
         met = linear.meeting(activation).weight if weight is None else weight.dequantize()
         return linear.output(rounded, met)
 
-    return values_with(program, dict.fromkeys(by_name, change), values, wanted)
+    return dict.fromkeys(by_name, change)
 
 
 def _with_rounded_state(
-    program: Program,
-    layer: Recurrent,
-    values: Mapping[str, Any],
-    activation: ActivationQuantization,
-    weights: Mapping[str, QTensor],
-    wanted: Collection[str],
-) -> Mapping[str, Any]:
-    """The values ``wanted`` with the hidden state and the weight of a recurrent layer rounded."""
+    layer: Recurrent, activation: ActivationQuantization, weights: Mapping[str, QTensor]
+) -> Mapping[str, Change]:
+    """What a recurrent layer gives with its hidden state and its weight rounded."""
     name = layer.step.name
     weight = weights[name].dequantize() if name in weights else layer.weight
 
     def change(_step, seen):
         return layer.rounded_outputs([seen], activation, weight)[0]
 
-    return values_with(program, {name: change}, values, wanted)
+    return {name: change}

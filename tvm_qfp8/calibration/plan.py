@@ -40,6 +40,11 @@ class ActivationQuantization:
         return self.scale is None and not self.by_samples
 
     @property
+    def has_one_scale(self) -> bool:
+        """Whether the scale is the whole tensor's, and known."""
+        return self.scale is not None and self.factors is None
+
+    @property
     def described(self) -> str:
         """The layout, and what has scales of its own."""
         if self.scale is None:
@@ -102,6 +107,8 @@ class QuantizationPlan:
         Matmuls of two activations (attention), with the layout and scale of either operand.
     skipped : dict of str to str
         Linear calls and products that stay float32, with the reason.
+    codes : dict of str to ActivationQuantization
+        Tensors that everything reads as codes of one scale: sums of a residual network, which would be finer otherwise.
     embeddings : dict of str to QTensor
         Tables that a ``take`` reads rows of, one scale per row.
     samples : int
@@ -113,6 +120,7 @@ class QuantizationPlan:
     linear: dict[str, LinearQuantization] = field(default_factory=dict)
     products: dict[str, tuple[tuple[str, float], tuple[str, float]]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    codes: dict[str, ActivationQuantization] = field(default_factory=dict)
     embeddings: dict[str, QTensor] = field(default_factory=dict)
     samples: int = 0
     trained: bool = False

@@ -26,7 +26,7 @@ def values_with(
     the system no new pages.
     """
     changed: dict[str, Any] = {}
-    seen = _Overlay(changed, values)
+    seen = Overlay(changed, values)
     for step in program.steps:
         if step.name in changes:
             changed[step.name] = changes[step.name](step, seen)
@@ -86,7 +86,7 @@ class Compared:
         return found
 
 
-class _Overlay(Mapping[str, Any]):
+class Overlay(Mapping[str, Any]):
     """Changed values before the original ones."""
 
     def __init__(self, changed: Mapping[str, Any], values: Mapping[str, Any]) -> None:

@@ -45,6 +45,10 @@ class QuantizedProgram:
 
     def value(self, step: Step, values: Mapping[str, Any]) -> Any:
         """What a step gives under the plan."""
+        value = self._value(step, values)
+        return self.plan.codes[step.name].rounded(value) if step.name in self.plan.codes else value
+
+    def _value(self, step: Step, values: Mapping[str, Any]) -> Any:
         name = step.name
         if name in self.products:
             x, y = (values[source] for source in self.products[name].sources)

@@ -12,6 +12,7 @@ one shot, or after the activation function, the correction loses its effect.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -63,8 +64,9 @@ class Walk:
         token_mask: str,
         max_error: float,
         grades: Mapping[str, Grade] = MappingProxyType({}),
+        sums: AbstractSet[str] = frozenset(),
     ) -> None:
-        self.chooser, self.grades = chooser, grades
+        self.chooser, self.grades, self.sums = chooser, grades, sums
         self.program, self.spill, self.plan = program, spill, plan
         self.token_mask = token_mask
         self.max_error = max_error
@@ -149,6 +151,8 @@ class Walk:
         value = self.spill.read(name, flow, sample)
         if flow == _QUANTIZED and name in self.corrections:
             value -= self.corrections[name]
+        if flow == _QUANTIZED and name in self.plan.codes:
+            value = self.plan.codes[name].rounded(value)
         return value
 
     def _tokens(self, rows: int, sample: int) -> np.ndarray | None:
@@ -203,7 +207,9 @@ class Walk:
                 lambda: (self._rows(name, sample) for sample in samples),
                 self.grades.get(name, ANY),
             )
-            self.choices[name] = choice
+            self.choices[name], activation = choice, choice.activation
+            if name in self.sums & self.differs and activation is not None and activation.has_one_scale:
+                self.plan.codes[name] = activation
         return self.choices[name]
 
     def _rows(self, name: str, sample: int) -> np.ndarray:
