@@ -14,7 +14,16 @@ from tvm_qfp8.relay_passes.linear_kernels import conv_shape
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.amx import tiles
-from tvm_qfp8.topi.amx.plan import BLOCK, best_block, part, plan_tiles, shares_rows, tile_kind
+from tvm_qfp8.topi.amx.plan import (
+    BLOCK,
+    BYTE,
+    best_block,
+    part,
+    plan_kind,
+    plan_tiles,
+    shares_rows,
+    tile_kinds,
+)
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 
 ACTIVATIONS = ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"]
@@ -137,18 +146,21 @@ def test_nothing_is_computed_of_nothing(batch, columns):
 
 @pytest.mark.parametrize("activation, weight", list(itertools.product(ACTIVATIONS, WEIGHTS)))
 def test_blocks_are_exact(activation, weight):
-    """No partial sum of a block reaches 2**24, and the parts of activations are bfloat16 numbers."""
+    """Parts of activations are numbers that the registers take, and no partial sum of a block reaches 2**24."""
     layouts = get_layout(activation), get_layout(weight)
-    kind = tile_kind(*layouts)
     codes = random_codes(np.random.default_rng(0), (20, 3, 90))
-    plan = plan_tiles(kind, codes, layouts, 100)
+    for kind in tile_kinds(*layouts):
+        check_blocks(plan_kind(kind, codes, layouts, 100, 1), layouts, codes)
+
+
+def check_blocks(plan, layouts, codes):
     assert plan.block <= BLOCK and plan.blocks * plan.block >= plan.real_products
-    if kind.name != "bf16":
-        assert plan.shift == 0
-        return
     grid = layouts[0].grid
     parts = [part(grid, plan.shift, high) for high in (True, False)] if plan.shift else [grid]
     assert np.array_equal(sum(p << s for p, s in zip(parts, (plan.shift, 0), strict=False)), grid)
+    if plan.kind.name != "bf16":
+        assert max(np.abs(values).max() for values in parts) <= (255 if plan.kind.name == "uint8" else BYTE)
+        return
     for values in parts:
         assert not np.any(values.astype(np.float32).view(np.uint32) & 0xFFFF)
     padded = np.zeros((20, 3, plan.chunks * plan.steps), np.uint8)
@@ -159,9 +171,25 @@ def test_blocks_are_exact(activation, weight):
         assert block * max(np.abs(values).max() for values in parts) < 2**24
 
 
+@pytest.mark.parametrize("layout", ["E3M4", "UE2M6"])
+def test_two_bytes_or_bfloat16(layout):
+    """Weights that are bytes need no decoding, but two parts of activations a sum each: long sums of few rows win."""
+    layouts = get_layout(layout), get_layout("E1M6")
+
+    def kind(rows, depth):
+        return plan_tiles(np.full((64, 1, depth), 127, np.uint8), layouts, rows).kind.name
+
+    assert kind(128, 768) == "int8" and kind(3136, 32) == "bf16"
+
+
 @pytest.mark.parametrize(
     "layouts, instruction",
-    [(("E2M5", "E2M5"), "tdpbf16ps"), (("E1M6", "E1M6"), "tdpbssd"), (("UE1M7", "E1M6"), "tdpbusd")],
+    [
+        (("E2M5", "E2M5"), "tdpbf16ps"),
+        (("E1M6", "E1M6"), "tdpbssd"),
+        (("UE1M7", "E1M6"), "tdpbusd"),
+        (("E3M4", "E1M6"), "tdpbssd"),
+    ],
 )
 def test_the_target_decides(layouts, instruction):
     """LLVM's Sapphire Rapids has tiles, on whatever machine the module is compiled."""
@@ -194,7 +222,7 @@ def test_blocks_of_tiles_cover_a_matrix_with_few_loads(tiles, rows, block):
 
 
 @pytest.mark.parametrize(
-    "layouts", [("E2M5", "E2M5"), ("E1M6", "E1M6"), ("UE1M7", "E1M6"), ("UE3M5", "E3M4")]
+    "layouts", [("E2M5", "E2M5"), ("E1M6", "E1M6"), ("UE1M7", "E1M6"), ("UE3M5", "E3M4"), ("UE3M5", "E1M6")]
 )
 def test_the_emulator_gives_the_same(monkeypatch, layouts):
     emulate_tiles(monkeypatch)

@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import WeightPanels
-from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, shares_rows, tile_kind
+from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, shares_rows
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import ROWS, tile_buffer, with_tiles
 from tvm_qfp8.topi.conv2d import ConvShape
@@ -45,7 +45,7 @@ def plan_tile_conv(
     if shape.groups > 1 or not fits_tiles(isa, operands, *extents):
         return None
     layouts, runs = shape.layouts(), _runs(shape, codes)
-    return plan_tiles(tile_kind(*layouts), runs, layouts, shape.out_width, shape.out_height), runs
+    return plan_tiles(runs, layouts, shape.out_width, shape.out_height), runs
 
 
 def emit_tile_conv(

@@ -58,16 +58,29 @@ def operands_of(
 ) -> list[tuple]:
     """[(offset, vector)] of the operands of a vector of codes."""
     lanes = lanes_of(codes)
-    if kind is not BFLOAT16:
+    if kind is not BFLOAT16 and part is None:
         if not layout.signed:
             return [(0, bind(tirx.reinterpret(with_lanes("int8", lanes), codes)))]
         return [(0, decode_parts(codes, layout, AS_BYTES, (WHOLE,))[0])]
     if lanes < CODES:
         codes = bind(tirx.Shuffle([codes] * (CODES // lanes), [tirx.const(i, "int32") for i in range(CODES)]))
+    if kind is not BFLOAT16:
+        values = _bytes_of_part(codes, layout, part)
+        first = [tirx.const(i, "int32") for i in range(lanes)]
+        return [(0, values if lanes == CODES else bind(tirx.Shuffle([values], first)))]
     low, high = _looked_up(codes, layout, part)
     if packed:
         return [(at, _interleaved(low, high, PLACES[at : at + 32])) for at in (0, 32)]
     return [(at, _interleaved(low, high, range(at, at + min(lanes, 32)))) for at in range(0, lanes, 32)]
+
+
+def _bytes_of_part(codes, layout: Layout, part: tuple[int, bool]):
+    """int8 of 64 codes."""
+    top = tirx.const(0x80, "uint8x64")
+    table = part_of(_magnitudes(layout), *part).astype(np.int8).view(np.uint8)
+    found = [look_up_128(codes, half) for half in table.reshape(-1, 128)]
+    other = bind(tirx.const(0, "uint8x64") - found[0]) if layout.signed else found[1]
+    return bind(tirx.reinterpret("int8x64", tirx.Select(codes >= top, other, found[0])))
 
 
 def _looked_up(codes, layout: Layout, part: tuple[int, bool] | None) -> tuple:
@@ -82,10 +95,15 @@ def _looked_up(codes, layout: Layout, part: tuple[int, bool] | None) -> tuple:
 
 def _bytes(layout: Layout, part: tuple[int, bool] | None) -> tuple[np.ndarray, np.ndarray]:
     """(low, high) bytes of what codes stand for, without their sign."""
-    grid = decode_grid(np.arange(128 if layout.signed else 256, dtype=np.uint8), layout)
+    grid = _magnitudes(layout)
     values = (part_of(grid, *part) if part else grid).astype(np.float32)
     halves = values.view(np.uint32) >> 16
     return (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
+
+
+def _magnitudes(layout: Layout) -> np.ndarray:
+    """Grid values of all codes without a sign."""
+    return decode_grid(np.arange(128 if layout.signed else 256, dtype=np.uint8), layout)
 
 
 def _interleaved(low, high, places: Sequence[int]):

@@ -13,15 +13,7 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import WeightPanels
-from tvm_qfp8.topi.amx.plan import (
-    SCRATCH_BYTES,
-    TilePlan,
-    fits_tiles,
-    plan_tiles,
-    scratch_row,
-    shares_rows,
-    tile_kind,
-)
+from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, scratch_row, shares_rows
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, UNSIGNED, tile_buffer, with_tiles
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
@@ -38,7 +30,7 @@ def plan_tile_gemm(isa: InstructionSet, shape: GemmShape, codes: np.ndarray) -> 
     operands = shape.activation, shape.weight
     if shape.rows <= REGISTER_DECODE_ROWS or not fits_tiles(isa, operands, shape.columns, shape.depth):
         return None
-    return plan_tiles(tile_kind(*shape.layouts()), codes[:, None], shape.layouts(), shape.rows)
+    return plan_tiles(codes[:, None], shape.layouts(), shape.rows)
 
 
 def emit_tile_gemm(

@@ -1,7 +1,7 @@
 """How a linear layer is cut into products of tiles.
 
-Byte layouts are multiplied as bytes into int32, all others as bfloat16 into float32: integers below 2**24, exact in
-whatever order they are added. Where a whole sum could be larger (the weights are constants and decide), it is taken in
+Byte layouts are multiplied as bytes into int32, other activations as two bytes where weights are bytes, or as bfloat16
+into float32: integers below 2**24, exact in whatever order they are added. Where a whole sum could be larger (the weights are constants and decide), it is taken in
 ``blocks`` that could not, and these are added as int32.
 """
 
@@ -41,17 +41,24 @@ STAYING_BYTES = 256 * 1024
 BLOCK_COST = 3
 """What it costs to add a block's sums to those of the blocks before it, in products."""
 
+DECODE_COST = 0.22
+"""What it costs to make a step of the reduction of 16 columns of weights bfloat16, in products: fitted to dense layers
+of 49 to 784 rows."""
+
+BYTE = 127
+"""Largest magnitude of a signed byte, of either sign."""
+
 BLOCK = 24
 """Most products of a block of the reduction."""
 
 
-def tile_kind(activation: Layout, weight: Layout) -> TileKind:
-    """Bytes where both layouts are linear: the weight a signed byte, the activation one of either kind."""
-    if weight.max_grid <= 127 and activation.signed and activation.max_grid <= 127:
-        return SIGNED
-    if weight.max_grid <= 127 and not activation.signed and activation.max_grid <= 255:
-        return UNSIGNED
-    return BFLOAT16
+def tile_kinds(activation: Layout, weight: Layout) -> list[TileKind]:
+    """Bytes where weights are signed bytes and activations bytes of either kind; else two bytes or bfloat16."""
+    if weight.max_grid > BYTE:
+        return [BFLOAT16]
+    if not activation.signed and activation.max_grid <= 255:
+        return [UNSIGNED]
+    return [SIGNED] if activation.max_grid <= BYTE else [SIGNED, BFLOAT16]
 
 
 def fits_tiles(isa: InstructionSet, operands: tuple[Layout | None, Layout | None], *extents: int) -> bool:
@@ -104,6 +111,12 @@ class TilePlan:
         """With those beyond the last, which fill the last block; their weights are zero."""
         return self.blocks * self.block
 
+    def cost(self, tiles: int) -> float:
+        """Time of so many tiles of activations with one column of tiles of weights, in products."""
+        passes = self.blocks * self.parts
+        sums = self.real_products * self.parts + (BLOCK_COST * passes if passes > 1 else 0)
+        return tiles * sums + (DECODE_COST * self.run * self.runs if self.kind is BFLOAT16 else 0)
+
     @property
     def registers(self) -> TileRegisters:
         return TileRegisters(self.kind, self.rows, self.row_tiles, self.column_tiles, self.steps)
@@ -115,13 +128,21 @@ def shares_rows(weight_bytes: int, activation_bytes: int) -> bool:
 
 
 def plan_tiles(
-    kind: TileKind, codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, repeats: int = 1
+    codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, repeats: int = 1
 ) -> TilePlan:
-    """The plan for weight ``codes`` ``(columns, runs, run)``.
+    """The plan of least time for weight ``codes`` ``(columns, runs, run)``.
 
     ``row_length`` rows of activations are at equal distances: all of a dense layer, or a row of pixels of a
     convolution, of which there are ``repeats``.
     """
+    plans = [plan_kind(kind, codes, layouts, row_length, repeats) for kind in tile_kinds(*layouts)]
+    return min(plans, key=lambda plan: plan.cost(-(-row_length // ROWS) * repeats))
+
+
+def plan_kind(
+    kind: TileKind, codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, repeats: int
+) -> TilePlan:
+    """The same for one kind of products."""
     _, runs, run = codes.shape
     chunks = -(-run // kind.most)
     steps = round_up(-(-run // chunks), 4)
@@ -129,9 +150,11 @@ def plan_tiles(
     padded[:, :, :run] = codes
     flat = padded.reshape(len(codes), -1)
     products = runs * chunks
+    activation, weight = layouts
     block, shift = -(-products // -(-products // BLOCK)), 0
-    if kind is BFLOAT16:
-        activation, weight = layouts
+    if kind is SIGNED:
+        shift = byte_shift(activation)
+    elif kind is BFLOAT16:
         magnitudes = step_magnitudes(flat, weight, steps)
         block, shift = exact_blocks(
             products, activation, lambda count, largest: are_exact(magnitudes, count, (EXACT - 1) // largest)
@@ -173,6 +196,12 @@ def exact_blocks(products: int, activation: Layout, exact: Callable[[int, int], 
     whole, split = block(activation.max_grid), block(largest)
     assert split, "parts of every layout are small enough"
     return (whole, 0) if cost(1, whole) <= cost(2, split) else (split, shift)
+
+
+def byte_shift(activation: Layout) -> int:
+    """The shift of an activation's parts that fit signed bytes; 0 where the whole does."""
+    grid = activation.grid
+    return next(s for s in range(8) if np.abs(part(grid, s, True)).max(initial=0) <= BYTE)
 
 
 def part(grid: np.ndarray, shift: int, high: bool) -> np.ndarray:
