@@ -64,7 +64,7 @@ def operands_of(
         return [(0, decode_parts(codes, layout, AS_BYTES, (WHOLE,))[0])]
     if lanes < CODES:
         codes = bind(tirx.Shuffle([codes] * (CODES // lanes), [tirx.const(i, "int32") for i in range(CODES)]))
-    if kind is not BFLOAT16:
+    if kind is not BFLOAT16 and part is not None:
         values = _bytes_of_part(codes, layout, part)
         first = [tirx.const(i, "int32") for i in range(lanes)]
         return [(0, values if lanes == CODES else bind(tirx.Shuffle([values], first)))]

@@ -1,8 +1,8 @@
 """How a linear layer is cut into products of tiles.
 
 Byte layouts are multiplied as bytes into int32, other activations as two bytes where weights are bytes, or as bfloat16
-into float32: integers below 2**24, exact in whatever order they are added. Where a whole sum could be larger (the weights are constants and decide), it is taken in
-``blocks`` that could not, and these are added as int32.
+into float32: integers below 2**24, exact in whatever order they are added. Where a whole sum could be larger (the
+weights are constants and decide), it is taken in ``blocks`` that could not, and these are added as int32.
 """
 
 from __future__ import annotations
