@@ -13,6 +13,7 @@ from tvm import relax
 from tvm_qfp8.relay_passes.canonicalize import Canonicalize
 from tvm_qfp8.relay_passes.choose_layout import ChooseLayout
 from tvm_qfp8.relay_passes.compare_booleans import CompareBooleans
+from tvm_qfp8.relay_passes.drop_taps import DropTaps
 from tvm_qfp8.relay_passes.flatten_columns import FlattenColumns
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
@@ -61,6 +62,8 @@ def prepare_passes() -> list:
         VolumesAsFrames(),
         # -- channels last, without transpositions that cancel
         ChooseLayout(),
+        # -- windows that reach into padding only
+        DropTaps(),
         NormalizeRows(),
         FlattenColumns(),
         # -- reshapes that files hold around dense layers, out of the way of fusion

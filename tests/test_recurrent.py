@@ -242,3 +242,30 @@ def test_if_with_a_constant_condition_is_folded(condition):
     x = np.linspace(-2, 2, 8, dtype=np.float32).reshape(2, 4)
     (got,) = evaluate(prepare(load_model(made).mod), {"x": x})
     np.testing.assert_allclose(got, onnxruntime_results(made, {"x": x})[0], rtol=1e-6, atol=1e-6)
+
+
+KNOWN = [
+    ("LSTM", {}, True),
+    ("LSTM", {"peepholes": True, "clip": 0.4}, True),
+    ("LSTM", {"activations": ["HardSigmoid", "ScaledTanh", "Softsign"], "activation_alpha": [0.3, 0.9],
+              "activation_beta": [0.4, 0.8]}, False),
+    ("GRU", {}, True),
+    ("GRU", {"linear_before_reset": 1}, True),
+    ("GRU", {"activations": ["Sigmoid", "Elu"], "activation_alpha": [0.5]}, False),
+    ("RNN", {}, True),
+    ("RNN", {"activations": ["Relu"]}, False),
+    ("LSTM", {"initial": True}, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, given, known", KNOWN)
+def test_gates_bound_the_state(kind, given, known):
+    """Then its scale is known without samples; a state that the module is given may be anything."""
+    canonical = prepare(load_model(layer(kind, **given)).mod)
+    shape = GATES[kind] * HIDDEN, HIDDEN
+    (chosen,) = (v for v in calibrate(canonical, None).linear.values() if v.weight.codes.shape == shape)
+    assert (chosen.activation is not None) == known
+    if known:
+        assert chosen.activation.layout == "E1M6" and chosen.activation.scale == np.float32(1 / 127)
+    weights_only = calibrate(canonical, None, tvm_qfp8.Config(activations="float32")).linear.values()
+    assert all(one.activation is None for one in weights_only)

@@ -17,6 +17,9 @@ from tvm_qfp8.tables import build_table
 
 RECURRENT = "relax.qfp8.recurrent"
 
+IN_UNIT = {"Sigmoid", "HardSigmoid"}
+"""Functions whose results lie between 0 and 1."""
+
 
 @dataclass(frozen=True)
 class Recurrent:
@@ -49,6 +52,18 @@ class Recurrent:
     def macs(self) -> int:
         """Multiply-adds of the products of one sample."""
         return self.sums * self.weight.shape[1]
+
+    @property
+    def limit(self) -> float | None:
+        """What no value of the hidden state exceeds in magnitude, whatever the inputs; None where that is not known."""
+        cell = Cell.of(vars(self.step.attrs))
+        names = [name for name, _, _ in cell.functions]
+        gates, others = ([], names) if cell.kind == "RNN" else (names[:1], names[1:])
+        first = self.step.arguments[5]
+        bounded = set(gates) <= IN_UNIT and set(others) <= IN_UNIT | {"Tanh", "Softsign"}
+        return (
+            1.0 if bounded and isinstance(first, np.ndarray) and np.abs(first).max(initial=0) <= 1 else None
+        )
 
     @property
     def _bias(self) -> np.ndarray:

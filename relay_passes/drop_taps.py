@@ -1,0 +1,77 @@
+"""Takes rows and columns off a convolution's window that never meet anything but padding.
+
+Large dilations on small images have them, as the pyramid of DeepLab: of a 3x3 window with dilation 36 on 16x16 pixels
+only the centre lies in the image. Before::
+
+    lv = R.nn.conv2d(x, w, padding=[36, 36, 36, 36], dilation=[36, 36])   # x (1, 16, 16, 960), w (256, 3, 3, 960)
+
+After::
+
+    lv = R.nn.conv2d(x, w1, padding=[0, 0, 0, 0], dilation=[36, 36])      # w1 (256, 1, 1, 960), the centre
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tvm
+from tvm import relax
+from tvm.ir import GenericConst
+
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
+from tvm_qfp8.relay_passes.rewriter import MainRewriter
+
+
+@tvm.transform.module_pass(opt_level=0, name="DropTaps")
+class DropTaps:
+    """Rewrite ``main``."""
+
+    def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
+        return _Rewriter(mod).rewrite()
+
+
+class _Rewriter(MainRewriter):
+    def binding(self, var: relax.Var, value: relax.Expr) -> None:
+        fewer = self._with_fewer_taps(value)
+        if fewer is None:
+            self.keep(var, value)
+        else:
+            self.variables[var] = self.builder.emit(fewer, var.name)
+
+    def _with_fewer_taps(self, value: relax.Expr) -> relax.Call | None:
+        if op_name(value) != "relax.nn.conv2d" or static_shape(value) is None:
+            return None
+        x, weight = value.args
+        attrs = value.attrs
+        if static_shape(x) is None or not isinstance(weight, GenericConst):
+            return None
+        image = dict(zip(str(attrs.data_layout), shape_of(x), strict=True))
+        result = dict(zip(str(attrs.out_layout), shape_of(value), strict=True))
+        layout, window = str(attrs.kernel_layout), weight.value.numpy()
+        padding, kept = [int(p) for p in attrs.padding], [slice(None)] * 4
+        for index, axis in enumerate("HW"):
+            extent, place = image[axis], layout.index(axis)
+            stride, dilation = int(attrs.strides[index]), int(attrs.dilation[index])
+            starts = np.arange(window.shape[place])[:, None] * dilation - padding[index]
+            seen = starts + np.arange(result[axis]) * stride
+            useful = np.flatnonzero(((seen >= 0) & (seen < extent)).any(axis=1))
+            if not useful.size:
+                return None
+            first, last = int(useful[0]), int(useful[-1])
+            kept[place] = slice(first, last + 1)
+            padding[index] -= first * dilation
+            padding[2 + index] -= (window.shape[place] - 1 - last) * dilation
+        fewer = np.ascontiguousarray(window[tuple(kept)])
+        if fewer.shape == window.shape or min(padding) < 0:
+            return None
+        return relax.op.nn.conv2d(
+            self.expression(x),
+            relax.const(fewer),
+            strides=attrs.strides,
+            padding=padding,
+            dilation=attrs.dilation,
+            groups=int(attrs.groups),
+            data_layout=str(attrs.data_layout),
+            kernel_layout=layout,
+            out_layout=str(attrs.out_layout),
+            out_dtype=attrs.out_dtype,
+        )
