@@ -11,8 +11,9 @@ from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
-from tvm_qfp8.relay_passes.linear_kernels import conv_shape, product_of, scaled_by
+from tvm_qfp8.relay_passes.linear_kernels import conv_shape, product_of, product_scale, scaled_by
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
+from tvm_qfp8.relay_passes.qfp8_ops import product_scales
 from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, concat_operands, emit_row_operator, pool_shape
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
@@ -70,16 +71,16 @@ def _with_scales(
 
 def _batch_matmul(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
     product = product_of(call)
-    x_at, y_at = (operands.tensor(argument) for argument in call.args)
-    scale = operands.scalar(float(call.attrs["scale"]))
+    x_at, y_at = (operands.tensor(argument) for argument in call.args[:2])
+    scale = product_scale(call, product, operands)
 
     def body(inputs, finish) -> None:
         def epilogue(total, row, column, valid) -> None:
-            finish(bind(mul(total, load(inputs[-1], scale, 1))), row, column, 1, valid)
+            finish(scale(inputs, total, row), row, column, 1, valid)
 
         emit_batch_matmul(product, inputs[x_at], inputs[y_at], epilogue)
 
-    return body, product
+    return body, (product, [None if s is None else shape_of(s) for s in product_scales(call)])
 
 
 def _take(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 from tvm import relax, tirx
 from tvm.tirx.script.builder import ir as T
 
@@ -31,9 +32,17 @@ from tvm_qfp8.relay_passes.fuse import (
 )
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of
 from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
-from tvm_qfp8.topi.encode_rows import emit_cpu_row, scaled_reader, store_encoded_row
+from tvm_qfp8.topi.encode_rows import (
+    coded,
+    emit_cpu_row,
+    emit_scale,
+    inverse_of,
+    scaled_reader,
+    store_encoded_row,
+)
+from tvm_qfp8.topi.float_contract import like
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import TensorSpec
+from tvm_qfp8.topi.prim_func import TensorSpec, store
 
 
 def with_encoded_rows(
@@ -44,7 +53,11 @@ def with_encoded_rows(
         var: step
         for step in steps
         if isinstance(step, Group)
-        and (is_norm_of_rows(step.anchor) or on_cpu and joins_channels(step.anchor))
+        and (
+            is_norm_of_rows(step.anchor)
+            or on_cpu
+            and (joins_channels(step.anchor) or is_softmax_of_rows(step.anchor))
+        )
         for var in step.outputs
     }
     reads = Counter(var for step in steps for var in read_by(step))
@@ -53,9 +66,10 @@ def with_encoded_rows(
         if isinstance(step, Single) and op_name(step.value) == "relax.qfp8.encode_rows":
             source = step.value.args[0]
             group = group_of.get(source)
-            if group is not None and group.encode_rows is None:
+            stays = reads[source] > 1 or source in results
+            if group is not None and group.encode_rows is None and _can_encode(group, step.value, stays):
                 group.encode_rows = step.var, step.value
-                if on_cpu and reads[source] == 1 and source not in results:
+                if on_cpu and not stays:
                     group.outputs.remove(source)
                 continue
         kept.append(step)
@@ -66,6 +80,19 @@ def is_norm_of_rows(call: relax.Call) -> bool:
     """LayerNorm or RMSNorm over the last axis."""
     norm = op_name(call) in ("relax.nn.layer_norm", "relax.nn.rms_norm")
     return norm and normalized_axis(call) == len(shape_of(call.args[0])) - 1
+
+
+def is_softmax_of_rows(call: relax.Call) -> bool:
+    """Softmax over the last axis."""
+    return op_name(call) == "relax.nn.softmax" and normalized_axis(call) == len(shape_of(call.args[0])) - 1
+
+
+def _can_encode(group: Group, call: relax.Call, stays: bool) -> bool:
+    """A softmax has no row of its own to read again: it encodes its results while they come, and keeps none."""
+    if not is_softmax_of_rows(group.anchor):
+        return True
+    plain = bool(np.all(array_of(call.args[1]) == 1))
+    return plain and not stays and [var for var, _ in group.members] == [call.args[0]]
 
 
 class EncodedRows:
@@ -98,6 +125,17 @@ class EncodedRows:
             self.isa,
             *self.results,
         )
+
+    def begin(self, index, largest):
+        """Of a softmax on a CPU: store the scale of a row whose greatest value is known; its reciprocal."""
+        scale, reciprocal = emit_scale(largest, like(inverse_of(self.layout), largest))
+        store(self.results[1], index, scale, 1)
+        return reciprocal
+
+    def code(self, index, value, offset, lanes: int, reciprocal) -> None:
+        """Store the codes of a part of such a row."""
+        codes = coded(reciprocal, self.layout, self.isa)(value)
+        store(self.results[0], index * self.shape[-1] + offset, codes, lanes)
 
     def by_threads(self, row, index) -> None:
         """On a GPU: encode a row that its threads have stored."""

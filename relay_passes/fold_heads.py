@@ -22,7 +22,7 @@ import tvm
 from tvm import relax
 
 from tvm_qfp8.relay_passes import qfp8_ops
-from tvm_qfp8.relay_passes.fuse import op_name
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 SWAPPED = [0, 2, 1, 3]
@@ -65,10 +65,13 @@ class _Rewriter(MainRewriter):
             self.keep(var, value)
 
     def product(self, var: relax.Var, value: relax.Call) -> None:
-        sources = [_before_swap(self.definition.get(argument)) for argument in value.args]
+        operands, scales = value.args[:2], qfp8_ops.product_scales(value)
+        sources = [_before_swap(self.definition.get(argument)) for argument in operands]
+        if scales[0] is not None and len(shape_of(scales[0])) > 1:
+            sources[0] = None  # rows stay in the order of their scales
         x, y = (
             self.expression(argument if source is None else source)
-            for argument, source in zip(value.args, sources, strict=True)
+            for argument, source in zip(operands, sources, strict=True)
         )
         result = self._is_only_swapped(var)
         call = qfp8_ops.batch_matmul(
@@ -77,6 +80,8 @@ class _Rewriter(MainRewriter):
             float(value.attrs["scale"]),
             transpose_y=bool(value.attrs["transpose_y"]),
             heads_inside=(sources[0] is not None, sources[1] is not None, result),
+            x_scales=None if scales[0] is None else self.expression(scales[0]),
+            y_scales=None if scales[1] is None else self.expression(scales[1]),
         )
         if result:
             self.swapped.add(var)

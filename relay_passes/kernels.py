@@ -110,8 +110,9 @@ def _of_anchor(
         return CUDA_ANCHORS[name](anchor, isa, operands, max_error)
     if name in LINEAR_ANCHORS:
         return LINEAR_ANCHORS[name](anchor, isa, threads, operands, choose)
-    around = [] if encoded is None else [encoded.around]
-    return ROW_ANCHORS[name](anchor, isa, threads, operands, max_error, *around)
+    return ROW_ANCHORS[name](
+        anchor, isa, threads, operands, max_error, *([] if encoded is None else [encoded])
+    )
 
 
 def _attributes(call) -> str:

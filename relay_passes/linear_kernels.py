@@ -7,14 +7,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.calibration.contents import contents
 from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
-from tvm_qfp8.relay_passes.qfp8_ops import HEADS_INSIDE, logical_shapes
+from tvm_qfp8.relay_passes.qfp8_ops import HEADS_INSIDE, logical_shapes, product_scales
 from tvm_qfp8.topi.amx.batch_matmul import emit_tile_products, plan_tile_products
 from tvm_qfp8.topi.amx.conv2d import emit_tile_conv, plan_tile_conv
 from tvm_qfp8.topi.amx.gemm import emit_tile_gemm, plan_tile_gemm
@@ -260,7 +259,7 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
 
 def product_of(call) -> Product:
     """The static description of a ``qfp8.batch_matmul`` call."""
-    x, y = call.args
+    x, y = call.args[:2]
     x_shape, y_shape = ([int(extent) for extent in shape] for shape in logical_shapes(call))
     transpose = bool(call.attrs["transpose_y"])
     shape = BatchMatmulShape(
@@ -279,11 +278,11 @@ def product_of(call) -> Product:
 def _batch_matmul(
     call, isa: InstructionSet, threads: int, operands: Operands, choose: ScheduleChooser
 ) -> Emitter:
-    x, y = call.args
+    x, y = call.args[:2]
     product = product_of(call)
     shape = product.shape
     x_at, y_at = operands.tensor(x), operands.tensor(y)
-    scale = operands.scalar(float(call.attrs["scale"]))
+    scale = product_scale(call, product, operands)
     plan = plan_tile_products(isa, shape)
     if plan is not None:
         emit = functools.partial(emit_tile_products, isa, product, plan, threads=threads)
@@ -293,15 +292,37 @@ def _batch_matmul(
         emit = functools.partial(emit_batch_matmul, variant, product, threads=threads, schedule=schedule)
 
     def body(inputs, finish) -> None:
-        scalars = inputs[-1]
-
         def epilogue(total, row, column, valid) -> None:
-            factor = tirx.Broadcast(load(scalars, scale, 1), isa.lanes)
-            finish(bind(mul(total, factor)), row, column, isa.lanes, valid)
+            finish(scale(inputs, total, row), row, column, isa.lanes, valid)
 
         emit(inputs[x_at], inputs[y_at], epilogue)
 
-    return body, (product, plan)
+    return body, (product, plan, [None if s is None else shape_of(s) for s in product_scales(call)])
+
+
+def product_scale(call, product: Product, operands: Operands) -> Callable:
+    """``(inputs, sums, row of the result) -> values``: what the sums of a product of two activations are multiplied by.
+
+    The scalar, then the scale of x's row or sample, then that of y's sample.
+    """
+    scalar = operands.scalar(float(call.attrs["scale"]))
+    scales = [
+        None if found is None else (operands.tensor(found), math.prod(shape_of(found)))
+        for found in product_scales(call)
+    ]
+    rows = product.shape.batch * product.shape.rows
+
+    def scaled_sums(inputs, total, row):
+        lanes = lanes_of(total)
+        value = bind(mul(total, like_scalar(load(inputs[-1], scalar, 1), lanes)))
+        for found in scales:
+            if found is not None:
+                argument, count = found
+                at = product.line_of_result(row) if count == rows else T.bind(row // (rows // count))
+                value = bind(mul(value, like_scalar(bind(load(inputs[argument], at, 1)), lanes)))
+        return value
+
+    return scaled_sums
 
 
 LINEAR_ANCHORS: dict[str, Callable] = {

@@ -16,7 +16,8 @@ qfp8.matmul         x codes, w codes ``(out, in)``, a, bias    float32: fl32(fl3
 ..                  [, row scales]                             float32: fl32(fl32(fl32(acc) * a[c]) * s[r]) + bias[c]
 qfp8.conv2d         x codes NHWC, w codes OHWI, a, bias        the same, s of pixels or of samples
 ..                  [, scales]
-qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc) * scale
+qfp8.batch_matmul   x codes, y codes (both activations)        float32: fl32(acc) * scale, then times the scales
+..                  [, x scales] [, y scales]                  of x's rows or samples, then of y's samples
 qfp8.take           table codes ``(rows, width)``, scale       float32: rows of an embedding table, each with its
                     ``(rows,)``, indices                       own scale
 qfp8.interpolate    x float32                                  float32: the table of ``function`` at ``max_error``
@@ -105,7 +106,7 @@ def _batch_matmul_type(call, _builder):
 def logical_shapes(call) -> list[list]:
     """Shapes of a product's operands with heads, where they lie inside, among the batches."""
     found = []
-    for argument, inside in zip(call.args, HEADS_INSIDE[:2], strict=True):
+    for argument, inside in zip(call.args[:2], HEADS_INSIDE[:2], strict=True):
         shape = list(argument.ty.shape)
         if bool(call.attrs[inside]):
             shape[1], shape[2] = shape[2], shape[1]
@@ -255,13 +256,27 @@ def batch_matmul(
     *,
     transpose_y: bool,
     heads_inside: tuple[bool, bool, bool] = (False, False, False),
+    x_scales=None,
+    y_scales=None,
 ) -> relax.Call:
     """``x (..., m, k)`` by ``y (..., k, n)``, or by ``(..., n, k)`` transposed, times ``scale``.
 
     x with ``heads_inside`` is ``(batch, m, heads, k)`` instead of ``(batch, heads, m, k)``; likewise y and the result.
+    ``x_scales`` are those of its rows, in its own order, or ``(batch,)``; ``y_scales`` are ``(batch,)``.
     """
     inside = dict(zip(HEADS_INSIDE, heads_inside, strict=True))
-    return _call("batch_matmul", [x, y], scale=float(scale), transpose_y=transpose_y, **inside)
+    scales = [found for found in (x_scales, y_scales) if found is not None]
+    has = {"has_x_scales": x_scales is not None, "has_y_scales": y_scales is not None}
+    return _call(
+        "batch_matmul", [x, y, *scales], scale=float(scale), transpose_y=transpose_y, **has, **inside
+    )
+
+
+def product_scales(call) -> tuple:
+    """The scales of x and of y among a product's arguments, None where they are in its ``scale``."""
+    scales = list(call.args[2:])
+    x_scales = scales.pop(0) if bool(call.attrs["has_x_scales"]) else None
+    return x_scales, scales.pop(0) if bool(call.attrs["has_y_scales"]) else None
 
 
 def take(table, scale, indices) -> relax.Call:

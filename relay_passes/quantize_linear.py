@@ -266,15 +266,27 @@ class _Rewriter(MainRewriter):
         x, y = value.args
         source, axes = self._last_two_swapped(y) or (y, None)
         if layer_name(var) in self.plan.products:
-            (x_layout, x_scale), (y_layout, y_scale) = self.plan.products[layer_name(var)]
-            left, right = self._encode(x, x_layout, x_scale), self._encode(source, y_layout, y_scale)
-            scale = float(np.float32(x_scale) * np.float32(y_scale))
+            operands = zip((x, source), self.plan.products[layer_name(var)], strict=True)
+            (left, x_scale, x_scales), (right, y_scale, y_scales) = (self._operand(*one) for one in operands)
         else:
-            left, right, scale = self.expression(x), self.expression(source), 1.0
+            left, right, x_scales, y_scales = self.expression(x), self.expression(source), None, None
+            x_scale = y_scale = np.float32(1)
         if axes is not None and axes != sorted(axes):
             right = self.builder.emit(relax.op.permute_dims(right, axes))
-        call = qfp8_ops.batch_matmul(left, right, scale, transpose_y=axes is not None)
+        scale = float(x_scale * y_scale)
+        call = qfp8_ops.batch_matmul(
+            left, right, scale, transpose_y=axes is not None, x_scales=x_scales, y_scales=y_scales
+        )
         self.variables[var] = self.builder.emit(call, var.name)
+
+    def _operand(
+        self, expr: relax.Expr, activation: ActivationQuantization
+    ) -> tuple[relax.Expr, np.float32, relax.Expr | None]:
+        """Codes, their scale, and the scales that are found at run time."""
+        if activation.scale is None:
+            codes, scales = self._encode_at_run_time(expr, activation)
+            return codes, np.float32(1), scales
+        return self._encode(expr, activation.layout, activation.scale), np.float32(activation.scale), None
 
     def _last_two_swapped(self, var: relax.Expr) -> tuple[relax.Var, list[int]] | None:
         """(x, axes) where ``var`` is ``permute_dims(x, axes)`` with the last two axes exchanged.
@@ -295,6 +307,11 @@ class _Rewriter(MainRewriter):
     ) -> tuple[relax.Expr, relax.Expr]:
         """Codes and the scale of each row or sample; layers that read one tensor by row have the same factors."""
         key = (expr, activation.layout, "rows" if activation.by_rows else "samples")
+        if key not in self._encoded and activation.by_samples and self._keeps_samples(expr):
+            value: Any = self.definition[expr]
+            codes, scales = self._encode_at_run_time(value.args[0], activation)
+            moved = relax.Call(value.op, [codes, *map(self.expression, value.args[1:])], value.attrs)
+            self._encoded[key] = [self.builder.emit(moved, f"{expr.name}_samples"), scales]
         if key not in self._encoded:
             x, layout = self.expression(expr), get_layout(activation.layout)
             if activation.by_rows:
@@ -307,6 +324,18 @@ class _Rewriter(MainRewriter):
             self._encoded[key] = [self.builder.emit(relax.TupleGetItem(both, part)) for part in range(2)]
         codes, scales = self._encoded[key]
         return codes, scales
+
+    def _keeps_samples(self, expr: relax.Expr) -> bool:
+        """Whether this only moves elements within the samples of what it reads, so that bytes may be moved instead."""
+        value: Any = self.definition.get(expr) if isinstance(expr, relax.Var) else None
+        if op_name(value) not in ("relax.reshape", "relax.permute_dims"):
+            return False
+        source = value.args[0]
+        if not isinstance(source, relax.Var) or not static_shape(source):
+            return False
+        if op_name(value) == "relax.permute_dims":
+            return value.attrs.axes is not None and int(value.attrs.axes[0]) == 0
+        return shape_of(source)[0] == shape_of(value)[0]
 
     def _is_taken_often(self, value: Any) -> bool:
         """Places along an axis of what is read several times, as the frames that a 3-D convolution joins."""

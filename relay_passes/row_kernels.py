@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tvm import tirx
@@ -32,6 +33,9 @@ from tvm_qfp8.topi.rows import (
     like_scalar,
 )
 from tvm_qfp8.topi.softmax import emit_log_softmax, emit_softmax
+
+if TYPE_CHECKING:
+    from tvm_qfp8.relay_passes.encoded_rows import EncodedRows
 
 
 def _take(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
@@ -132,9 +136,9 @@ def _on_cpu(
     threads: int,
     operands: Operands,
     max_error: float,
-    around: Callable | None = None,
+    encoded: EncodedRows | None = None,
 ) -> Emitter:
-    """``around`` is for a norm's rows, as in ``for_each_row``."""
+    """``encoded`` is what encodes the rows of a norm or softmax, too."""
     if not Rows.of(call).last:
         return emit_row_operator(call, isa, operands, max_error, _columns(threads))
     pad = float("-inf") if "softmax" in op_name(call) else 0.0
@@ -146,12 +150,14 @@ def _on_cpu(
         def finish(index) -> None:
             body(row_at(rows.length, read, index), index)
 
-        for_each_row(rows.count, rows.length, threads, finish, around)
+        for_each_row(rows.count, rows.length, threads, finish, None if encoded is None else encoded.around)
 
     def softmax(rows: Rows, read: Callable, exp: Callable, finish: Callable) -> None:
-        emit_softmax(
-            lambda index: row_at(rows.length, read, index), rows.count, rows.length, threads, exp, finish
-        )
+        rows_of = functools.partial(row_at, rows.length, read)
+        if encoded is None:
+            emit_softmax(rows_of, rows.count, rows.length, threads, exp, finish)
+        else:
+            emit_softmax(rows_of, rows.count, rows.length, threads, exp, encoded.code, encoded.begin)
 
     return emit_row_operator(call, isa, operands, max_error, RowWalk(each, softmax))
 
@@ -306,7 +312,7 @@ def _concat(
     threads: int,
     operands: Operands,
     _max_error: float,
-    around: Callable | None = None,
+    encoded: EncodedRows | None = None,
 ) -> Emitter:
     at, lengths = concat_operands(call, operands)
     rows = math.prod(shape_of(call)[:-1])
@@ -314,7 +320,13 @@ def _concat(
     def body(inputs, finish) -> None:
         sources = [inputs[index] for index in at]
         emit_concat_of_floats(
-            isa, rows, lengths, sources, lambda v, r, c, lanes: finish(v, r, c, lanes, lanes), threads, around
+            isa,
+            rows,
+            lengths,
+            sources,
+            lambda v, r, c, lanes: finish(v, r, c, lanes, lanes),
+            threads,
+            None if encoded is None else encoded.around,
         )
 
     return body, ("concat", rows, lengths, at)

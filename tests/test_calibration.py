@@ -127,8 +127,8 @@ def test_attention_products_are_quantized_and_a_mask_harms_nothing():
     mod = attention(with_mask=True)
     plan = calibrate(mod, samples)
     assert len(plan.linear) == 4 and len(plan.products) == 2 and not plan.skipped
-    for layout, scale in (operand for product in plan.products.values() for operand in product):
-        assert scale * get_layout(layout).max_grid < 20
+    for operand in (operand for product in plan.products.values() for operand in product):
+        assert operand.scale * get_layout(operand.layout).max_grid < 20
     exact, rounded = evaluate(mod, samples[0])[0], evaluate_quantized(mod, plan, samples[0])[0]
     assert 10 * np.log10(np.square(exact).sum() / np.square(exact - rounded).sum()) > 30
 

@@ -77,6 +77,16 @@ class Product:
         """The same of the result."""
         return self._line(self.result_inside, batch, self.shape.rows, row)
 
+    def line_of_result(self, row):
+        """The place that a row of the result has with heads outside."""
+        if not self.result_inside:
+            return row
+        line = T.bind(row // self.heads)
+        return T.bind(
+            (line // self.shape.rows * self.heads + row % self.heads) * self.shape.rows
+            + line % self.shape.rows
+        )
+
     def _line(self, inside: bool, batch, lines: int, line):
         if not inside:
             return batch * lines + line

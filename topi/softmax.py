@@ -20,9 +20,18 @@ from tvm_qfp8.topi.rows import MIN_PARALLEL_ROW_ELEMENTS, Row, like_scalar
 
 
 def emit_softmax(
-    row_at: Callable[..., Row], rows: int, length: int, threads: int, exp: Callable, finish: Callable
+    row_at: Callable[..., Row],
+    rows: int,
+    length: int,
+    threads: int,
+    exp: Callable,
+    finish: Callable,
+    begin: Callable | None = None,
 ) -> None:
     """exp(x - max) / sum of all rows; ``finish(row, value, offset, lanes)`` stores.
+
+    With ``begin(row, greatest result) -> scalar``, called before the results of a row come, ``finish`` gets its scalar,
+    too.
 
     ``exp`` gives 0 for -infinity, the rows' padding. 0 for a row of only -infinity,
     as attention asks for where a mask leaves nothing.
@@ -31,11 +40,12 @@ def emit_softmax(
     block = -(-rows // threads) if parallel else rows
 
     def one_block(first) -> None:
-        pipeline = _Pipeline(row_at(first), exp, finish)
+        pipeline = _Pipeline(row_at(first), exp, finish, begin)
         with T.serial(0, block) as index:
             current = T.bind(first + index)
             pipeline.step(
                 index,
+                current,
                 row_at(current),
                 row_at(T.bind(tirx.min(current + 1, first + block - 1))),
                 # The first row has none before it: what is written in its place is written again.
@@ -53,8 +63,8 @@ def emit_softmax(
 class _Pipeline:
     """What one row hands to the next: the greatest value of the row to come, the last row's exponentials and factor."""
 
-    def __init__(self, row: Row, exp: Callable, finish: Callable) -> None:
-        self.exp, self.finish, self.lanes = exp, finish, row.lanes
+    def __init__(self, row: Row, exp: Callable, finish: Callable, begin: Callable | None) -> None:
+        self.exp, self.finish, self.begin, self.lanes = exp, finish, begin, row.lanes
         self.row = row
         self.size = -(-row.length // LANES) * LANES
         self.kept = T.alloc_buffer((2 * self.size,), "float32", align=64)
@@ -62,11 +72,13 @@ class _Pipeline:
         self.factor = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
         store(self.greatest, 0, row.largest(), self.lanes)
         store(self.factor, 0, row.constant(0.0), self.lanes)
+        self.begun = T.alloc_buffer((1,), "float32", scope="local")
+        store(self.begun, 0, tirx.const(0.0, "float32"), 1)
 
-    def step(self, index, row: Row, following: Row, previous) -> None:
-        """Exponentials and sum of ``row``, the greatest value of ``following``, the results of ``previous``."""
+    def step(self, index, current, row: Row, following: Row, previous) -> None:
+        """Exponentials and sum of row ``current``, the greatest value of the next, the results of ``previous``."""
         largest = bind(load(self.greatest, 0, self.lanes))
-        factor = bind(load(self.factor, 0, self.lanes))
+        factor, begun = bind(load(self.factor, 0, self.lanes)), bind(load(self.begun, 0, 1))
         place, other = T.bind(index % 2 * self.size), T.bind((index + 1) % 2 * self.size)
         found = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
         parts = range(0, LANES, self.lanes)
@@ -78,28 +90,43 @@ class _Pipeline:
                 vector = bind(following.vector(offset, lane))
                 store(found, lane, tirx.max(load(found, lane, self.lanes), vector), self.lanes)
             for at, lanes in row.pieces(offset):
-                self._divide(previous, other, at, lanes, factor)
+                self._divide(previous, other, at, lanes, factor, begun)
 
-        total = row.sum(lambda v: self.exp(bind(sub(v, largest))), keep=(self.kept, place), beside=beside)
+        top = T.alloc_buffer((LANES,), "float32", scope="local", align=64)
+        store(top, 0, row.constant(0.0), self.lanes)
+
+        def exponential(v):
+            value = bind(self.exp(bind(sub(v, largest))))
+            if self.begin is not None:
+                store(top, 0, tirx.max(load(top, 0, self.lanes), value), self.lanes)
+            return value
+
+        total = row.sum(exponential, keep=(self.kept, place), beside=beside)
         vectors = [bind(load(found, lane, self.lanes)) for lane in parts]
         store(self.greatest, 0, row.greatest_of(vectors), self.lanes)
-        store(self.factor, 0, row.splat(inverse_sum(total)), self.lanes)
+        inverse = inverse_sum(total)
+        store(self.factor, 0, row.splat(inverse), self.lanes)
+        if self.begin is not None:
+            # Rounding keeps the order: the greatest result is that of the greatest exponential.
+            greatest = row.first_lane(row.greatest_of([bind(load(top, 0, self.lanes))]))
+            store(self.begun, 0, self.begin(current, keep(mul(greatest, inverse))), 1)
 
     def divide_all(self, index, parity: int) -> None:
         """The results of the last row."""
-        factor = bind(load(self.factor, 0, self.lanes))
+        factor, begun = bind(load(self.factor, 0, self.lanes)), bind(load(self.begun, 0, 1))
         full = self.row.length // LANES
         if full:
             with T.serial(0, full) as group:
                 for at, lanes in self.row.pieces(group * LANES):
-                    self._divide(index, parity * self.size, at, lanes, factor)
+                    self._divide(index, parity * self.size, at, lanes, factor, begun)
         if self.row.length % LANES:
             for at, lanes in self.row.pieces(full * LANES):
-                self._divide(index, parity * self.size, at, lanes, factor)
+                self._divide(index, parity * self.size, at, lanes, factor, begun)
 
-    def _divide(self, index, place, at, lanes: int, factor) -> None:
+    def _divide(self, index, place, at, lanes: int, factor, begun) -> None:
         scale = factor if lanes == self.lanes else like_scalar(self.row.first_lane(factor), lanes)
-        self.finish(index, bind(mul(load(self.kept, place + at, lanes), scale)), at, lanes)
+        value = bind(mul(load(self.kept, place + at, lanes), scale))
+        self.finish(index, value, at, lanes, *([] if self.begin is None else [begun]))
 
 
 def emit_log_softmax(row: Row, exp: Callable, log: Callable, finish: Callable) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 
 from tvm_qfp8.calibration.contents import Contents, contents
 from tvm_qfp8.calibration.evaluate import Name, Program, Step, TensorSpec
-from tvm_qfp8.calibration.fake_quantize import fake_quantize
 from tvm_qfp8.calibration.operators import TABLE
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization
 from tvm_qfp8.calibration.recurrent_layer import RECURRENT, Recurrent
@@ -113,10 +112,10 @@ class Product:
         return TABLE[self.step.operator](self.step.attrs, x, y)
 
     def quantized_output(
-        self, x: np.ndarray, y: np.ndarray, chosen: tuple[tuple[str, float], tuple[str, float]]
+        self, x: np.ndarray, y: np.ndarray, chosen: tuple[ActivationQuantization, ActivationQuantization]
     ) -> np.ndarray:
         """The product of the operands rounded to their layouts."""
-        return self.output(fake_quantize(x, *chosen[0]), fake_quantize(y, *chosen[1]))
+        return self.output(chosen[0].rounded(x), chosen[1].rounded(y))
 
 
 def _axes(step: Step, weight: np.ndarray) -> tuple[int, int]:

@@ -103,8 +103,8 @@ class QuantizationPlan:
     ----------
     linear : dict of str to LinearQuantization
         In the order of the module's bindings.
-    products : dict of str to ((layout, scale), (layout, scale))
-        Matmuls of two activations (attention), with the layout and scale of either operand.
+    products : dict of str to (ActivationQuantization, ActivationQuantization)
+        Matmuls of two activations (attention), with what becomes of either; the right one has no scales of rows.
     skipped : dict of str to str
         Linear calls and products that stay float32, with the reason.
     codes : dict of str to ActivationQuantization
@@ -118,7 +118,7 @@ class QuantizationPlan:
     """
 
     linear: dict[str, LinearQuantization] = field(default_factory=dict)
-    products: dict[str, tuple[tuple[str, float], tuple[str, float]]] = field(default_factory=dict)
+    products: dict[str, tuple[ActivationQuantization, ActivationQuantization]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     codes: dict[str, ActivationQuantization] = field(default_factory=dict)
     embeddings: dict[str, QTensor] = field(default_factory=dict)

@@ -288,7 +288,7 @@ class Walk:
         assert (
             first.scale is not None and second.scale is not None
         )  # only dense layers' inputs have row scales
-        chosen = ((first.layout, first.scale), (second.layout, second.scale))
+        chosen = first, second
         self.plan.products[name] = chosen
         if not self._result(product.step):
             return

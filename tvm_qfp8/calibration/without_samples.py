@@ -21,7 +21,7 @@ The network's own values lie in the range that its weights were trained for. Its
 years beside incomes, of which a common scale keeps the largest: they stay float32 unless a layout is asked for. Only
 images of three colours are taken to have one.
 
-Products of two activations keep float32, too.
+Products of two activations (attention) read codes with a scale for each sample, what a softmax gives one for each row.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ ROWS_ABOVE_ZERO, PIXELS_ABOVE_ZERO, IMAGES_ABOVE_ZERO = ("UE3M5", "UE2M6"), ("UE
 LIMITED = "UE2M6"
 """Layout of values whose limit is known; many are far below it."""
 
+FACTORS, SHARES = ("E3M4", "E3M4"), ("UE2M6", "E2M5")
+"""Layouts of the operands of products of two activations, such as queries and keys, and of products of what a softmax
+gives, whose rows have scales of their own, such as with values: keys have outliers in some channels, values seldom."""
+
 STATE = "E1M6"
 """Layout of the hidden state of a recurrent layer: a step errs by 0.2 % of the limit, and bytes multiply twice as fast,
 which is most of the layer's time."""
@@ -61,7 +65,7 @@ COLOURS, COLOUR_LAYOUTS = 3, ("E1M6",)
 channel may be a spectrogram, which spans more than eight bits."""
 
 LEAST_MACS = 32
-"""For each value that a convolution reads."""
+"""For each value that a convolution or a product of activations reads."""
 
 HOLDS_VALUES = MOVING_STEPS | {"relax.astype"}
 """Operators whose results are values of their first argument."""
@@ -95,7 +99,6 @@ def quantize_without_samples(
     done : callable
         Called after each linear operator.
     """
-    plan.skipped.update(dict.fromkeys(found.products, NO_DATA))
     inputs, above_zero, limits = values_of_inputs(program), nonnegative(program), saturated(program)
     specs = program.inputs | {step.name: step.spec for step in program.steps}
     for name, linear in found.linear.items():
@@ -112,6 +115,20 @@ def quantize_without_samples(
             weight = quantized_weight(linear) if same is None else same.weight
             plan.linear[name] = LinearQuantization(weight, note=reason)
         done()
+    softmaxes = {step.name for step in program.steps if step.operator == "relax.nn.softmax"}
+    for name, product in found.products.items():
+        of_inputs = not inputs.isdisjoint(product.sources)
+        if (
+            activations == FLOAT32
+            or of_inputs
+            or _shares_few(*(specs[source].shape for source in product.sources))
+        ):
+            plan.skipped[name] = IS_INPUT if of_inputs else NO_DATA if activations == FLOAT32 else FEW_MACS
+        else:
+            of_softmax = product.sources[0] in softmaxes
+            plan.products[name] = _operands(
+                SHARES if of_softmax else FACTORS, activations, by_rows=of_softmax
+            )
     for name, recurrent in found.recurrent.items():
         plan.linear[name] = _recurrent(recurrent, activations)
         done()
@@ -122,6 +139,24 @@ def _with_known_scale(linear: Linear, limit: float, same: LinearQuantization | N
     weight = quantized_weight(linear, LINEAR_WEIGHTS) if same is None else same.weight
     scale = float(np.float32(limit / get_layout(LIMITED).max_grid))
     return LinearQuantization(weight, ActivationQuantization(LIMITED, scale))
+
+
+def _shares_few(x: tuple[int, ...], y: tuple[int, ...]) -> bool:
+    """Whether a value of either operand meets few of the other."""
+    return min(x[-2], *y[-2:]) < LEAST_MACS
+
+
+def _operands(
+    layouts: tuple[str, str], activations: str, by_rows: bool
+) -> tuple[ActivationQuantization, ActivationQuantization]:
+    """Of a product of two activations; all that the right one holds has one scale, as sums run along its columns."""
+    if activations != "auto" and get_layout(activations).signed:
+        layouts = activations, activations
+    left, right = layouts
+    return (
+        ActivationQuantization(left, scale=None, by_samples=not by_rows),
+        ActivationQuantization(right, scale=None, by_samples=True),
+    )
 
 
 def _recurrent(layer: Recurrent, activations: str) -> LinearQuantization:
