@@ -70,6 +70,32 @@ def test_rows_of_a_norm(isa, threads, is_read, rows, channels):
     check([x], values, emit, factors, "E3M4", is_read, TARGETS[isa], threads)
 
 
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("threads, rows, channels", [*SHAPES, (1, 3, 16)])
+def test_rows_of_a_softmax(isa, threads, rows, channels):
+    """One kernel, with the codes and scales that two give; a row may hold minus infinity only."""
+    x = random(rows, channels) * np.linspace(0.1, 30, rows, dtype=np.float32)[:, None]
+    x[rows // 2] = -np.inf
+    x[-1, ::2] = -np.inf
+    ones, layout = np.ones(channels, np.float32), get_layout("UE2M6")
+
+    def encoded(builder, rows):
+        both = builder.emit(qfp8_ops.encode_rows(rows, relax.const(ones), layout))
+        return relax.Tuple([builder.emit(relax.TupleGetItem(both, index)) for index in range(2)])
+
+    def together(builder, x):
+        return encoded(builder, builder.emit(R.nn.softmax(x, -1)))
+
+    def softmax(builder, x):
+        return builder.emit(R.nn.softmax(x, -1))
+
+    mod = build(program([(x.shape, None)], together), TARGETS[isa], threads)
+    (shares,) = run(build(program([(x.shape, None)], softmax), TARGETS[isa], threads), x)
+    expected = run(build(program([(x.shape, None)], encoded), TARGETS[isa], threads), shares)
+    for got, wanted in zip(run(mod, x), expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
 def normed(more: str) -> onnx.ModelProto:
     """A norm that a dense layer and, with ``more``, others read."""
     rng = np.random.default_rng(6)

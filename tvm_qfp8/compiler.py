@@ -175,9 +175,8 @@ def compile(  # noqa: A001 - the public name
         with an attention mask; else ``run`` takes these lengths only.
     calibration : iterable of ``{input name: array}``, path of an .npz, or None
         Samples with the inputs' full shapes, of several lengths the longest; shorter ones are padded where ``run``
-        pads. None: weights are quantized, and the inputs of dense layers and most convolutions with a scale for each
-        row or sample, found at run time; depthwise convolutions, products of two activations and recurrent layers keep
-        float32 activations. All that is slower.
+        pads. None: weights are quantized, and what dense layers, most convolutions and attention read with a scale
+        for each row or sample, found at run time; depthwise convolutions keep float32 activations. All that is slower.
     config : Config
     tuning_logs : path or ScheduleChooser
         A folder of tuning logs to take schedules from, or a function that chooses them; None: the logs of this
