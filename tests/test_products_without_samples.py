@@ -48,7 +48,7 @@ def test_a_product_is_its_twin(isa, threads, inside, by_rows, rows, columns, dep
     np.testing.assert_array_equal(found, swapped(expected) if inside[1] else expected)
 
 
-def attention(tokens=40, batch=2, of_input=False) -> onnx.ModelProto:
+def attention(tokens=170, batch=2, of_input=False) -> onnx.ModelProto:
     """Attention with two heads, as exporters write it; of the module's own inputs if asked for."""
     rng = np.random.default_rng(5)
     source = "x" if of_input else "normed"
@@ -82,7 +82,7 @@ def canonical(model):
     return prepare(load_model(model).mod)
 
 
-def inputs(tokens=40, batch=2):
+def inputs(tokens=170, batch=2):
     x = np.random.default_rng(1).standard_normal((batch, tokens, 64), np.float32)
     x[0] *= np.linspace(0.1, 30, tokens, dtype=np.float32)[:, None]
     return {"x": x}
@@ -112,7 +112,7 @@ def test_samples_of_a_batch_are_by_themselves():
     np.testing.assert_array_equal(module.run(given)[0][0], both[0])
 
 
-@pytest.mark.parametrize("given", [{"tokens": 20}, {"of_input": True}])
+@pytest.mark.parametrize("given", [{"tokens": 128}, {"of_input": True}])
 def test_few_tokens_and_inputs_stay_float32(given):
     plan = calibrate(canonical(attention(**given)), None)
     assert len(plan.products) == (1 if "of_input" in given else 0)

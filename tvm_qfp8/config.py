@@ -19,8 +19,8 @@ class Config:
         ``auto``: the layout of least error per tensor; or one layout's name for all; or ``float32``, to quantize
         weights only. Without calibration data these are what dense layers, most convolutions and attention read, with a
         scale for each row or sample that is found at run time: ``auto`` is E3M4 or E2M5 for what the network computes
-        itself, or a layout without a sign after a ReLU, of one scale after ReLU6, a sigmoid or gates; the module's own inputs,
-        whose columns may have any units, stay float32, but for images of three colours; E1M6 is the fastest on
+        itself, or a layout without a sign after a ReLU, of one scale after ReLU6, a sigmoid or gates; the module's own
+        inputs, whose columns may have any units, stay float32, but for images of three colours; E1M6 is the fastest on
         CPUs with int8 dot products, and less accurate.
     method : str
         How the scale of an activation is found: ``mse`` (least squared error), ``max``, ``percentile`` (99.99 %) or

@@ -65,7 +65,11 @@ COLOURS, COLOUR_LAYOUTS = 3, ("E1M6",)
 channel may be a spectrogram, which spans more than eight bits."""
 
 LEAST_MACS = 32
-"""For each value that a convolution or a product of activations reads."""
+"""For each value that a convolution reads."""
+
+LEAST_ROWS, LEAST_WIDTH = 160, 32
+"""Of a product of activations, such as tokens and their values in attention: of 128 tokens encoding takes what the
+product saves."""
 
 HOLDS_VALUES = MOVING_STEPS | {"relax.astype"}
 """Operators whose results are values of their first argument."""
@@ -121,7 +125,7 @@ def quantize_without_samples(
         if (
             activations == FLOAT32
             or of_inputs
-            or _shares_few(*(specs[source].shape for source in product.sources))
+            or _is_small(*(specs[source].shape for source in product.sources))
         ):
             plan.skipped[name] = IS_INPUT if of_inputs else NO_DATA if activations == FLOAT32 else FEW_MACS
         else:
@@ -141,9 +145,9 @@ def _with_known_scale(linear: Linear, limit: float, same: LinearQuantization | N
     return LinearQuantization(weight, ActivationQuantization(LIMITED, scale))
 
 
-def _shares_few(x: tuple[int, ...], y: tuple[int, ...]) -> bool:
-    """Whether a value of either operand meets few of the other."""
-    return min(x[-2], *y[-2:]) < LEAST_MACS
+def _is_small(x: tuple[int, ...], y: tuple[int, ...]) -> bool:
+    """Whether a product of activations would not win back what its encodes take."""
+    return x[-2] < LEAST_ROWS or min(y[-2:]) < LEAST_WIDTH
 
 
 def _operands(
