@@ -13,8 +13,8 @@ After::
 ``a[c]`` is the product of the weight's and the activation's scale; the bias already holds the calibration's
 correction. A tensor read by several layers is encoded once, and read by sums as codes, too, where the plan says so.
 Where the plan has a scale for each row, ``encode_rows`` makes codes and scales, and the matmul takes both. An encode
-moves up through operators that only move data, so that they move bytes. Products of two activations (attention) are
-quantized where the plan has both. What the plan skips stays in float32, with its reason in the plan.
+moves up through operators that only move data or repeat it, so that they move bytes. Products of two activations
+(attention) are quantized where the plan has both. What the plan skips stays in float32, with its reason in the plan.
 """
 
 from __future__ import annotations
@@ -98,6 +98,10 @@ def _pads_with_zeros(value: Any) -> bool:
     """Zero has the code 0."""
     pads = op_name(value) == "relax.nn.pad" and str(value.attrs.pad_mode) == "constant"
     return pads and float(value.attrs.pad_value) == 0.0
+
+
+def _repeats_pixels(value: Any) -> bool:
+    return op_name(value) == "relax.image.resize2d" and str(value.attrs.method) == "nearest_neighbor"
 
 
 @tvm.transform.module_pass(opt_level=0, name="QuantizeLinear")
@@ -337,6 +341,16 @@ class _Rewriter(MainRewriter):
             return value.attrs.axes is not None and int(value.attrs.axes[0]) == 0
         return shape_of(source)[0] == shape_of(value)[0]
 
+    def _is_read_as_codes(self, var: Any) -> bool:
+        """Whether one thing reads it, or only layers, which all have the same codes of it."""
+
+        def takes_codes(reader: relax.Var) -> bool:
+            chosen = self.plan.linear.get(layer_name(reader))
+            return chosen is not None and chosen.activation is not None and chosen.activation.has_one_scale
+
+        readers = self.readers[var]
+        return self.uses[var] == 1 or self.uses[var] == len(readers) and all(map(takes_codes, readers))
+
     def _is_taken_often(self, value: Any) -> bool:
         """Places along an axis of what is read several times, as the frames that a 3-D convolution joins."""
         taken = op_name(value) == "relax.take" and value.attrs.axis is not None
@@ -364,11 +378,17 @@ class _Rewriter(MainRewriter):
         key = (expr, layout, scale)
         if key not in self._encoded:
             value: Any = self.definition.get(expr) if isinstance(expr, relax.Var) else None
-            if op_name(value) == "relax.concat" and self.uses[expr] == 1:
+            if op_name(value) == "relax.concat" and self._is_read_as_codes(expr):
                 # Codes are joined instead: the encodes fuse with what makes the parts.
                 parts = [self._encode(part, layout, scale) for part in value.args[0].fields]
                 moved = relax.Call(value.op, [relax.Tuple(parts)], value.attrs)
-            elif op_name(value) in KEEPS_ELEMENTS or _pads_with_zeros(value) or self._is_taken_often(value):
+            elif (
+                op_name(value) in KEEPS_ELEMENTS
+                or _pads_with_zeros(value)
+                or self._is_taken_often(value)
+                or _repeats_pixels(value)
+                and self._is_read_as_codes(expr)
+            ):
                 source = self._encode(value.args[0], layout, scale)
                 moved = relax.Call(value.op, [source, *map(self.expression, value.args[1:])], value.attrs)
             else:
