@@ -269,8 +269,11 @@ class _Rewriter(MainRewriter):
     def _product(self, var: relax.Var, value: relax.Call) -> None:
         x, y = value.args
         source, axes = self._last_two_swapped(y) or (y, None)
-        if layer_name(var) in self.plan.products:
-            operands = zip((x, source), self.plan.products[layer_name(var)], strict=True)
+        chosen = self.plan.products.get(layer_name(var))
+        if chosen is not None:
+            if chosen[1].by_samples and axes is not None and axes[0] != 0:
+                source, axes = y, None  # samples of the source are others than the product's
+            operands = zip((x, source), chosen, strict=True)
             (left, x_scale, x_scales), (right, y_scale, y_scales) = (self._operand(*one) for one in operands)
         else:
             left, right, x_scales, y_scales = self.expression(x), self.expression(source), None, None

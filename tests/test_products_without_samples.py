@@ -5,9 +5,12 @@ import onnx
 import pytest
 from cuda_emulator import run_program
 from quantized_programs import RUNS, TARGETS, TILES, build, machine_runs, program, random_codes, run
+from relax_programs import build as network
+from relax_programs import constant, random
 from test_cuda import NEEDS_COMPILER
 from test_cuda_modules import lowered_for_cuda
 from test_fold_heads import ON_TILES, swapped
+from tvm import relax
 from tvm.relax import op as R
 
 import tvm_qfp8
@@ -124,6 +127,38 @@ def test_layouts_that_are_asked_for():
     assert not calibrate(mod, None, tvm_qfp8.Config(activations="float32")).products
     products = calibrate(mod, None, tvm_qfp8.Config(activations="E1M6")).products
     assert {one.layout for operands in products.values() for one in operands} == {"E1M6"}
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_tokens_before_the_batch(tokens_first):
+    """As torch's MultiheadAttention has them: what is the first dimension before a transposition is no sample."""
+    shape = (170, 3, 64) if tokens_first else (3, 170, 64)
+
+    def body(emit, x):
+        def dense(seed):
+            return emit(R.matmul(emit(R.tanh(x)), constant(64, 64, seed=seed, scale=0.1)))
+
+        q, k, v = map(dense, range(3))
+        scale = np.linspace(0.2, 4, shape[0], dtype=np.float32)[:, None, None]
+        k = emit(R.multiply(k, relax.const(scale)))
+        if tokens_first:
+            q, v = (emit(R.permute_dims(part, [1, 0, 2])) for part in (q, v))
+        turned = emit(R.permute_dims(k, [1, 2, 0] if tokens_first else [0, 2, 1]))
+        return emit(R.matmul(emit(R.nn.softmax(emit(R.matmul(q, turned)), -1)), v))
+
+    mod = network({"x": (shape, "float32")}, body)
+    plan = calibrate(mod, None)
+    assert len(plan.products) == 2
+    x = {"x": random(*shape)}
+    expected, found = evaluate_quantized(mod, plan, x)[0], tvm_qfp8.compile(mod, "native").run(x)[0]
+    assert np.square(expected).sum() > 1e3 * np.square(found - expected).sum()
+
+
+def test_single_matrices_have_no_samples():
+    def body(emit, x):
+        return emit(R.matmul(emit(R.tanh(x)), emit(R.permute_dims(emit(R.tanh(x)), [1, 0]))))
+
+    assert not calibrate(network({"x": ((170, 64), "float32")}, body), None).products
 
 
 @pytest.mark.slow

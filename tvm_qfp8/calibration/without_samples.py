@@ -67,6 +67,9 @@ channel may be a spectrogram, which spans more than eight bits."""
 LEAST_MACS = 32
 """For each value that a convolution reads."""
 
+BATCHED = 3
+"""Dimensions of a tensor of several matrices."""
+
 LEAST_ROWS, LEAST_WIDTH = 160, 32
 """Of a product of activations, such as tokens and their values in attention: of 128 tokens encoding takes what the
 product saves."""
@@ -146,8 +149,8 @@ def _with_known_scale(linear: Linear, limit: float, same: LinearQuantization | N
 
 
 def _is_small(x: tuple[int, ...], y: tuple[int, ...]) -> bool:
-    """Whether a product of activations would not win back what its encodes take."""
-    return x[-2] < LEAST_ROWS or min(y[-2:]) < LEAST_WIDTH
+    """Whether a product of activations would not win back what its encodes take, or is of one matrix, not samples."""
+    return len(x) < BATCHED or x[-2] < LEAST_ROWS or min(y[-2:]) < LEAST_WIDTH
 
 
 def _operands(
