@@ -44,10 +44,8 @@ class CompareBooleans:
 
 
 class _Rewriter(MainRewriter):
-    def binding(self, var: relax.Var, value: relax.Expr) -> None:
+    def replacement(self, _var: relax.Var, value: relax.Expr) -> relax.Expr | None:
         logic = LOGIC.get(op_name(value))
         if logic is None or str(value.args[0].ty.dtype) != "bool":
-            self.keep(var, value)
-            return
-        a, b = (self.expression(argument) for argument in value.args)
-        self.variables[var] = self.builder.emit(logic(a, b), var.name)
+            return None
+        return logic(*map(self.expression, value.args))

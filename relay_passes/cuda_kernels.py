@@ -13,7 +13,6 @@ from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import conv_shape, product_of, product_scale, scaled_by
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
-from tvm_qfp8.relay_passes.qfp8_ops import product_scales
 from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, concat_operands, emit_row_operator, pool_shape
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
@@ -80,7 +79,7 @@ def _batch_matmul(call, _isa: InstructionSet, operands: Operands, _max_error: fl
 
         emit_batch_matmul(product, inputs[x_at], inputs[y_at], epilogue)
 
-    return body, (product, [None if s is None else shape_of(s) for s in product_scales(call)])
+    return body, product
 
 
 def _take(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:

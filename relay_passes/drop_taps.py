@@ -30,14 +30,7 @@ class DropTaps:
 
 
 class _Rewriter(MainRewriter):
-    def binding(self, var: relax.Var, value: relax.Expr) -> None:
-        fewer = self._with_fewer_taps(value)
-        if fewer is None:
-            self.keep(var, value)
-        else:
-            self.variables[var] = self.builder.emit(fewer, var.name)
-
-    def _with_fewer_taps(self, value: relax.Expr) -> relax.Call | None:
+    def replacement(self, _var: relax.Var, value: relax.Expr) -> relax.Call | None:
         if op_name(value) != "relax.nn.conv2d" or static_shape(value) is None:
             return None
         x, weight = value.args

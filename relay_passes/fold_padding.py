@@ -47,15 +47,9 @@ class FoldPadding:
 
 
 class _Rewriter(MainRewriter):
-    def binding(self, var: relax.Var, value: relax.Expr) -> None:
+    def replacement(self, _var: relax.Var, value: relax.Expr) -> relax.Call | None:
         name = op_name(value)
-        folded = None
-        if name in CONVOLUTIONS or name in POOLINGS:
-            folded = self._folded(name, value)
-        if folded is None:
-            self.keep(var, value)
-        else:
-            self.variables[var] = self.builder.emit(folded, var.name)
+        return self._folded(name, value) if name in CONVOLUTIONS or name in POOLINGS else None
 
     def _folded(self, name: str, value: relax.Call) -> relax.Call | None:
         attrs = value.attrs

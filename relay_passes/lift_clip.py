@@ -34,12 +34,8 @@ class LiftClip:
 
 
 class _Rewriter(MainRewriter):
-    def binding(self, var: relax.Var, value: relax.Expr) -> None:
-        lifted = self._lift(var, value) if op_name(value) == "relax.call_tir" else None
-        if lifted is None:
-            self.keep(var, value)
-        else:
-            self.variables[var] = self.builder.emit(lifted, var.name)
+    def replacement(self, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
+        return self._lift(var, value) if op_name(value) == "relax.call_tir" else None
 
     def _lift(self, var: relax.Var, value: relax.Call) -> relax.Expr | None:
         function = self.mod[value.args[0]]

@@ -297,7 +297,7 @@ def _batch_matmul(
 
         emit(inputs[x_at], inputs[y_at], epilogue)
 
-    return body, (product, plan, [None if s is None else shape_of(s) for s in product_scales(call)])
+    return body, (product, plan)
 
 
 def product_scale(call, product: Product, operands: Operands) -> Callable:

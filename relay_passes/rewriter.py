@@ -12,7 +12,7 @@ from tvm.ir import GenericConst
 
 
 class MainRewriter:
-    """Copies the one dataflow block of ``main``; a pass overrides ``binding`` (and ``parameter``).
+    """Copies the one dataflow block of ``main``; a pass overrides ``replacement`` or ``binding`` (and ``parameter``).
 
     Attributes
     ----------
@@ -58,7 +58,15 @@ class MainRewriter:
 
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
         """Emit what ``var = value`` becomes and note it in ``variables``."""
-        self.keep(var, value)
+        found = self.replacement(var, value)
+        if found is None:
+            self.keep(var, value)
+        else:
+            self.variables[var] = self.builder.emit(found, var.name)
+
+    def replacement(self, _var: relax.Var, _value: relax.Expr) -> relax.Expr | None:
+        """What is emitted instead of a value, over the new program's variables; None for the value itself."""
+        return None
 
     def keep(self, var: relax.Var, value: relax.Expr) -> None:
         """Emit the binding unchanged; a second name for a variable is dropped."""

@@ -132,3 +132,40 @@ def run_reference(made: onnx.ModelProto, inputs) -> list[np.ndarray]:
     from onnx.reference import ReferenceEvaluator
 
     return ReferenceEvaluator(made).run(None, dict(inputs))
+
+
+def heads(
+    shape: tuple[int, int, int],
+    queries: str = "MatMul (x, q)",
+    keys: str = "MatMul (x, k)",
+    values: str = "MatMul (x, v)",
+    before: str = "",
+    scale: float = 0.5,
+) -> onnx.ModelProto:
+    """Attention with two heads over ``x (batch, tokens, width)``, as exporters write it; ``one`` holds ones."""
+    rng = np.random.default_rng(5)
+    batch, tokens, width = shape
+    body = f"""
+        {before}
+        queries = {queries}
+        keys = {keys}
+        values = {values}
+        queries_by_head = Reshape (queries, split)
+        keys_by_head = Reshape (keys, split)
+        values_by_head = Reshape (values, split)
+        q1 = Transpose <perm = [0, 2, 1, 3]> (queries_by_head)
+        k1 = Transpose <perm = [0, 2, 3, 1]> (keys_by_head)
+        v1 = Transpose <perm = [0, 2, 1, 3]> (values_by_head)
+        scores = MatMul (q1, k1)
+        shares = Softmax (scores)
+        mixed = MatMul (shares, v1)
+        together = Transpose <perm = [0, 2, 1, 3]> (mixed)
+        y = Reshape (together, joined)
+    """
+    tensor = f"float[{batch}, {tokens}, {width}]"
+    graph = onnx.parser.parse_graph(f"g ({tensor} x) => ({tensor} y) {{ {body} }}")
+    constants = {name: rng.standard_normal((width, width), np.float32) * np.float32(scale) for name in "qkv"}
+    constants |= {"split": np.array([batch, tokens, 2, width // 2]), "joined": np.array(shape)}
+    constants["one"] = np.ones(width, np.float32)
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)

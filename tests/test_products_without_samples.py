@@ -1,9 +1,9 @@
 """Products of two activations without samples: scales of samples and, of what a softmax gives, of rows."""
 
 import numpy as np
-import onnx
 import pytest
 from cuda_emulator import run_program
+from models import heads
 from quantized_programs import RUNS, TARGETS, TILES, build, machine_runs, program, random_codes, run
 from relax_programs import build as network
 from relax_programs import constant, random
@@ -15,6 +15,7 @@ from tvm.relax import op as R
 
 import tvm_qfp8
 from tvm_qfp8.calibration import calibrate, evaluate, evaluate_quantized
+from tvm_qfp8.calibration.without_samples import FEW_MACS, IS_INPUT
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.importers import load_model
 from tvm_qfp8.relay_passes import qfp8_ops
@@ -51,34 +52,18 @@ def test_a_product_is_its_twin(isa, threads, inside, by_rows, rows, columns, dep
     np.testing.assert_array_equal(found, swapped(expected) if inside[1] else expected)
 
 
-def attention(tokens=170, batch=2, of_input=False) -> onnx.ModelProto:
-    """Attention with two heads, as exporters write it; of the module's own inputs if asked for."""
-    rng = np.random.default_rng(5)
-    source = "x" if of_input else "normed"
-    body = f"""
-        normed = LayerNormalization <axis = -1> (x, one)
-        queries = {"Identity (x)" if of_input else "MatMul (normed, q)"}
-        keys = {"Identity (x)" if of_input else "MatMul (normed, k)"}
-        values = MatMul ({source}, v)
-        queries_by_head = Reshape (queries, split)
-        keys_by_head = Reshape (keys, split)
-        values_by_head = Reshape (values, split)
-        q1 = Transpose <perm = [0, 2, 1, 3]> (queries_by_head)
-        k1 = Transpose <perm = [0, 2, 3, 1]> (keys_by_head)
-        v1 = Transpose <perm = [0, 2, 1, 3]> (values_by_head)
-        scores = MatMul (q1, k1)
-        shares = Softmax (scores)
-        mixed = MatMul (shares, v1)
-        together = Transpose <perm = [0, 2, 1, 3]> (mixed)
-        y = Reshape (together, joined)
-    """
-    shape = f"float[{batch}, {tokens}, 64]"
-    graph = onnx.parser.parse_graph(f"g ({shape} x) => ({shape} y) {{ {body} }}")
-    constants = {name: rng.standard_normal((64, 64), np.float32) * 0.1 for name in "qkv"}
-    constants |= {"split": np.array([batch, tokens, 2, 32]), "joined": np.array([batch, tokens, 64])}
-    constants["one"] = np.ones(64, np.float32)
-    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
-    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+NORM = "normed = LayerNormalization <axis = -1> (x, one)"
+
+
+def attention(tokens=170, batch=2):
+    """Of what the network computes itself."""
+    projections = (f"MatMul (normed, {name})" for name in "qkv")
+    return heads((batch, tokens, 64), *projections, before=NORM, scale=0.1)
+
+
+def attention_of_inputs():
+    """Its queries and keys are the module's input."""
+    return heads((2, 170, 64), "Identity (x)", "Identity (x)", scale=0.1)
 
 
 def canonical(model):
@@ -115,11 +100,10 @@ def test_samples_of_a_batch_are_by_themselves():
     np.testing.assert_array_equal(module.run(given)[0][0], both[0])
 
 
-@pytest.mark.parametrize("given", [{"tokens": 128}, {"of_input": True}])
-def test_few_tokens_and_inputs_stay_float32(given):
-    plan = calibrate(canonical(attention(**given)), None)
-    assert len(plan.products) == (1 if "of_input" in given else 0)
-    assert all(reason for reason in plan.skipped.values())
+def test_few_tokens_and_inputs_stay_float32():
+    few, of_inputs = (calibrate(canonical(made), None) for made in (attention(128), attention_of_inputs()))
+    assert not few.products and set(few.skipped.values()) == {FEW_MACS}
+    assert len(of_inputs.products) == 1 and set(of_inputs.skipped.values()) == {IS_INPUT}
 
 
 def test_layouts_that_are_asked_for():
@@ -127,6 +111,10 @@ def test_layouts_that_are_asked_for():
     assert not calibrate(mod, None, tvm_qfp8.Config(activations="float32")).products
     products = calibrate(mod, None, tvm_qfp8.Config(activations="E1M6")).products
     assert {one.layout for operands in products.values() for one in operands} == {"E1M6"}
+    unsigned = calibrate(mod, None, tvm_qfp8.Config(activations="UE1M7"))
+    assert not unsigned.products and all(
+        "no negative values" in reason for reason in unsigned.skipped.values()
+    )
 
 
 @pytest.mark.parametrize("tokens_first", [False, True])

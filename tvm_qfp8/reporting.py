@@ -131,7 +131,7 @@ def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Co
 def _linear(layer: str, value: relax.Call, short: str, plan: QuantizationPlan) -> LayerReport:
     if layer in plan.products:
         x, y = plan.products[layer]
-        return LayerReport(layer, short, f"QFP8 {x.described} x {y.described}", y.layout, x.layout)
+        return LayerReport(layer, short, f"QFP8 {x.described} x {y.described}", y.described, x.described)
     quantization = plan.linear.get(layer)
     constants = [weight.value.numpy() for weight in _weights(value)]
     before = sum(array.nbytes for array in constants)

@@ -62,7 +62,7 @@ def sums_as_codes(
             found[name] = activation, _sums_that_read(compared.program, images[name], linears)
     lost = {name: 0.0 for name, (_, sums) in found.items() if sums}
     with np.errstate(all="ignore"):
-        for sample in few:
+        for sample in few if lost else ():
             values, lost_by = compared.in_float32(sample)
             for name in lost:
                 lost[name] += lost_by(_changes(*found[name], name, values))

@@ -208,7 +208,8 @@ class Walk:
                 self.grades.get(name, ANY),
             )
             self.choices[name], activation = choice, choice.activation
-            if name in self.sums & self.differs and activation is not None and activation.has_one_scale:
+            kept = name in self.sums and name in self.differs
+            if kept and activation is not None and activation.has_one_scale:
                 self.plan.codes[name] = activation
         return self.choices[name]
 

@@ -11,8 +11,8 @@ channels have outliers, as in language models, E1M6 far more; but its bytes mult
 the channels of a convolution are evened out by the normalisation that it was trained with. What is never negative
 (``nonnegative``) has a layout without a sign.
 
-Weights that meet codes are linear: beside such activations they err little more than the best (0.2 dB of a layer), and
-tile registers and Arm's dot products multiply bytes by anything faster.
+Weights that meet codes are linear: tile registers and Arm's dot products multiply bytes by anything faster. Outputs of
+transformers lose one to two decibels by it, those of convolutional networks nothing or gain.
 
 What ReLU6 or a sigmoid gives has a limit (``saturation``), hence one scale that is known before: every linear layer
 reads codes of it, depthwise convolutions, too. So has the hidden state of LSTM and GRU layers that start from zero.
@@ -34,7 +34,7 @@ import numpy as np
 
 from tvm_qfp8.calibration.choose_activation import FLOAT32
 from tvm_qfp8.calibration.evaluate import MOVING_STEPS, Name, Program
-from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, Linear, LinearSteps, quantized_weight
+from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, Linear, LinearSteps, Product, quantized_weight
 from tvm_qfp8.calibration.nonnegative import nonnegative
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
@@ -67,8 +67,8 @@ channel may be a spectrogram, which spans more than eight bits."""
 LEAST_MACS = 32
 """For each value that a convolution reads."""
 
-BATCHED = 3
-"""Dimensions of a tensor of several matrices."""
+MATRIX = 2
+"""Dimensions."""
 
 LEAST_ROWS, LEAST_WIDTH = 160, 32
 """Of a product of activations, such as tokens and their values in attention: of 128 tokens encoding takes what the
@@ -124,18 +124,12 @@ def quantize_without_samples(
         done()
     softmaxes = {step.name for step in program.steps if step.operator == "relax.nn.softmax"}
     for name, product in found.products.items():
-        of_inputs = not inputs.isdisjoint(product.sources)
-        if (
-            activations == FLOAT32
-            or of_inputs
-            or _is_small(*(specs[source].shape for source in product.sources))
-        ):
-            plan.skipped[name] = IS_INPUT if of_inputs else NO_DATA if activations == FLOAT32 else FEW_MACS
+        shapes = [specs[source].shape for source in product.sources]
+        reason = _reason_against_product(product, activations, inputs, *shapes)
+        if reason is None:
+            plan.products[name] = _operands(activations, of_softmax=product.sources[0] in softmaxes)
         else:
-            of_softmax = product.sources[0] in softmaxes
-            plan.products[name] = _operands(
-                SHARES if of_softmax else FACTORS, activations, by_rows=of_softmax
-            )
+            plan.skipped[name] = reason
     for name, recurrent in found.recurrent.items():
         plan.linear[name] = _recurrent(recurrent, activations)
         done()
@@ -148,20 +142,26 @@ def _with_known_scale(linear: Linear, limit: float, same: LinearQuantization | N
     return LinearQuantization(weight, ActivationQuantization(LIMITED, scale))
 
 
-def _is_small(x: tuple[int, ...], y: tuple[int, ...]) -> bool:
-    """Whether a product of activations would not win back what its encodes take, or is of one matrix, not samples."""
-    return len(x) < BATCHED or x[-2] < LEAST_ROWS or min(y[-2:]) < LEAST_WIDTH
+def _reason_against_product(
+    product: Product, activations: str, inputs: set[str], x: tuple[int, ...], y: tuple[int, ...]
+) -> str | None:
+    """Why a product of activations of shapes ``x`` and ``y`` stays float32; None: they are rounded."""
+    if activations == FLOAT32:
+        return NO_DATA
+    if not inputs.isdisjoint(product.sources):
+        return IS_INPUT
+    if activations != "auto" and not get_layout(activations).signed:
+        return NEVER_NEGATIVE.format(activations)
+    is_matrix = len(x) == MATRIX  # whose rows would be taken for samples
+    return FEW_MACS if is_matrix or x[-2] < LEAST_ROWS or min(y[-2:]) < LEAST_WIDTH else None
 
 
-def _operands(
-    layouts: tuple[str, str], activations: str, by_rows: bool
-) -> tuple[ActivationQuantization, ActivationQuantization]:
+def _operands(activations: str, of_softmax: bool) -> tuple[ActivationQuantization, ActivationQuantization]:
     """Of a product of two activations; all that the right one holds has one scale, as sums run along its columns."""
-    if activations != "auto" and get_layout(activations).signed:
-        layouts = activations, activations
-    left, right = layouts
+    auto = SHARES if of_softmax else FACTORS
+    left, right = auto if activations == "auto" else (activations, activations)
     return (
-        ActivationQuantization(left, scale=None, by_samples=not by_rows),
+        ActivationQuantization(left, scale=None, by_samples=not of_softmax),
         ActivationQuantization(right, scale=None, by_samples=True),
     )
 
@@ -170,7 +170,9 @@ def _recurrent(layer: Recurrent, activations: str) -> LinearQuantization:
     """One scale for the hidden state, where gates keep it below a limit."""
     if activations == FLOAT32 or layer.limit is None:
         return LinearQuantization(quantized_weight(layer))
-    layout = get_layout(STATE if activations == "auto" or not get_layout(activations).signed else activations)
+    layout = get_layout(STATE if activations == "auto" else activations)
+    if not layout.signed:
+        return LinearQuantization(quantized_weight(layer), note=NEVER_NEGATIVE.format(layout.name))
     scale = float(np.float32(layer.limit / layout.max_grid))
     return LinearQuantization(
         quantized_weight(layer, LINEAR_WEIGHTS), ActivationQuantization(layout.name, scale)
