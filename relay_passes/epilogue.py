@@ -28,7 +28,7 @@ from tvm_qfp8.topi.float_contract import (
 from tvm_qfp8.topi.interpolate import emit_table
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
-from tvm_qfp8.topi.prim_func import load, load_float, store
+from tvm_qfp8.topi.prim_func import load, load_float, store, vector_runs
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,8 @@ class Epilogue:
         if valid == lanes or external.padded:
             return bind(self._values(external, buffer, at, lanes))
         part = T.alloc_buffer((lanes,), str(buffer.dtype), scope="local")
-        for lane in range(valid):
-            store(part, lane, load(buffer, at + lane, 1), 1)
-        for lane in range(valid, lanes):
-            store(part, lane, tirx.const(0, str(buffer.dtype)), 1)
+        store(part, 0, tirx.const(0, with_lanes(str(buffer.dtype), lanes)), lanes)
+        vector_runs(valid, lanes, lambda lane, run: store(part, lane, load(buffer, at + lane, run), run))
         return bind(self._values(external, part, 0, lanes))
 
     def _values(self, external: External, buffer, at, lanes: int):
@@ -184,8 +182,7 @@ class Epilogue:
             return
         part = T.alloc_buffer((lanes,), str(buffer.dtype), scope="local")
         store(part, 0, value, lanes)
-        for lane in range(valid):
-            store(buffer, at + lane, load(part, lane, 1), 1)
+        vector_runs(valid, lanes, lambda lane, run: store(buffer, at + lane, load(part, lane, run), run))
 
     def _is_written(self, var: relax.Var) -> bool:
         return var in self.outputs or var in self.scratch_rows

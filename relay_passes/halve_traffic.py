@@ -61,6 +61,10 @@ LEAST = 1.0
 IMAGE_RANK = 4
 """Only images are worth it: rows of tokens are small, and norms read them."""
 
+LARGE = 1 << 18
+"""Elements of an image that convolutions over windows read: a megabyte of float32. Smaller ones stay in the second
+cache, where MobileNetV3 without samples gains nothing."""
+
 SHRINKING = ("gelu", "gelu_tanh", "silu", "mish", "hardswish", "tanh", "sigmoid", "hardsigmoid", "erf")
 """Functions whose results are no more than their argument or 1 in magnitude."""
 
@@ -170,13 +174,21 @@ def _refused(step: Group | Single) -> set[relax.Var]:
     found: set[relax.Var] = set()
     for var, call in step.members:
         read = {argument for argument in tensor_arguments(call) if isinstance(argument, relax.Var)} - inner
-        if var is anchor_var and (is_pooling(call) or joins_channels(call)):
+        if var is anchor_var and (is_pooling(call) or joins_channels(call) or _is_window_of_floats(call)):
             continue
         if op_name(call) not in POINTWISE:
             found |= read
         else:
             found |= {argument for argument in read if shape_of(argument) != shape_of(var)}
     return found
+
+
+def _is_window_of_floats(call: relax.Call) -> bool:
+    """A convolution over windows of a large image that is not codes; most often a depthwise one."""
+    if op_name(call) != "relax.qfp8.conv2d" or layout_of(call.args[0]) is not None:
+        return False
+    _, *kernel, _ = shape_of(call.args[1])
+    return kernel != [1, 1] and math.prod(shape_of(call.args[0])) >= LARGE
 
 
 def _bound(value: relax.Expr, bounds: dict[relax.Expr, float]) -> float:

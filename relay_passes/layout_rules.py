@@ -14,7 +14,7 @@ import numpy as np
 from tvm import relax
 
 from tvm_qfp8.relay_passes import qfp8_ops
-from tvm_qfp8.relay_passes.fuse import op_name, static_shape
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.normalize_rows import normalises_channels
 
 TO_NHWC = {4: [0, 2, 3, 1], 3: [0, 2, 1]}
@@ -189,10 +189,12 @@ def global_pooling(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> re
     return relax.op.mean(rewriter.channels_last(value.args[0], _rank(value)), [1, 2], keepdims=True)
 
 
-def resize(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
-    """Nearest, linear and cubic."""
+def resize(rewriter: Rewriter, var: relax.Var, value: relax.Call) -> relax.Call | None:
+    """Nearest, linear and cubic; the module's result is turned back while it is small."""
     attrs = value.attrs
-    if str(attrs.layout) != "NCHW":
+    grows = math.prod(shape_of(value)) > math.prod(shape_of(value.args[0]))
+    is_result = all(isinstance(rewriter.definition[reader], relax.Var) for reader in rewriter.readers[var])
+    if str(attrs.layout) != "NCHW" or (grows and is_result):
         return None
     names = ("method", "coordinate_transformation_mode", "rounding_method", "cubic_alpha", "cubic_exclude")
     kept = {name: getattr(attrs, name) for name in (*names, "extrapolation_value", "out_dtype")}

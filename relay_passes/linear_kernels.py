@@ -185,10 +185,9 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         in_bytes = _in_bytes(isa, pixels, codes, shape.activation, shape.weight, dense=False)
         tiles = plan_tile_conv(isa, shape, codes)
         if tiles is not None:
-            tile_plan, runs = tiles
-            packed = pack_tile_weights(tile_plan, shape.layouts()[1], runs)
-            emit = functools.partial(emit_tile_conv, isa, shape, tile_plan, threads=threads)
-            return _with_scales(call, operands, packed, emit), (shape, tile_plan)
+            merged, tile_plan, packed = tiles
+            emit = functools.partial(emit_tile_conv, isa, merged, tile_plan, threads=threads)
+            return _with_scales(call, operands, packed, emit), (merged, tile_plan)
         if operands.memory is not None and in_bytes.split is None:
             plan = plan_winograd(shape, codes)
             if plan is not None and winograd_is_faster(plan):

@@ -47,6 +47,7 @@ from tvm_qfp8.topi.encode_samples import encode_samples_prim_func
 from tvm_qfp8.topi.float_contract import BFLOAT16_WORDS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec
+from tvm_qfp8.topi.resize import COORDINATES, ResizeShape, resize_prim_func
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
 from tvm_qfp8.topi.static_memory import FUNCTION, StaticMemory
 
@@ -78,6 +79,20 @@ def _is_plain_concat(step: Single) -> bool:
     """A concatenation of static tensors whose elements have whole bytes."""
     whole_bytes = str(getattr(step.var.ty, "dtype", "bool")) != "bool"
     return op_name(step.value) == "relax.concat" and static_shape(step.var) is not None and whole_bytes
+
+
+def _linear_resize(value: relax.Expr) -> ResizeShape | None:
+    """The static description of a linear resizing of float32 images; None for any other operator."""
+    if op_name(value) != "relax.image.resize2d" or str(value.attrs.method) != "linear":
+        return None
+    attrs, x, y = value.attrs, static_shape(value.args[0]), static_shape(value)
+    coordinates, layout = str(attrs.coordinate_transformation_mode), str(attrs.layout)
+    dtypes = {str(value.ty.dtype), str(value.args[0].ty.dtype)}
+    if None in (x, y) or 0 in (*x, *y) or dtypes != {"float32"} or coordinates not in COORDINATES:
+        return None
+    if layout == "NHWC":
+        return ResizeShape(x[0], *x[1:], y[1:3], coordinates)
+    return ResizeShape(x[0] * x[1], *x[2:], 1, y[2:], coordinates) if layout == "NCHW" else None
 
 
 class _Rewriter(MainRewriter):
@@ -145,6 +160,17 @@ class _Rewriter(MainRewriter):
         call = relax.call_tir(self._written[key], arguments, relax.TensorType(shape, dtype))
         self.variables[var] = self.builder.emit(call, var.name)
 
+    def resize(self, var: relax.Var, value: relax.Call, shape: ResizeShape) -> None:
+        sizes = shape_of(value.args[0]), shape_of(var)
+        key = repr(("resize", shape, sizes))
+        if key not in self._written:
+            function = resize_prim_func(self.options.isa, self.options.threads, shape, *sizes)
+            self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), "resize")
+        places, weights = shape.taps()
+        arguments = [self.expression(value.args[0]), relax.const(places), relax.const(weights)]
+        call = relax.call_tir(self._written[key], arguments, relax.TensorType(sizes[1], "float32"))
+        self.variables[var] = self.builder.emit(call, var.name)
+
     def encode_rows(self, var: relax.Var, value: relax.Call) -> None:
         x, factors = value.args
         self._encode(var, value, encode_rows_prim_func, factors, shape_of(x)[:-1])
@@ -171,8 +197,11 @@ class _Rewriter(MainRewriter):
 
     def step(self, step: Group | Single) -> None:
         if isinstance(step, Single):
+            resize = None if self.options.isa.name == "cuda" else _linear_resize(step.value)
             if _is_plain_concat(step):
                 self.concat(step.var, step.value)
+            elif resize is not None:
+                self.resize(step.var, step.value, resize)
             elif op_name(step.value) == "relax.qfp8.look_up":
                 self.look_up(step.var, step.value)
             elif op_name(step.value) == "relax.qfp8.encode_rows":

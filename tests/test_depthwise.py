@@ -28,9 +28,19 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("target", [*TARGETS, "native"])
 def test_sums(target, case):
+    check_sums(target, case, channels=40)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 5, 8, 12, 15])
+@pytest.mark.parametrize("target", [*TARGETS, "native"])
+def test_fewer_channels_than_a_vector_has_lanes(target, channels):
+    check_sums(target, CASES[1], channels)
+
+
+def check_sums(target, case, channels):
     if target != "native" and not machine_runs(target):
         pytest.skip(f"this CPU has no {target}")
-    rng, channels = np.random.default_rng(0), 40
+    rng = np.random.default_rng(0)
     x = random_codes(rng, (1, 6, case[WIDTH], channels))
     weight = random_codes(rng, (channels, *case[KERNEL], 1))
     ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)

@@ -6,18 +6,20 @@ import pytest
 from quantized_programs import TARGETS, TILES, build, machine_runs, program, random_codes, run
 from tvm import relax
 
-from tvm_qfp8.format import encode, get_layout
+from tvm_qfp8.format import decode_grid, encode, get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name
 from tvm_qfp8.relay_passes.halve_traffic import HalveTraffic
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
+from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.isa import instruction_set
 
 RNG = np.random.default_rng(3)
 CHANNELS = 20
 WEIGHT = random_codes(RNG, (CHANNELS, 1, 1, CHANNELS))
+TAPS = random_codes(RNG, (CHANNELS, 3, 3, 1))
 A, BIAS = RNG.random(CHANNELS, np.float32) * 1e-4, RNG.standard_normal(CHANNELS, np.float32)
 SHAPE = (1, 5, 7, CHANNELS)
 
@@ -173,6 +175,43 @@ def test_sums_of_no_proved_range_are_kept_as_bfloat16(target, by_rows):
     x = RNG.standard_normal(SHAPE, np.float32) * np.float32(1e6)
     found = run(build(HalveTraffic()(plain), target), x)[0]
     np.testing.assert_array_equal(found, twin_of_run_time(x, by_rows))
+
+
+def depthwise_of_run_time(builder, x):
+    """What a pointwise convolution gives, then a depthwise one that reads it as it is."""
+    ones = relax.const(np.ones(CHANNELS, np.float32))
+    both = builder.emit(qfp8_ops.encode_rows(x, ones, get_layout("E2M5")))
+    codes, scales = (builder.emit(relax.TupleGetItem(both, part)) for part in range(2))
+    window = dict(strides=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1)
+    constants = codes_constant(WEIGHT, "E2M5"), relax.const(A), relax.const(BIAS)
+    y = builder.emit(qfp8_ops.conv2d(codes, *constants, **window, scales=scales))
+    window |= dict(padding=(1, 1, 1, 1), groups=CHANNELS)
+    return qfp8_ops.conv2d(y, codes_constant(TAPS, "E2M5"), *constants[1:], **window)
+
+
+@pytest.mark.parametrize("target", [*TARGETS.values(), TILES], ids=[*TARGETS, "amx"])
+def test_windows_read_large_images_in_half(target):
+    if not machine_runs(target):
+        pytest.skip("this CPU has no such instructions")
+    shape = (1, 128, 103, CHANNELS)
+    plain = program([(shape, None)], depthwise_of_run_time)
+    assert rounded(plain, "bfloat16") == 1
+    x = RNG.standard_normal(shape, np.float32)
+    found = run(build(HalveTraffic()(plain), target), x)[0]
+
+    codes, scales = reference.encode_rows(x, get_layout("E2M5"))
+    sums = reference.matmul(codes, WEIGHT[:, 0, 0], get_layout("E2M5"), get_layout("E2M5"))
+    kept = reference.scale_and_bias(sums, A, BIAS, scales).astype(ml_dtypes.bfloat16).astype(np.float32)
+    window = ConvShape(
+        *shape, CHANNELS, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), CHANNELS, None, get_layout("E2M5")
+    )
+    taps = decode_grid(TAPS, get_layout("E2M5")).astype(np.float32)
+    expected = reference.scale_and_bias(reference.float_conv2d(kept, taps, window), A, BIAS)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_windows_read_small_images_as_they_are():
+    assert rounded(program([(SHAPE, None)], depthwise_of_run_time), "bfloat16") == 0
 
 
 @pytest.mark.parametrize("name, kept", [("sse2", "uint16"), ("neon", "uint16"), ("cuda", "float32")])

@@ -4,7 +4,16 @@ import itertools
 
 import numpy as np
 import pytest
-from quantized_programs import TILES, build, dense_program, machine_runs, program, random_codes, run
+from quantized_programs import (
+    TILES,
+    WITHOUT_TILES,
+    build,
+    dense_program,
+    machine_runs,
+    program,
+    random_codes,
+    run,
+)
 from tile_emulator import emulate_tiles
 from tvm import relax
 
@@ -14,6 +23,7 @@ from tvm_qfp8.relay_passes.linear_kernels import conv_shape
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.amx import tiles
+from tvm_qfp8.topi.amx.conv2d import merged_groups
 from tvm_qfp8.topi.amx.plan import (
     BLOCK,
     BYTE,
@@ -25,6 +35,8 @@ from tvm_qfp8.topi.amx.plan import (
     tile_kinds,
 )
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
+from tvm_qfp8.topi.conv2d import ConvShape
+from tvm_qfp8.topi.slab import SlabRows, slab_rows
 
 ACTIVATIONS = ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"]
 WEIGHTS = ["E1M6", "E2M5", "E3M4"]
@@ -79,15 +91,28 @@ CONVOLUTIONS = [
 ]
 
 
+GROUPED = [
+    # groups, then as above: narrow ones that are merged to several or to one, wide ones, more outputs than inputs
+    (12, 9, 21, 48, 48, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    (5, 8, 9, 120, 120, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1)),
+    (32, 6, 7, 128, 128, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1)),
+    (3, 7, 20, 15, 66, (3, 2), (1, 1), (1, 0, 1, 1), (2, 2)),
+    (2, 5, 6, 140, 36, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1)),
+    (4, 16, 17, 8, 8, (5, 5), (1, 1), (2, 2, 2, 2), (1, 1)),
+]
+
+
 @pytest.mark.usefixtures("on_tiles")
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-@pytest.mark.parametrize("layouts", [("UE2M6", "E2M5"), ("E1M6", "E1M6"), ("UE3M5", "E3M4")])
+@pytest.mark.parametrize("case", [*((1, *case) for case in CONVOLUTIONS), *GROUPED], ids=str)
+@pytest.mark.parametrize(
+    "layouts", [("UE2M6", "E2M5"), ("E1M6", "E1M6"), ("UE3M5", "E3M4"), ("E2M5", "E1M6")]
+)
 @pytest.mark.parametrize("batch, threads", [(1, 1), (2, 2)])
 def test_convolutions_are_exact(case, layouts, batch, threads):
-    height, width, channels, out, kernel, stride, padding, dilation = case
+    groups, height, width, channels, out, kernel, stride, padding, dilation = case
     rng = np.random.default_rng(height)
     codes, x = (
-        random_codes(rng, (out, *kernel, channels)),
+        random_codes(rng, (out, *kernel, channels // groups)),
         random_codes(rng, (batch, height, width, channels)),
     )
     a, bias = rng.random(out, np.float32) * 1e-4, rng.standard_normal(out, np.float32)
@@ -97,7 +122,7 @@ def test_convolutions_are_exact(case, layouts, batch, threads):
         nonlocal shape
         call = qfp8_ops.conv2d(
             q, codes_constant(codes, layouts[1]), relax.const(a), relax.const(bias),
-            strides=stride, padding=padding, dilation=dilation, groups=1,
+            strides=stride, padding=padding, dilation=dilation, groups=groups,
         )  # fmt: skip
         shape = conv_shape(call)
         return call
@@ -105,6 +130,68 @@ def test_convolutions_are_exact(case, layouts, batch, threads):
     quantized = program([(x.shape, layouts[0])], emit)
     expected = reference.scale_and_bias(reference.conv2d(x, codes, shape), a, bias)
     assert np.array_equal(run(build(quantized, TILES, threads), x)[0], expected)
+
+
+@pytest.mark.usefixtures("on_tiles")
+@pytest.mark.parametrize("target", [TILES, WITHOUT_TILES])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_taps_far_apart(target, threads):
+    """The slab holds the rows that one output row meets, of many that the filter reaches over."""
+    rng = np.random.default_rng(0)
+    codes, x = random_codes(rng, (9, 3, 3, 640)), random_codes(rng, (1, 16, 16, 640))
+    ones, zeros = np.ones(9, np.float32), np.zeros(9, np.float32)
+    window = dict(strides=(1, 1), padding=(12,) * 4, dilation=(12, 12), groups=1)
+    shape = None
+
+    def emit(_builder, q):
+        nonlocal shape
+        call = qfp8_ops.conv2d(
+            q, codes_constant(codes, "E1M6"), relax.const(ones), relax.const(zeros), **window
+        )
+        shape = conv_shape(call)
+        return call
+
+    found = run(build(program([(x.shape, "E2M5")], emit), target, threads), x)[0]
+    assert np.array_equal(found, reference.conv2d(x, codes, shape).astype(np.float32))
+
+
+def test_a_slab_holds_what_is_fewest():
+    def rows(dilation, most_rows, most_block=16):
+        shape = ConvShape(
+            1, 16, 16, 8, 8, (3, 3), (1, 1), (dilation,) * 4, (dilation, dilation), 1,
+            get_layout("E1M6"), get_layout("E1M6"),
+        )  # fmt: skip
+        return slab_rows(shape, most_rows, most_block)
+
+    assert rows(1, 18) == SlabRows(16, 1, 18, 1)
+    assert rows(1, 10) == SlabRows(8, 2, 10, 1)
+    assert rows(1, 1) == SlabRows(1, 16, 3, 1)
+    assert rows(12, 40) == SlabRows(16, 1, 40, 1)
+    assert rows(12, 27) == SlabRows(1, 16, 3, 12)  # 6 blocks of 27 rows would be more
+    assert rows(2, 20, most_block=8) == SlabRows(8, 2, 12, 1)
+
+
+@pytest.mark.parametrize(
+    "channels, groups, kept",
+    [
+        (48, 2, 1),  # 24 fill three quarters of two tiles, 48 all of three
+        (120, 5, 5),  # five are 120, of which a row of a tile holds 64
+        (336, 14, 7),
+        (128, 32, 2),  # as many products as of 16 channels, in fewer groups
+        (64, 2, 1),
+        (74, 37, 37),
+    ],
+)
+def test_groups_are_merged_to_fill_tiles(channels, groups, kept):
+    shape = ConvShape(
+        1, 4, 4, channels, channels, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), groups,
+        get_layout("E1M6"), get_layout("E1M6"),
+    )  # fmt: skip
+    codes = random_codes(np.random.default_rng(0), (channels, 3, 3, channels // groups))
+    merged, wide = merged_groups(shape, codes)
+    assert merged.groups == kept
+    x = random_codes(np.random.default_rng(1), (1, 4, 4, channels))
+    assert np.array_equal(reference.conv2d(x, wide, merged), reference.conv2d(x, codes, shape))
 
 
 @pytest.mark.usefixtures("on_tiles")

@@ -20,7 +20,6 @@ from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
-    balanced_blocks,
     copy_run,
     decode_operand,
     decode_run,
@@ -31,7 +30,7 @@ from tvm_qfp8.topi.panels import (
     round_up,
 )
 from tvm_qfp8.topi.schedules import ConvSchedule
-from tvm_qfp8.topi.slab import slab_filler
+from tvm_qfp8.topi.slab import slab_filler, slab_rows
 
 
 @dataclass(frozen=True)
@@ -123,15 +122,12 @@ def emit_conv2d(
 
     macs = shape.batch * out_h * out_w * shape.out_channels * depth
     parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
-    reach = dilation_h * (kernel_h - 1) + 1
     row_bytes = slab_row * (2 if isa.split else isa.operand_bytes)
-    block_h = max(1, min(out_h, (schedule.scratch_bytes // row_bytes - reach) // stride_h + 1))
     by_rows = parallel and schedule.parallel_rows
-    if by_rows:
-        block_h = min(block_h, -(-out_h // (2 * threads)))
-    block_h, blocks = balanced_blocks(out_h, block_h)
-    slab_h = (block_h - 1) * stride_h + reach
-    slab_size = slab_h * slab_row
+    most_block = -(-out_h // (2 * threads)) if by_rows else out_h
+    in_slab = slab_rows(shape, schedule.scratch_bytes // row_bytes, most_block)
+    slab_size = in_slab.rows * slab_row
+    tap_row = dilation_h // in_slab.step * slab_row
 
     # Byte products take several parts of each value: those are made of the padded codes, in one run.
     slab_dtype = "uint8" if isa.split else isa.operand_dtype
@@ -142,7 +138,7 @@ def emit_conv2d(
         else:
             decode_run(isa, activation, x, source_at, target, target_at, length)
 
-    fill_slab = slab_filler(isa, shape, x, slab_h, slab_channels, slab_dtype, bring)
+    fill_slab = slab_filler(isa, shape, x, in_slab, slab_channels, slab_dtype, bring)
 
     def tile(slab, row_in_block, first_pixel, out_row_at, group, weights: PanelWeights) -> None:
         registers = RegisterTile(isa, tile_rows, vectors)
@@ -152,7 +148,7 @@ def emit_conv2d(
             offset = T.bind(
                 product * slab_size
                 + corner
-                + kh * (dilation_h * slab_row)
+                + kh * tap_row
                 + kw * (dilation_w * slab_channels)
             )
             starts = [offset + i * (stride_w * slab_channels) for i in range(tile_rows)]
@@ -175,13 +171,13 @@ def emit_conv2d(
                 epilogue(total, out_row_at + first_pixel + i, column, valid)
 
     def tiles_of_block(slab, image, first_out_row, group, weights: PanelWeights) -> None:
-        with T.serial(0, block_h) as row:
+        with T.serial(0, in_slab.block) as row:
             out_row_at = T.bind((image * out_h + first_out_row + row) * out_w)
             with T.serial(0, -(-out_w // tile_rows)) as t:
                 tile(slab, row, overlapped_start(t, tile_rows, out_w), out_row_at, group, weights)
 
     def block(image, index, group) -> None:
-        first_out_row = overlapped_start(index, block_h, out_h)
+        first_out_row = overlapped_start(index, in_slab.block, out_h)
         slab = T.alloc_buffer((slab_size,), slab_dtype, align=64)
         fill_slab(image, first_out_row, group, slab)
         if isa.split is not None and not isa.takes(activation):
@@ -204,8 +200,8 @@ def emit_conv2d(
 
     with T.serial(0, shape.batch) as image:
         with T.serial(0, shape.groups) as group:
-            if blocks == 1:
+            if in_slab.blocks == 1:
                 block(image, 0, group)
             else:
-                with (T.parallel if by_rows else T.serial)(0, blocks) as index:
+                with (T.parallel if by_rows else T.serial)(0, in_slab.blocks) as index:
                     block(image, index, group)

@@ -15,19 +15,19 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.conv2d import ConvShape
-from tvm_qfp8.topi.float_contract import lanes_of, with_lanes
+from tvm_qfp8.topi.float_contract import bind, dtype_of, lanes_of, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.panels import balanced_blocks, decode_run, operand_expr, overlapped_start, zero_run
-from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.prim_func import load, load_float, store
 from tvm_qfp8.topi.schedules import DepthwiseSchedule
 
 
 def is_depthwise(isa: InstructionSet, shape: ConvShape) -> bool:
-    """One filter per channel, with at least a vector of channels."""
+    """One filter per channel."""
     plain = shape.input_dilation == (1, 1)
-    return plain and shape.groups == shape.channels == shape.out_channels and shape.channels >= isa.lanes
+    return plain and shape.groups == shape.channels == shape.out_channels and shape.channels > 1
 
 
 def _taps_per_step(isa: InstructionSet, shape: ConvShape) -> int:
@@ -50,18 +50,19 @@ def pack_depthwise_weights(
 ) -> np.ndarray:
     """Codes OHWI ``(channels, kh, kw, 1)`` -> ``(blocks of channels, kh, phases, steps, channels, pair)``.
 
-    The last block overlaps the one before where the channels do not divide.
+    The last block overlaps the one before where the channels do not divide; a lone narrower one has zeros behind them.
     """
     kernel_h, kernel_w = shape.kernel
     taps = _taps_per_step(isa, shape)
     phases, steps = _phases(taps, shape), _steps(taps, shape)
-    padded = np.zeros((shape.channels, kernel_h, phases, max(steps), isa.pair), codes.dtype)
+    block = schedule.vectors * isa.lanes
+    channels = max(shape.channels, block)
+    padded = np.zeros((channels, kernel_h, phases, max(steps), isa.pair), codes.dtype)
     for phase in range(phases):
         for tap in range(kernel_w):
             step, place = divmod(phase + tap, taps)
-            padded[:, :, phase, step, place] = codes[:, :, tap, 0]
-    block = schedule.vectors * isa.lanes
-    starts = [min(start, shape.channels - block) for start in range(0, shape.channels, block)]
+            padded[: len(codes), :, phase, step, place] = codes[:, :, tap, 0]
+    starts = [min(start, channels - block) for start in range(0, channels, block)]
     blocks = [padded[start : start + block] for start in starts]
     return np.ascontiguousarray(np.stack(blocks).transpose(0, 2, 3, 4, 1, 5))
 
@@ -85,6 +86,15 @@ def _interleave(a, b):
     return tirx.Shuffle([a, b], [tirx.const(place, "int32") for place in order])
 
 
+def _widened(values, lanes: int):
+    """Neighbouring values of a pixel, with zeros behind them up to a vector."""
+    missing = lanes - lanes_of(values)
+    if not missing:
+        return values
+    zeros = tirx.const(0, with_lanes(dtype_of(values).partition("x")[0], missing))
+    return tirx.Shuffle([values, zeros], [tirx.const(lane, "int32") for lane in range(lanes)])
+
+
 def emit_depthwise(
     isa: InstructionSet,
     shape: ConvShape,
@@ -101,6 +111,7 @@ def emit_depthwise(
     phases, steps = _phases(taps, shape), _steps(taps, shape)
     vectors = schedule.vectors
     block_channels = vectors * isa.lanes
+    valid = min(block_channels, shape.channels)
     vector = isa.lanes * isa.pair
     pixel_values = vectors * vector
     channel_blocks = -(-shape.channels // block_channels)
@@ -127,8 +138,9 @@ def emit_depthwise(
         zero = tirx.const(0, with_lanes(isa.operand, block_channels))
 
         def grid(pixel):
-            codes = load(x, source + pixel * shape.channels + channel, block_channels)
-            return T.bind(operand_expr(isa, shape.activation, codes))
+            at = source + pixel * shape.channels + channel
+            values = bind(load_float(x, at, valid))
+            return T.bind(operand_expr(isa, shape.activation, _widened(values, block_channels)))
 
         def put(place, *pixels) -> None:
             paired = _interleave(*pixels) if isa.pair > 1 else pixels[0]
@@ -176,7 +188,7 @@ def emit_depthwise(
         for i in range(tile_pixels):
             for j in range(vectors):
                 total = registers.value(i * vectors + j, 0)
-                epilogue(total, out_row_at + first_pixel + i, channel + j * isa.lanes, isa.lanes)
+                epilogue(total, out_row_at + first_pixel + i, channel + j * isa.lanes, min(valid, isa.lanes))
 
     def channel_block(image, first_out_row, index) -> None:
         channel = overlapped_start(index, block_channels, shape.channels)

@@ -19,7 +19,7 @@ from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.codec_parts import decode_parts
 from tvm_qfp8.topi.float_contract import bind, to_float, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import CACHE_LINE, load, prefetch_run, store, vector_runs
+from tvm_qfp8.topi.prim_func import CACHE_LINE, load, load_float, prefetch_run, store, vector_runs
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -119,10 +119,10 @@ def operand_expr(isa: InstructionSet, layout: Layout | None, values):
 def decode_run(
     isa: InstructionSet, layout: Layout | None, source, source_at, target, target_at, length: int
 ) -> None:
-    """Make operands of ``length`` neighbouring codes or float32 values."""
+    """Make operands of ``length`` neighbouring codes or float values."""
 
     def emit(offset, lanes):
-        values = load(source, source_at + offset, lanes)
+        values = bind(load_float(source, source_at + offset, lanes))
         store(target, target_at + offset, operand_expr(isa, layout, values), lanes)
 
     vector_runs(length, 2 * isa.lanes, emit)

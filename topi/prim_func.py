@@ -137,8 +137,14 @@ def vector_runs(length: int, lanes: int, emit: Callable) -> None:
         if length % lanes:
             emit(length - lanes, lanes)
         return
+    for offset, part in powers_of_two(length):
+        emit(offset, part)
+
+
+def powers_of_two(length: int) -> Iterator[tuple[int, int]]:
+    """(offset, lanes) of vectors of falling size that cover ``length`` elements."""
     offset = 0
     while offset < length:
-        part = 1 << ((length - offset).bit_length() - 1)
-        emit(offset, part)
-        offset += part
+        lanes = 1 << ((length - offset).bit_length() - 1)
+        yield offset, lanes
+        offset += lanes

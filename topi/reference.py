@@ -16,6 +16,7 @@ from tvm_qfp8.format import Layout, decode_grid, encode
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, SMALLEST_SUM
+from tvm_qfp8.topi.resize import ResizeShape
 from tvm_qfp8.topi.winograd_plan import A_T, B_T, transform_filters
 
 Array = np.ndarray
@@ -194,3 +195,19 @@ def global_mean(x: Array) -> Array:
     """Mean over height and width of ``(batch, height, width, channels)``, ``(batch, channels)``."""
     pixels = x.reshape(x.shape[0], -1, x.shape[-1]).transpose(0, 2, 1)
     return lane_sum(pixels) * (np.float32(1.0) / np.float32(pixels.shape[-1]))
+
+
+def resize_linear(x: Array, shape: ResizeShape) -> Array:
+    """Images ``(outer, height, width, inner)`` to ``(outer, *shape.out, inner)``, along the columns first."""
+    places, weights = shape.taps()
+    rows = shape.out[0]
+
+    def between(values: Array, axis: int, taps: slice) -> Array:
+        left, right = (
+            np.take(values, places[taps, side], axis)
+            * weights[taps, side].reshape((-1,) + (1,) * (values.ndim - 1 - axis))
+            for side in range(2)
+        )
+        return left + right
+
+    return between(between(x, 2, slice(rows, None)), 1, slice(rows))

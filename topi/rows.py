@@ -6,7 +6,7 @@ tree, so that every target gives the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, lanes_of, like, mul, sub, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start
-from tvm_qfp8.topi.prim_func import keep, load, store, stores_last
+from tvm_qfp8.topi.prim_func import keep, load, powers_of_two, store, stores_last
 
 MIN_PARALLEL_ELEMENTS, MIN_PARALLEL_ROW_ELEMENTS = 65_536, 20_000
 """Below, operators stay serial: those that go over their elements once, and those on rows, as softmax and norms. A
@@ -25,10 +25,9 @@ BLOCKS_OF_THREAD = 4
 
 
 class Row:
-    """One row of ``length`` float32 values, read by ``read(offset, lanes)``, and scratch space in whole groups of 16.
+    """One row of ``length`` float32 values, read by ``read(offset, lanes)`` in whole groups of 16.
 
-    Whole groups are read where they are; the rest of the row is copied to the last group of the scratch buffer once
-    and padded there.
+    The rest of the row is read once, in pieces, and padded in registers.
     """
 
     def __init__(self, isa: InstructionSet, length: int, read: Callable, pad: float) -> None:
@@ -38,20 +37,32 @@ class Row:
         self._read = read
         self._full = length // LANES
         self._rest = length % LANES
-        self._tail = T.alloc_buffer((LANES,), "float32", align=64) if self._rest else None
         self._vector = with_lanes("float32", self.lanes)
-        for lane in range(LANES if self._rest else 0):
-            value = read(self._full * LANES + lane, 1) if lane < self._rest else tirx.const(pad, "float32")
-            store(self._tail, lane, value, 1)
+        self._tail = [self._padded(lane, pad) for lane in range(0, LANES, self.lanes)] if self._rest else []
+
+    def _padded(self, lane: int, pad: float):
+        """The vector at ``lane`` of the last group."""
+        start, vectors = self._full * LANES + lane, []
+        missing = self.lanes
+        for at, lanes in powers_of_two(min(self.lanes, max(0, self._rest - lane))):
+            vectors.append(bind(self._read(start + at, lanes)))
+            missing -= lanes
+        if missing:
+            vectors.append(tirx.const(pad, with_lanes("float32", missing)))
+        return vectors[0] if len(vectors) == 1 else bind(tirx.Shuffle(vectors, _indices(range(self.lanes))))
 
     def constant(self, value: float):
         """``value`` in every lane."""
         return tirx.const(value, self._vector)
 
     def set_padding(self, value) -> None:
-        """Overwrite the padding after the row."""
-        for lane in range(self._rest, LANES if self._rest else 0):
-            store(self._tail, lane, value, 1)
+        """Put a scalar into the padding after the row."""
+        wide = self.splat(value)
+        for part, vector in enumerate(self._tail):
+            real = min(self.lanes, max(0, self._rest - part * self.lanes))
+            if real < self.lanes:
+                order = [lane if lane < real else self.lanes + lane for lane in range(self.lanes)]
+                self._tail[part] = bind(tirx.Shuffle([vector, wide], _indices(order))) if real else wide
 
     def splat(self, scalar):
         """A scalar in every lane."""
@@ -70,7 +81,7 @@ class Row:
         parts = LANES // self.lanes
         self._together(self._full, max(1, self._at_once // parts), lambda group: whole(group * LANES))
         if self._rest:
-            body(lambda lane: bind(load(self._tail, lane, self.lanes)), self._full * LANES)
+            body(lambda lane: self._tail[lane // self.lanes], self._full * LANES)
 
     @staticmethod
     def _together(count: int, together: int, emit: Callable) -> None:
@@ -88,7 +99,7 @@ class Row:
     def vector(self, offset, lane: int):
         """The vector at ``lane`` of the group at ``offset``, padding included."""
         in_tail = isinstance(offset, int) and offset >= self._full * LANES
-        return load(self._tail, lane, self.lanes) if in_tail else self._read(offset + lane, self.lanes)
+        return self._tail[lane // self.lanes] if in_tail else self._read(offset + lane, self.lanes)
 
     def largest(self):
         """The greatest value in every lane. The order does not matter, so several vectors are compared at once."""
@@ -106,8 +117,8 @@ class Row:
                 for lane in lanes:
                     take(lane, bind(self._read(group * width * LANES + lane, self.lanes)))
         if self._rest:
-            for lane in range(0, LANES, self.lanes):
-                take(lane, load(self._tail, lane, self.lanes))
+            for part, vector in enumerate(self._tail):
+                take(part * self.lanes, vector)
         return self.greatest_of([bind(load(accumulators, lane, self.lanes)) for lane in lanes])
 
     def greatest_of(self, vectors: list):
@@ -159,15 +170,17 @@ class Row:
         return keep(self.first_lane(total))
 
     def pieces(self, offset) -> list[tuple]:
-        """(offset, lanes) of the vectors that cover the group at ``offset``, its padding not."""
+        """(offset, lanes) of the vectors that cover the group at ``offset``, its padding not.
+
+        Where the last one would be in several pieces it overlaps the one before it, if there is one.
+        """
         in_tail = isinstance(offset, int) and offset >= self._full * LANES
         end = self._rest if in_tail else LANES
-        found, at = [], 0
-        while at < end:
-            lanes = min(self.lanes, 1 << ((end - at).bit_length() - 1))
-            found.append((offset + at, lanes))
-            at += lanes
-        return found
+        whole = end // self.lanes * self.lanes
+        last = [(offset + whole + at, lanes) for at, lanes in powers_of_two(end - whole)]
+        if len(last) > 1 and self.length >= self.lanes:
+            last = [(self.length - self.lanes, self.lanes)]
+        return [(offset + at, self.lanes) for at in range(0, whole, self.lanes)] + last
 
     def finish(self, function: Callable, emit: Callable) -> None:
         """``emit(function(vector), offset, lanes)`` over the row."""
@@ -181,10 +194,13 @@ class Row:
             piece(offset, lanes)
 
 
+def _indices(order: Iterable[int]) -> list:
+    return [tirx.const(lane, "int32") for lane in order]
+
+
 def _rotated(vector, distance: int):
     lanes = lanes_of(vector)
-    order = [tirx.const((lane + distance) % lanes, "int32") for lane in range(lanes)]
-    return tirx.Shuffle([vector], order)
+    return tirx.Shuffle([vector], _indices((lane + distance) % lanes for lane in range(lanes)))
 
 
 def for_each_row(

@@ -6,29 +6,59 @@ Code 0 stands for zero in every layout, and its operand is zero, so padding is a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.panels import zero_run
+from tvm_qfp8.topi.panels import balanced_blocks, zero_run
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
 
 if TYPE_CHECKING:
     from tvm_qfp8.topi.conv2d import ConvShape
 
 
+@dataclass(frozen=True)
+class SlabRows:
+    """Which input rows lie in the slab of a block of output rows."""
+
+    block: int
+    """Output rows of a block."""
+    blocks: int
+    """The last one may overlap the one before it."""
+    rows: int
+    """Of the slab."""
+    step: int
+    """Input rows from one row of the slab to the next: 1, or with one output row to a block the filter's dilation."""
+
+
+def slab_rows(shape: ConvShape, most_rows: int, most_block: int) -> SlabRows:
+    """Blocks of at most ``most_block`` output rows whose slab has about ``most_rows``, or of one where that is fewer.
+
+    A dilated filter reaches over many rows of which each output row meets few.
+    """
+    kernel_h, dilation = shape.kernel[0], shape.dilation[0]
+    reach = dilation * (kernel_h - 1) + 1
+    fitting = (most_rows - reach) // shape.stride[0] + 1
+    block, blocks = balanced_blocks(shape.out_height, max(1, min(most_block, fitting)))
+    rows = (block - 1) * shape.stride[0] + reach
+    if blocks * rows > shape.out_height * kernel_h:
+        return SlabRows(1, shape.out_height, kernel_h, dilation)
+    return SlabRows(block, blocks, rows, 1)
+
+
 def slab_filler(
     isa: InstructionSet,
     shape: ConvShape,
     x,
-    rows: int,
+    rows: SlabRows,
     slab_channels: int,
     dtype: str,
     bring: Callable,
 ) -> Callable:
-    """``fill(image, first output row, group, slab, start)``, which fills ``rows`` slab rows of ``dtype`` from there.
+    """``fill(image, first output row, group, slab, start)``, which fills the ``rows`` of a slab of ``dtype`` from there.
 
     ``slab_channels`` are the channels of a group with padding; ``bring(source index, target, target index, length)``
     makes elements of the slab from codes of ``x``.
@@ -81,8 +111,8 @@ def slab_filler(
         zero_run(isa, slab, slab_at + slab_row - right, right)
 
     def fill_slab(image, first_out_row, group, slab, start=0) -> None:
-        with T.serial(0, rows) as r:
-            slab_at = T.bind(first_out_row * shape.stride[0] + r - shape.padding[0])
+        with T.serial(0, rows.rows) as r:
+            slab_at = T.bind(first_out_row * shape.stride[0] + r * rows.step - shape.padding[0])
             step = shape.input_dilation[0]
             source_row = tirx.floordiv(slab_at, step) if step > 1 else slab_at
             inside = tirx.And(slab_at >= 0, source_row < shape.height)

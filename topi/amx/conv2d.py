@@ -1,27 +1,30 @@
 """Convolutions over windows on tiles: a row of a tile is a window's stretch of neighbouring input pixels.
 
 Input rows that a block of output rows needs become operands in a padded slab, from which tiles are read where they
-lie: neighbouring output pixels are rows at equal distances.
+lie: neighbouring output pixels are rows at equal distances. Groups are walked one after the other, each reading its
+channels of the pixels; narrow ones are merged, with zeros as the weights between them, to fill the tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.amx.decode import decode_for_tiles
-from tvm_qfp8.topi.amx.panels import WeightPanels
+from tvm_qfp8.topi.amx.panels import WeightPanels, pack_tile_weights
 from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, shares_rows
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
-from tvm_qfp8.topi.amx.tiles import ROWS, tile_buffer, with_tiles
+from tvm_qfp8.topi.amx.tiles import ROW_BYTES, ROWS, tile_buffer, with_tiles
 from tvm_qfp8.topi.conv2d import ConvShape
+from tvm_qfp8.topi.depthwise import is_depthwise
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start, round_up, zero_run
-from tvm_qfp8.topi.slab import slab_filler
+from tvm_qfp8.topi.panels import overlapped_start, round_up, zero_run
+from tvm_qfp8.topi.slab import slab_filler, slab_rows
 
 
 def _slab_channels(shape: ConvShape) -> int:
@@ -29,23 +32,49 @@ def _slab_channels(shape: ConvShape) -> int:
     return round_up(shape.channels, 4) if shape.channels_first else shape.channels
 
 
+def _rows_are_runs(shape: ConvShape) -> bool:
+    """Whether the values that meet a row of a filter lie beside each other."""
+    return shape.dilation[1] == 1 and shape.groups == 1
+
+
 def _runs(shape: ConvShape, codes: np.ndarray) -> np.ndarray:
-    """OHWI codes as ``(columns, runs, run)``: taps of a row lie beside each other unless they are dilated."""
+    """OHWI codes as ``(columns, runs, run)``."""
     padding = _slab_channels(shape) - shape.channels
     padded = np.pad(codes, ((0, 0), (0, 0), (0, 0), (0, padding)))
-    runs = shape.kernel[0] * (1 if shape.dilation[1] == 1 else shape.kernel[1])
+    runs = shape.kernel[0] * (1 if _rows_are_runs(shape) else shape.kernel[1])
     return padded.reshape(shape.out_channels, runs, -1)
+
+
+def merged_groups(shape: ConvShape, codes: np.ndarray) -> tuple[ConvShape, np.ndarray]:
+    """The same convolution with as many of its groups merged into one as takes the fewest products of tiles."""
+    inputs, outputs = shape.channels // shape.groups, shape.out_channels // shape.groups
+
+    def products(merged: int) -> int:
+        tiles = -(-merged * inputs // ROW_BYTES) * -(-merged * outputs // ROWS)
+        return shape.groups // merged * tiles
+
+    fitting = [m for m in range(1, shape.groups + 1) if m == 1 or m * inputs <= ROW_BYTES]
+    merged = min((m for m in fitting if shape.groups % m == 0), key=lambda m: (products(m), -m))
+    wide = np.zeros((*codes.shape[:3], merged * inputs), codes.dtype)
+    for channel in range(shape.out_channels):
+        first = channel // outputs % merged * inputs
+        wide[channel, :, :, first : first + inputs] = codes[channel]
+    return replace(shape, groups=shape.groups // merged), wide
 
 
 def plan_tile_conv(
     isa: InstructionSet, shape: ConvShape, codes: np.ndarray
-) -> tuple[TilePlan, np.ndarray] | None:
-    """(plan, codes ``(columns, runs, run)``) of a convolution of one group; None where other kernels are better."""
+) -> tuple[ConvShape, TilePlan, np.ndarray] | None:
+    """The convolution, with groups merged, its plan and packed weights; None where other kernels are better."""
     operands, extents = (shape.activation, shape.weight), (shape.batch, shape.channels, shape.out_channels)
-    if shape.groups > 1 or not fits_tiles(isa, operands, *extents):
+    if is_depthwise(isa, shape) or not fits_tiles(isa, operands, *extents):
         return None
+    if shape.groups > 1:
+        shape, codes = merged_groups(shape, codes)
     layouts, runs = shape.layouts(), _runs(shape, codes)
-    return plan_tiles(runs, layouts, shape.out_width, shape.out_height), runs
+    plan = plan_tiles(runs, layouts, shape.out_width, shape.out_height, shape.groups)
+    packed = [pack_tile_weights(plan, layouts[1], group) for group in np.split(runs, shape.groups)]
+    return shape, plan, np.stack(packed)
 
 
 def emit_tile_conv(
@@ -54,12 +83,13 @@ def emit_tile_conv(
     """Emit the kernel; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel."""
     kind, registers = plan.kind, plan.registers
     activation, weight = shape.layouts()
-    panels = WeightPanels(plan, shape.out_channels, weight)
+    inputs, outputs = shape.channels // shape.groups, shape.out_channels // shape.groups
+    panels = WeightPanels(plan, outputs, weight)
+    weights_of_group = panels.count * plan.blocks * panels.unit
     stride_h, stride_w = shape.stride
     out_h, out_w = shape.out_height, shape.out_width
     channels = _slab_channels(shape)
     slab_row = shape.slab_width * channels
-    reach = shape.dilation[0] * (shape.kernel[0] - 1) + 1
 
     macs = shape.batch * out_h * out_w * shape.out_channels * plan.run * plan.runs
     parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
@@ -69,17 +99,13 @@ def emit_tile_conv(
         and out_h >= 2 * threads
         and shares_rows(shape.out_channels * plan.run * plan.runs, pixels * channels)
     )
-    most = max(
-        1, min(out_h, (SCRATCH_BYTES // (slab_row * kind.element_bytes * plan.parts) - reach) // stride_h + 1)
-    )
-    if by_rows:
-        most = min(most, -(-out_h // (2 * threads)))
-    block_h, blocks = balanced_blocks(out_h, most)
-    slab_h = (block_h - 1) * stride_h + reach
-    slab_size = slab_h * slab_row
+    most_block = -(-out_h // (2 * threads)) if by_rows else out_h
+    in_slab = slab_rows(shape, SCRATCH_BYTES // (slab_row * kind.element_bytes * plan.parts), most_block)
+    slab_size = in_slab.rows * slab_row
+    tap_row = shape.dilation[0] // in_slab.step * slab_row
 
     tiles_of_row = -(-out_w // plan.rows)
-    tiles = block_h * tiles_of_row
+    tiles = in_slab.block * tiles_of_row
     groups = -(-tiles // plan.row_tiles)
 
     # A product's last steps may lie beyond the slab; their weights are zero, but not what NaN times zero is.
@@ -89,7 +115,7 @@ def emit_tile_conv(
         def bring(source_at, target, target_at, length: int) -> None:
             decode_for_tiles(kind, activation, x, source_at, target, target_at, length, part)
 
-        return slab_filler(isa, shape, x, slab_h, channels, kind.dtype, bring)
+        return slab_filler(isa, replace(shape, groups=1), x, in_slab, channels, kind.dtype, bring)
 
     def place(group, tile) -> tuple:
         """(output row of the block, first pixel) of a tile; the last block computes the last tile again."""
@@ -105,15 +131,21 @@ def emit_tile_conv(
         """Where the stretch of a product begins, from the window's corner."""
         run = T.bind(product // plan.chunks) if plan.chunks > 1 else product
         chunk = (product - run * plan.chunks) * plan.steps if plan.chunks > 1 else 0
-        if shape.dilation[1] == 1:
-            return run * (shape.dilation[0] * slab_row) + chunk
+        if _rows_are_runs(shape):
+            return run * tap_row + chunk
         row = T.bind(run // shape.kernel[1])
         tap = run - row * shape.kernel[1]
-        return row * (shape.dilation[0] * slab_row) + tap * (shape.dilation[1] * channels) + chunk
+        return row * tap_row + tap * (shape.dilation[1] * channels) + chunk
 
-    def products(panel_range: tuple, image, first_out_row, slab) -> None:
+    def products(panel_range: tuple, image, first_out_row, slab, sums: tuple, section=0) -> None:
+        """Of a ``section``, a group of channels."""
+        own = packed
+        if shape.groups > 1:
+            at = section * weights_of_group
+            own = T.decl_buffer((weights_of_group,), "uint8", data=packed.data, elem_offset=at)
+
         def rows_of(group, product, part):
-            offset = T.bind(part * part_size + run_start(product))
+            offset = T.bind(part * part_size + section * inputs + run_start(product))
 
             def of_tile(tile):
                 row, pixel = place(group, tile)
@@ -123,19 +155,19 @@ def emit_tile_conv(
             return of_tile
 
         def finish(panel, group, row):
-            first_column = overlapped_start(panel, registers.width, shape.out_channels)
+            first_column = overlapped_start(panel, registers.width, outputs) + section * outputs
             tile = T.bind(row // plan.rows) if plan.row_tiles > 1 else 0
             out_row, pixel = place(group, tile)
             at = T.bind((image * out_h + first_out_row + out_row) * out_w + pixel + row - tile * plan.rows)
             return lambda column, total: epilogue(
-                total, at, first_column + column * ROWS, panels.valid[column]
+                total, at, first_column + panels.starts[column], panels.valid[column]
             )
 
         emit_sums(
             panels,
-            packed,
+            own,
             panel_range,
-            sum_buffers(plan, groups),
+            sums,
             groups,
             registers.all_rows,
             rows_of,
@@ -150,20 +182,26 @@ def emit_tile_conv(
         return slab
 
     def block(image, index) -> None:
-        first_out_row = overlapped_start(index, block_h, out_h)
+        first_out_row = overlapped_start(index, in_slab.block, out_h)
 
-        def part(*panel_range) -> None:
+        def part(first, count) -> None:
             # Each thread fills a slab for itself: to wait for another's cache takes longer.
-            products(panel_range, image, first_out_row, slab_of(image, first_out_row))
+            slab, sums = slab_of(image, first_out_row), sum_buffers(plan, groups)
+            if shape.groups == 1:
+                products((first, count), image, first_out_row, slab, sums)
+                return
+            with T.serial(0, count) as index:
+                products((0, panels.count), image, first_out_row, slab, sums, T.bind(first + index))
 
-        registers.share(panels.count, threads if parallel and not by_rows else 1, part)
+        shared = panels.count if shape.groups == 1 else shape.groups
+        registers.share(shared, threads if parallel and not by_rows else 1, part)
 
     def body() -> None:
         with T.serial(0, shape.batch) as image:
-            if blocks == 1:
+            if in_slab.blocks == 1:
                 block(image, 0)
                 return
-            with (T.parallel if by_rows else T.serial)(0, blocks) as index:
+            with (T.parallel if by_rows else T.serial)(0, in_slab.blocks) as index:
                 block(image, index)
 
     with_tiles(body)

@@ -71,7 +71,7 @@ def emit_tile_gemm(
             first_column = overlapped_start(panel, registers.width, shape.columns)
             at = T.bind(first_row + first_of(group) + row)
             return lambda column, total: epilogue(
-                total, at, first_column + column * ROWS, panels.valid[column]
+                total, at, first_column + panels.starts[column], panels.valid[column]
             )
 
         emit_sums(panels, packed, panel_range, sum_buffers(plan, groups), groups, rows, rows_of, finish)

@@ -22,7 +22,12 @@ PIECE = 64
 
 
 def pack_tile_weights(plan: TilePlan, layout: Layout, codes: np.ndarray) -> np.ndarray:
-    """Codes ``(columns, runs, run)`` -> panels as tiles read them, uint8 ``(panels, size)``."""
+    """Codes ``(columns, runs, run)`` -> panels as tiles read them, uint8 ``(panels, size)``.
+
+    The columns of a lone panel's vectors are those of ``WeightPanels.starts``.
+    """
+    if ROWS < len(codes) < plan.registers.width:
+        codes = np.concatenate([codes[at : at + ROWS] for at in WeightPanels(plan, len(codes), layout).starts])
     padded = np.zeros((len(codes), plan.products, plan.steps), np.uint8)
     runs = padded[:, : plan.real_products].reshape(len(codes), plan.runs, -1)
     runs[:, :, : plan.run] = codes
@@ -48,8 +53,12 @@ class Panels(ABC):
     @property
     def valid(self) -> list[int]:
         """Real columns of each vector of a panel; fewer than the lanes only where there are fewer than a panel's."""
-        width = self.plan.registers.width
-        return [min(ROWS, self.columns - at) for at in range(0, min(width, self.columns), ROWS)]
+        return [min(ROWS, self.columns - at) for at in self.starts]
+
+    @property
+    def starts(self) -> list[int]:
+        """First column of each vector of a panel, counted from the panel's."""
+        return list(range(0, min(self.plan.registers.width, self.columns), ROWS))
 
     @property
     def unit(self) -> int:
@@ -86,6 +95,11 @@ class WeightPanels(Panels):
     """Packed weights of a layer, decoded while they are needed."""
 
     layout: Layout
+
+    @property
+    def starts(self) -> list[int]:
+        """As for all panels, but a vector that is not full overlaps the one before it."""
+        return [min(at, max(0, self.columns - ROWS)) for at in super().starts]
 
     def start(self, packed, first_panel, count):
         """Two units, the first of them decoded, or all."""

@@ -128,19 +128,24 @@ def shares_rows(weight_bytes: int, activation_bytes: int) -> bool:
 
 
 def plan_tiles(
-    codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, repeats: int = 1
+    codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, repeats: int = 1, groups: int = 1
 ) -> TilePlan:
-    """The plan of least time for weight ``codes`` ``(columns, runs, run)``.
+    """The plan of least time for weight ``codes`` ``(columns, runs, run)``, those of all groups.
 
     ``row_length`` rows of activations are at equal distances: all of a dense layer, or a row of pixels of a
     convolution, of which there are ``repeats``.
     """
-    plans = [plan_kind(kind, codes, layouts, row_length, repeats) for kind in tile_kinds(*layouts)]
+    plans = [plan_kind(kind, codes, layouts, row_length, repeats, groups) for kind in tile_kinds(*layouts)]
     return min(plans, key=lambda plan: plan.cost(-(-row_length // ROWS) * repeats))
 
 
 def plan_kind(
-    kind: TileKind, codes: np.ndarray, layouts: tuple[Layout, Layout], row_length: int, repeats: int
+    kind: TileKind,
+    codes: np.ndarray,
+    layouts: tuple[Layout, Layout],
+    row_length: int,
+    repeats: int,
+    groups: int = 1,
 ) -> TilePlan:
     """The same for one kind of products."""
     _, runs, run = codes.shape
@@ -162,7 +167,9 @@ def plan_kind(
     tiles = -(-row_length // ROWS)
     rows = -(-row_length // tiles)
     column_bytes = block * steps * ROWS * kind.element_bytes
-    row_tiles, column_tiles = best_block((tiles * repeats, -(-len(codes) // ROWS)), rows, block, column_bytes)
+    row_tiles, column_tiles = best_block(
+        (tiles * repeats, -(-len(codes) // (groups * ROWS))), rows, block, column_bytes
+    )
     return TilePlan(kind, rows, row_tiles, column_tiles, run, runs, steps, block, shift)
 
 

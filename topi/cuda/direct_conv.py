@@ -16,7 +16,7 @@ from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.float_sum import FloatSum
 from tvm_qfp8.topi.cuda.launch import for_each
 from tvm_qfp8.topi.float_contract import bind, to_float
-from tvm_qfp8.topi.prim_func import load, store
+from tvm_qfp8.topi.prim_func import load, load_float, store
 
 
 def pack_direct_weights(weight: np.ndarray) -> np.ndarray:
@@ -97,7 +97,7 @@ def emit_float_conv(shape: ConvShape, x, weights, epilogue: Callable) -> None:
         def add_tap(pixel, tap) -> None:
             with T.serial(0, channels) as channel:
                 at = (tap * channels + channel) * shape.out_channels + column
-                total.add_product(load(x, _address(shape, pixel, first + channel), 1), factor(at))
+                total.add_product(load_float(x, _address(shape, pixel, first + channel), 1), factor(at))
 
         _for_each_tap(shape, row, add_tap)
         epilogue(total.value(), row, column, 1)
