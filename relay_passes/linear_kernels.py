@@ -22,7 +22,7 @@ from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, Product, emit_batch_mat
 from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
 from tvm_qfp8.topi.few_rows import emit_few_rows, multiplies_magnitudes, pack_few_rows
-from tvm_qfp8.topi.float_contract import add, bind, dtype_of, lanes_of, mul, to_float
+from tvm_qfp8.topi.float_contract import LANES, add, bind, dtype_of, lanes_of, mul, to_float
 from tvm_qfp8.topi.gemm import GemmShape, emit_gemm
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.isa.floats import in_floats
@@ -175,7 +175,9 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     codes = array_of(weight)
     operands.tensor(x)
     pixels = shape.batch * shape.out_height * shape.out_width
-    if shape.is_pointwise:
+    if shape.spreads_pixels and shape.out_channels % LANES == 0:
+        packed, emit, described = _spread_pixels(isa, shape, codes, threads, choose)
+    elif shape.is_pointwise:
         flat = codes.reshape(shape.out_channels, -1)
         layouts = shape.activation, shape.weight
         packed, emit, described = dense_kernel(isa, pixels, flat, *layouts, threads, choose)
@@ -207,6 +209,31 @@ def _with_scales(call, operands: Operands, packed: np.ndarray, emit: Callable) -
         emit(inputs[0], inputs[1], epilogue(inputs, inputs[2], inputs[3], finish))
 
     return body
+
+
+def _spread_pixels(
+    isa: InstructionSet, shape: ConvShape, codes: np.ndarray, threads: int, choose: ScheduleChooser
+) -> tuple[np.ndarray, Callable, tuple]:
+    """As ``dense_kernel``: a column for each channel of each pixel of a window; no vector of columns is of two pixels."""
+    high, wide = shape.kernel
+    # The first output of a window meets the last tap.
+    taps = codes[:, ::-1, ::-1].transpose(1, 2, 0, 3).reshape(-1, shape.channels)
+    pixels = shape.batch * shape.height * shape.width
+    packed, emit_dense, described = dense_kernel(
+        isa, pixels, taps, shape.activation, shape.weight, threads, choose
+    )
+
+    def emit(x, panels, epilogue: Callable) -> None:
+        def place(total, pixel, column, valid) -> None:
+            tap, row = T.bind(column // shape.out_channels), T.bind(pixel // shape.width)
+            down = T.bind(tap // wide)
+            across = (pixel - row * shape.width) * wide + (tap - down * wide)
+            target = T.bind((row * high + down) * (shape.width * wide) + across)
+            epilogue(total, target, T.bind(column - tap * shape.out_channels), valid)
+
+        emit_dense(x, panels, place)
+
+    return packed, emit, (shape, described)
 
 
 def _windowed(

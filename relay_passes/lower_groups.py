@@ -24,14 +24,16 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from tvm_qfp8.format import get_layout
+from tvm_qfp8.format import Layout, get_layout
 from tvm_qfp8.relay_passes import cuda_kernels
 from tvm_qfp8.relay_passes.encoded_rows import with_encoded_rows
 from tvm_qfp8.relay_passes.fuse import (
     Group,
     Single,
+    joins_channels,
     op_name,
     partition,
+    parts_of,
     results_of,
     shape_of,
     static_shape,
@@ -101,6 +103,7 @@ class _Rewriter(MainRewriter):
         self.options = options
         self._written: dict[str, relax.GlobalVar] = {}
         self._halves = self._kept_in_half()
+        self._joined_by_reader: set[relax.Expr] = set()
         self._encoded: dict[relax.Expr, list[relax.Expr]] = {}
         """Codes and scales of the rows that another step's kernel encodes."""
 
@@ -123,8 +126,26 @@ class _Rewriter(MainRewriter):
         results = results_of(self.main)
         for block in self.main.body.blocks:
             steps = partition(block, results)
+            self._joined_by_reader = self._concatenations_to_encode(steps, results)
             for step in with_encoded_rows(steps, results, on_cpu=self.options.isa.name != "cuda"):
                 self.step(step)
+
+    def _concatenations_to_encode(
+        self, steps: list[Group | Single], results: set[relax.Var]
+    ) -> set[relax.Expr]:
+        """Those of channels that only an encode with a scale for each sample reads, which reads their parts instead."""
+        alone = {
+            step.outputs[0]
+            for step in steps
+            if isinstance(step, Group) and len(step.members) == 1 and joins_channels(step.anchor)
+        }
+        encoded = {
+            step.value.args[0]
+            for step in steps
+            if isinstance(step, Single) and op_name(step.value) == "relax.qfp8.encode_samples"
+        }
+        on_cpu = self.options.isa.name != "cuda"
+        return {var for var in (alone & encoded) - results if self.uses[var] == 1} if on_cpu else set()
 
     def expression(self, expr: relax.Expr) -> relax.Expr:
         if isinstance(expr, relax.TupleGetItem) and expr.tuple_value in self._encoded:
@@ -173,26 +194,40 @@ class _Rewriter(MainRewriter):
 
     def encode_rows(self, var: relax.Var, value: relax.Call) -> None:
         x, factors = value.args
-        self._encode(var, value, encode_rows_prim_func, factors, shape_of(x)[:-1])
+
+
+        def make(isa: InstructionSet, threads: int, sources: list[TensorSpec], layout: Layout):
+            return encode_rows_prim_func(isa, threads, *sources, layout)
+
+        self._encode(var, value, make, [x], factors, shape_of(x)[:-1])
 
     def encode_samples(self, var: relax.Var, value: relax.Call) -> None:
         inverse = inverse_of(get_layout(str(value.attrs["layout"])))
         constant = relax.const(np.array([inverse], np.float32))
-        self._encode(var, value, encode_samples_prim_func, constant, shape_of(value.args[0])[:1])
+        x = value.args[0]
+        parts = parts_of(self.definition[x]) if x in self._joined_by_reader else [x]
+        self._encode(var, value, encode_samples_prim_func, parts, constant, shape_of(x)[:1])
 
     def _encode(
-        self, var: relax.Var, value: relax.Call, make: Callable, constant: relax.Expr, scales: tuple[int, ...]
+        self,
+        var: relax.Var,
+        value: relax.Call,
+        make: Callable,
+        parts: list[relax.Expr],
+        constant: relax.Expr,
+        scales: tuple[int, ...],
     ) -> None:
-        """Codes and scales of the shape ``scales``, found at run time."""
-        x, name = value.args[0], op_name(value).removeprefix("relax.qfp8.")
-        shape, layout = shape_of(x), get_layout(str(value.attrs["layout"]))
-        source = TensorSpec(shape, self._halves.get(x, "float32"))
-        key = repr((name, source, layout))
+        """Codes of the joined ``parts`` and scales of the shape ``scales``, found at run time."""
+        name = op_name(value).removeprefix("relax.qfp8.")
+        layout = get_layout(str(value.attrs["layout"]))
+        sources = [TensorSpec(shape_of(part), self._halves.get(part, "float32")) for part in parts]
+        key = repr((name, sources, layout))
         if key not in self._written:
-            function = make(self.options.isa, self.options.threads, source, layout)
+            function = make(self.options.isa, self.options.threads, sources, layout)
             self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), name)
-        types = [relax.TensorType(shape, "uint8"), relax.TensorType(scales, "float32")]
-        call = relax.call_tir(self._written[key], [self.expression(x), constant], types)
+        codes = relax.TensorType(shape_of(value.args[0]), "uint8")
+        arguments = [*(self.expression(part) for part in parts), constant]
+        call = relax.call_tir(self._written[key], arguments, [codes, relax.TensorType(scales, "float32")])
         self.variables[var] = self.builder.emit(call, var.name)
 
     def step(self, step: Group | Single) -> None:
@@ -212,6 +247,8 @@ class _Rewriter(MainRewriter):
                 self.recurrent(step.var, step.value)
             elif op_name(step.value) != "relax.qfp8.decode":  # whose readers read codes
                 self.keep(step.var, step.value)
+            return
+        if step.outputs[0] in self._joined_by_reader:
             return
         options = self.options
         kernel = write_kernel(

@@ -115,6 +115,7 @@ LAYERS = {
     "pointwise": Conv((1, 5, 7), 21, 50, (1, 1)),
     "groups": Conv((1, 6, 5), 36, 60, (3, 2), groups=3, padding=(1, 1, 1, 0)),
     "transposed": Conv((1, 4, 5), 6, 9, (3, 3), padding=(1, 2, 2, 1), input_dilation=(2, 2)),
+    "transposed, windows apart": Conv((1, 4, 5), 7, 16, (2, 2), padding=(1, 1, 1, 1), input_dilation=(2, 2)),
     "depthwise": Conv((1, 9, 10), 37, 37, (3, 3), groups=37, padding=(1, 1, 1, 1)),
     "depthwise, stride 2": Conv((2, 8, 7), 16, 16, (5, 5), groups=16, stride=(2, 2), padding=(2, 2, 2, 2)),
     "depthwise, float32 weights": Conv((1, 6, 6), 20, 20, (3, 3), None, groups=20, dilation=(1, 2)),

@@ -122,6 +122,42 @@ def test_transposed_convolution_is_exact(target, stride, padding, extra, groups)
     )
 
 
+@pytest.mark.parametrize("kernel, out", [((2, 2), 32), ((3, 2), 48), ((2, 2), 24)])
+@pytest.mark.parametrize("scales", [False, True])
+def test_transposed_convolution_of_windows_apart_is_exact(target, kernel, out, scales):
+    """Each pixel becomes a window: a dense layer, unless a vector of its columns would be of two pixels (24)."""
+    rng = np.random.default_rng(out)
+    x = random_codes(rng, (2, 5, 6, 20))
+    weight = random_codes(rng, (out, *kernel, 20))
+    a, bias = rng.random(out, np.float32), rng.standard_normal(out, np.float32)
+    of_samples = rng.random(2, np.float32)
+    shape = None
+
+    def emit(_builder, q, *found):
+        nonlocal shape
+        call = qfp8_ops.conv2d(
+            q,
+            codes_constant(weight, "E2M5"),
+            relax.const(a),
+            relax.const(bias),
+            strides=(1, 1),
+            padding=(kernel[0] - 1, kernel[1] - 1, kernel[0] - 1, kernel[1] - 1),
+            dilation=(1, 1),
+            groups=1,
+            input_dilation=kernel,
+            **dict(zip(["scales"], found, strict=False)),
+        )
+        shape = conv_shape(call)
+        return call
+
+    inputs = [(x.shape, "UE2M6"), *([((2,), None)] if scales else [])]
+    found = run(build(program(inputs, emit), target), x, *([of_samples] if scales else []))[0]
+    assert shape.spreads_pixels and found.shape == (2, 5 * kernel[0], 6 * kernel[1], out)
+    factors = of_samples[:, None, None] if scales else None
+    expected = reference.scale_and_bias(reference.conv2d(x, weight, shape), a, bias, factors)
+    assert np.array_equal(found, expected)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("rows, columns, depth", [(5, 7, 9), (20, 33, 16), (3, 16, 700)])
 def test_batch_matmul_is_exact(target, rows, columns, depth, transpose):

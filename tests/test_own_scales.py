@@ -18,8 +18,10 @@ from tvm_qfp8.config import Config
 from tvm_qfp8.format import decode, get_layout
 from tvm_qfp8.quantize import quantize
 from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.quantize_linear import QuantizeLinear, codes_constant
 from tvm_qfp8.topi import reference
+from tvm_qfp8.topi.isa import instruction_set
 
 RNG = np.random.default_rng(0)
 LAYOUT_PAIRS = [("E2M5", "E2M5"), ("E3M4", "E2M5"), ("E1M6", "E1M6"), ("UE2M6", "E2M5"), ("UE1M7", "E1M6")]
@@ -80,11 +82,31 @@ def test_encode_by_sample_is_its_twin(isa, threads, shape):
     np.testing.assert_array_equal(scales, expected[1])
 
 
+@pytest.mark.parametrize("isa", RUNS)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size, channels", [((6, 7), (16, 5, 33)), ((70, 61), (16, 3))])
+def test_an_encode_by_sample_reads_the_parts_of_what_it_joins(isa, threads, size, channels):
+    parts = [rows((2, *size, count)) * np.float32(1 + index) for index, count in enumerate(channels)]
+
+    def emit(builder, *parts):
+        joined = builder.emit(relax.op.concat([builder.emit(relax.op.nn.relu(part)) for part in parts], -1))
+        both = builder.emit(qfp8_ops.encode_samples(joined, get_layout("UE2M6")))
+        return relax.Tuple([builder.emit(relax.TupleGetItem(both, part)) for part in range(2)])
+
+    mod = program([(part.shape, None) for part in parts], emit)
+    codes, scales = run(build(mod, TARGETS[isa], threads), *parts)
+    with np.errstate(all="ignore"):
+        joined = np.maximum(np.concatenate(parts, -1), np.float32(0))
+        expected = reference.encode_samples(joined, get_layout("UE2M6"))
+    np.testing.assert_array_equal(codes, expected[0])
+    np.testing.assert_array_equal(scales, expected[1])
+    kernels = {var.name_hint for var in LowerGroups(instruction_set(isa, []), threads)(mod).get_global_vars()}
+    assert "encode_samples" in kernels and "concat" not in kernels
+
+
 def test_cuda_encodes_samples_alike(tmp_path):
     from tvm_qfp8.relay_passes.for_cuda import ForCuda
-    from tvm_qfp8.relay_passes.lower_groups import LowerGroups
     from tvm_qfp8.targets import parse_target
-    from tvm_qfp8.topi.isa import instruction_set
 
     x = rows((3, 70)).reshape(3, 5, 14)
     with parse_target("cuda-sm80"):
@@ -217,9 +239,7 @@ def test_cuda_gives_the_same_bits(tmp_path):
 
 def lowered_for_cuda(mod):
     from tvm_qfp8.relay_passes.for_cuda import ForCuda
-    from tvm_qfp8.relay_passes.lower_groups import LowerGroups
     from tvm_qfp8.targets import parse_target
-    from tvm_qfp8.topi.isa import instruction_set
 
     with parse_target("cuda-sm80"):
         return ForCuda()(LowerGroups(instruction_set("cuda", frozenset()), 1)(mod))

@@ -86,6 +86,15 @@ class ConvShape:
         return ones and self.padding == (0, 0, 0, 0) and self.groups == 1
 
 
+    @property
+    def spreads_pixels(self) -> bool:
+        """A transposed convolution that makes of each pixel a window of its own: a dense layer, too."""
+        window, (high, wide) = self.input_dilation, self.kernel
+        plain = self.stride == self.dilation == (1, 1) and self.groups == 1 and not self.channels_first
+        around = (high - 1, wide - 1, high - 1, wide - 1)
+        return plain and self.kernel == window != (1, 1) and self.padding == around
+
+
 def pack_conv_weights(
     isa: InstructionSet, shape: ConvShape, codes: np.ndarray, schedule: ConvSchedule
 ) -> np.ndarray:

@@ -6,13 +6,13 @@ Convolutions over windows add up values of many pixels, which therefore share a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout
-from tvm_qfp8.topi.cuda.rows import for_each_row as for_each_cuda_row
+from tvm_qfp8.topi.cuda.rows import for_each_row
 from tvm_qfp8.topi.encode_rows import coded, emit_scale
 from tvm_qfp8.topi.float_contract import LANES, bind
 from tvm_qfp8.topi.isa import InstructionSet
@@ -22,69 +22,124 @@ from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, Row
 
 
 def encode_samples_prim_func(
-    isa: InstructionSet, threads: int, x: TensorSpec, layout: Layout
+    isa: InstructionSet, threads: int, parts: Sequence[TensorSpec], layout: Layout
 ) -> tirx.PrimFunc:
-    """``(x, inverse, codes, scales) -> None`` for ``x (samples, ...)`` and float32 scales ``(samples,)``.
+    """``(parts ..., inverse, codes, scales) -> None`` for what is ``(samples, ..., channels)`` when it is joined.
 
-    ``x`` is float32, or kept as float16 or bfloat16.
-    ``inverse (1,)`` is fl32(1 / largest G): TVM takes a function of one input for a reshape, and looks for its block.
+    ``parts``, joined along the last axis, are float32, or kept as float16 or bfloat16; scales are float32
+    ``(samples,)``. ``inverse (1,)`` is fl32(1 / largest G): TVM takes a function of one input for a reshape, and looks
+    for its block.
     """
-    samples, length = x.shape[0], math.prod(x.shape[1:])
-    codes, scales = TensorSpec(x.shape, "uint8"), TensorSpec(x.shape[:1], "float32")
-    parts = threads if length >= MIN_PARALLEL_ELEMENTS else 1
-    size = length if parts == 1 else round_up(-(-length // parts), LANES)
+    shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+    codes, scales = TensorSpec(shape, "uint8"), TensorSpec(shape[:1], "float32")
+    emit = _on_gpu if isa.name == "cuda" else _on_cpu
 
-    def body(source, inverse, code_buffer, scale_buffer) -> None:
-        def cpu_sample(sample) -> None:
-            def in_parts(walk: Callable) -> None:
-                with (T.parallel if parts > 1 else T.serial)(0, parts) as part:
-                    walk(part, bind(sample * length + overlapped_start(part, size, length)))
+    def body(*buffers) -> None:
+        *sources, inverse, code_buffer, scale_buffer = buffers
+        emit(isa, threads, parts, layout, sources, inverse, code_buffer, scale_buffer)
 
-            largest = T.alloc_buffer((parts,), "float32")
+    return build_prim_func(
+        "encode_samples", [*parts, TensorSpec((1,), "float32"), codes, scales], body
+    )
 
-            def find_largest(part, start) -> None:
-                row = Row(
-                    isa,
-                    size,
-                    lambda at, lanes: tirx.abs(bind(load_float(source, start + at, lanes))),
-                    pad=0.0,
-                )
-                store(largest, part, row.first_lane(row.largest()), 1)
 
-            def write_codes(_part, start) -> None:
-                row = Row(isa, size, lambda at, lanes: bind(load_float(source, start + at, lanes)), pad=0.0)
-                reciprocal = load(largest, 0, 1)
-                row.finish(
-                    coded(bind(reciprocal), layout, isa),
-                    lambda code, at, lanes: store(code_buffer, start + at, code, lanes),
-                )
+def _on_cpu(
+    isa: InstructionSet,
+    threads: int,
+    parts: Sequence[TensorSpec],
+    layout: Layout,
+    sources: Sequence,
+    inverse,
+    code_buffer,
+    scale_buffer,
+) -> None:
+    lengths = [part.shape[-1] for part in parts]
+    pixels = math.prod(parts[0].shape[1:-1]) if len(parts) > 1 else 1
+    if len(parts) == 1:
+        lengths = [math.prod(parts[0].shape[1:])]  # one run
+    shares = threads if pixels * sum(lengths) >= MIN_PARALLEL_ELEMENTS else 1
 
-            in_parts(find_largest)
-            total = load(largest, 0, 1)
-            for part in range(1, parts):
-                total = tirx.max(total, load(largest, part, 1))
-            scale, reciprocal = emit_scale(bind(total), bind(load(inverse, 0, 1)))
-            store(scale_buffer, sample, scale, 1)
-            store(largest, 0, reciprocal, 1)
-            in_parts(write_codes)
+    def in_shares(length: int, walk: Callable) -> None:
+        """``walk(start, size, share)`` over ``length`` of something; shares may overlap."""
+        size = length if shares == 1 else min(length, round_up(-(-length // shares), LANES))
+        with (T.parallel if shares > 1 else T.serial)(0, shares) as share:
+            walk(bind(overlapped_start(share, size, length)), size, share)
 
-        def read(index, offset, lanes: int):
-            return bind(load_float(source, index * length + offset, lanes))
+    def row_of(source, start, size: int, function: Callable = lambda value: value) -> Row:
+        return Row(
+            isa, size, lambda at, lanes: bind(function(bind(load_float(source, start + at, lanes)))), pad=0.0
+        )
 
-        def cuda_sample(row, index) -> None:
-            magnitudes = row.mapped(lambda v: tirx.abs(v))
-            total = magnitudes.first_lane(magnitudes.largest())
-            scale, reciprocal = emit_scale(total, bind(load(inverse, 0, 1)))
-            row.finish(
-                coded(reciprocal, layout, isa),
-                lambda code, at, lanes: store(code_buffer, index * length + at, code, lanes),
+    def one_sample(sample) -> None:
+        largest = T.alloc_buffer((len(parts) * shares,), "float32")
+        for index, (source, length) in enumerate(zip(sources, lengths, strict=True)):
+
+            def find_largest(start, size: int, share, index=index, source=source, length=length) -> None:
+                row = row_of(source, sample * (pixels * length) + start, size, tirx.abs)
+                store(largest, index * shares + share, row.first_lane(row.largest()), 1)
+
+            in_shares(pixels * length, find_largest)
+        total = load(largest, 0, 1)
+        for share in range(1, len(parts) * shares):
+            total = tirx.max(total, load(largest, share, 1))
+        scale, reciprocal = emit_scale(bind(total), bind(load(inverse, 0, 1)))
+        store(scale_buffer, sample, scale, 1)
+        store(largest, 0, reciprocal, 1)
+
+        def write_run(source, source_at, target_at, size: int) -> None:
+            row_of(source, source_at, size).finish(
+                coded(bind(load(largest, 0, 1)), layout, isa),
+                lambda code, at, lanes: store(code_buffer, target_at + at, code, lanes),
             )
-            store(scale_buffer, index, scale, 1)
 
-        if isa.name == "cuda":
-            for_each_cuda_row(samples, length, read, cuda_sample)
-        else:
-            with T.serial(0, samples) as sample:
-                cpu_sample(sample)
+        if len(parts) == 1:
 
-    return build_prim_func("encode_samples", [x, TensorSpec((1,), "float32"), codes, scales], body)
+            def write_codes(start, size: int, _share) -> None:
+                at = bind(sample * lengths[0] + start)
+                write_run(sources[0], at, at, size)
+
+            in_shares(lengths[0], write_codes)
+            return
+
+        def write_pixels(start, size: int, _share) -> None:
+            with T.serial(0, size) as index:
+                pixel = bind(sample * pixels + start + index)
+                first = 0
+                for source, length in zip(sources, lengths, strict=True):
+                    write_run(source, pixel * length, pixel * sum(lengths) + first, length)
+                    first += length
+
+        in_shares(pixels, write_pixels)
+
+    with T.serial(0, parts[0].shape[0]) as sample:
+        one_sample(sample)
+
+
+def _on_gpu(
+    isa: InstructionSet,
+    _threads: int,
+    parts: Sequence[TensorSpec],
+    layout: Layout,
+    sources: Sequence,
+    inverse,
+    code_buffer,
+    scale_buffer,
+) -> None:
+    """Of a single part."""
+    (part,), (source,) = parts, sources
+    samples, length = part.shape[0], math.prod(part.shape[1:])
+
+    def read(index, offset, lanes: int):
+        return bind(load_float(source, index * length + offset, lanes))
+
+    def one_sample(row, index) -> None:
+        magnitudes = row.mapped(lambda v: tirx.abs(v))
+        total = magnitudes.first_lane(magnitudes.largest())
+        scale, reciprocal = emit_scale(total, bind(load(inverse, 0, 1)))
+        row.finish(
+            coded(reciprocal, layout, isa),
+            lambda code, at, lanes: store(code_buffer, index * length + at, code, lanes),
+        )
+        store(scale_buffer, index, scale, 1)
+
+    for_each_row(samples, length, read, one_sample)
