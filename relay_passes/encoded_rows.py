@@ -107,24 +107,28 @@ class EncodedRows:
         self.results: tuple = ()
         """Codes and scales; known with the epilogue when the kernel is written."""
 
-    def around(self, index, finish_row: Callable[[], None]) -> None:
-        """On a CPU: finish a row and encode it; one that nothing else reads stays in scratch memory."""
+    def around(self, first, count: int, finish: Callable) -> None:
+        """On a CPU: finish some rows and encode them; what nothing else reads stays in scratch memory."""
         assert self.epilogue is not None
         length, stored = self.shape[-1], self.source in self.epilogue.outputs
         if not stored:
-            self.epilogue.scratch_rows[self.source] = T.alloc_buffer((length,), "float32", align=64)
-        finish_row()
+            self.epilogue.scratch_rows[self.source] = T.alloc_buffer((count * length,), "float32", align=64)
+            self.epilogue.first_scratch_row = first
+        with T.serial(0, count) as index:
+            finish(T.bind(first + index))
         source = self.epilogue.outputs[self.source] if stored else self.epilogue.scratch_rows[self.source]
         read = scaled_reader(source, self.epilogue.buffers[self._factors], length)
-        where = index if stored else 0
-        emit_cpu_row(
-            lambda offset, lanes: read(where, offset, lanes),
-            index,
-            length,
-            self.layout,
-            self.isa,
-            *self.results,
-        )
+        with T.serial(0, count) as index:
+            row = T.bind(first + index)
+            where = row if stored else index
+            emit_cpu_row(
+                lambda offset, lanes: read(where, offset, lanes),
+                row,
+                length,
+                self.layout,
+                self.isa,
+                *self.results,
+            )
 
     def begin(self, index, largest):
         """Of a softmax on a CPU: store the scale of a row whose greatest value is known; its reciprocal."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm import relax, tirx
@@ -75,7 +76,8 @@ class Epilogue:
         self.buffers: list = []
         self.outputs: dict = {}
         self.scratch_rows: dict = {}
-        """Buffers of one row, of members whose rows are read again right after they are finished."""
+        """Buffers of a few rows, of members whose rows are read again right after they are finished."""
+        self.first_scratch_row: Any = 0
         self.scalar_buffer = None
 
     def _absorb_clips(self, operands: Operands) -> None:
@@ -170,7 +172,8 @@ class Epilogue:
 
     def _write(self, var: relax.Var, value, row, column, lanes: int, valid: int) -> None:
         if var in self.scratch_rows:
-            buffer, at = self.scratch_rows[var], column
+            buffer = self.scratch_rows[var]
+            at = (row - self.first_scratch_row) * self.columns + column
         else:
             buffer, at = self.outputs[var], row * self.columns + column
         if str(buffer.dtype) == "float16":

@@ -50,6 +50,7 @@ from tvm_qfp8.relay_passes.fuse import (
 from tvm_qfp8.relay_passes.operands import array_of, layout_of
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
+LAYERS = ("relax.qfp8.conv2d", "relax.qfp8.matmul")
 ENCODES = ("relax.qfp8.encode_rows", "relax.qfp8.encode_samples")
 
 LARGEST = 65400.0
@@ -112,7 +113,8 @@ class _Rewriter(MainRewriter):
             for binding in block.bindings:
                 var, value = binding.var, binding.value
                 bounds[var] = _bound(value, bounds)
-                if _has_scales_of_run_time(value) or not at_run_time.isdisjoint(_parts_read(value)):
+                read = _parts_read(value) | _read_by_codes_of_weights(value)
+                if _has_scales_of_run_time(value) or not at_run_time.isdisjoint(read):
                     at_run_time.add(var)
                 exact = {read: self.variables[read] for read in rounded if var not in group_of[read]}
                 self.variables.update((read, rounded[read]) for read in exact)
@@ -154,7 +156,14 @@ def _dtype(bound: float, at_run_time: bool) -> str | None:
 
 
 def _has_scales_of_run_time(value: relax.Expr) -> bool:
-    return op_name(value) in ("relax.qfp8.conv2d", "relax.qfp8.matmul") and len(value.args) > 4
+    return op_name(value) in LAYERS and len(value.args) > 4
+
+
+def _read_by_codes_of_weights(value: relax.Expr) -> set[relax.Expr]:
+    """What a layer reads as it is: its own weights, which are codes, leave fewer dB than bfloat16 does."""
+    if op_name(value) not in LAYERS or layout_of(value.args[1]) is None:
+        return set()
+    return {value.args[0]} if layout_of(value.args[0]) is None else set()
 
 
 def _parts_read(value: relax.Expr) -> set[relax.Expr]:
@@ -194,7 +203,7 @@ def _is_window_of_floats(call: relax.Call) -> bool:
 def _bound(value: relax.Expr, bounds: dict[relax.Expr, float]) -> float:
     """What no element of a value exceeds in magnitude; infinity where nothing is known."""
     name = op_name(value)
-    if name in ("relax.qfp8.conv2d", "relax.qfp8.matmul"):
+    if name in LAYERS:
         return _bound_of_linear(value)
     if name == "relax.qfp8.decode":
         layout = layout_of(value.args[0])

@@ -135,7 +135,7 @@ class _Rewriter(MainRewriter):
     ) -> set[relax.Expr]:
         """Those of channels that only an encode with a scale for each sample reads, which reads their parts instead."""
         alone = {
-            step.outputs[0]
+            step.members[0][0]
             for step in steps
             if isinstance(step, Group) and len(step.members) == 1 and joins_channels(step.anchor)
         }
@@ -248,7 +248,7 @@ class _Rewriter(MainRewriter):
             elif op_name(step.value) != "relax.qfp8.decode":  # whose readers read codes
                 self.keep(step.var, step.value)
             return
-        if step.outputs[0] in self._joined_by_reader:
+        if step.members[0][0] in self._joined_by_reader:
             return
         options = self.options
         kernel = write_kernel(
