@@ -34,7 +34,7 @@ from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of
 from tvm_qfp8.topi.cuda.isa import INSTRUCTION_SET
 from tvm_qfp8.topi.encode_rows import (
     coded,
-    emit_cpu_row,
+    emit_cpu_rows,
     emit_scale,
     inverse_of,
     scaled_reader,
@@ -118,17 +118,16 @@ class EncodedRows:
             finish(T.bind(first + index))
         source = self.epilogue.outputs[self.source] if stored else self.epilogue.scratch_rows[self.source]
         read = scaled_reader(source, self.epilogue.buffers[self._factors], length)
-        with T.serial(0, count) as index:
-            row = T.bind(first + index)
-            where = row if stored else index
-            emit_cpu_row(
-                lambda offset, lanes: read(where, offset, lanes),
-                row,
-                length,
-                self.layout,
-                self.isa,
-                *self.results,
-            )
+        emit_cpu_rows(
+            read,
+            first,
+            count,
+            length,
+            self.layout,
+            self.isa,
+            *self.results,
+            None if stored else lambda index: index,
+        )
 
     def begin(self, index, largest):
         """Of a softmax on a CPU: store the scale of a row whose greatest value is known; its reciprocal."""

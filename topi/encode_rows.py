@@ -15,13 +15,14 @@ from collections.abc import Callable
 
 import numpy as np
 from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.codec import encode_expr
 from tvm_qfp8.topi.cuda.rows import for_each_row as for_each_cuda_row
-from tvm_qfp8.topi.float_contract import bind, lanes_of, like, mul
+from tvm_qfp8.topi.float_contract import LANES, bind, lanes_of, like, mul, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, keep, load, load_float, store
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, keep, load, load_float, store, vector_runs
 from tvm_qfp8.topi.rows import Row, for_each_row, like_scalar
 
 
@@ -38,16 +39,8 @@ def encode_rows_prim_func(isa: InstructionSet, threads: int, x: TensorSpec, layo
     def body(source, factor_buffer, code_buffer, scale_buffer) -> None:
         read = scaled_reader(source, factor_buffer, length)
 
-        def cpu_row(index) -> None:
-            emit_cpu_row(
-                lambda offset, lanes: read(index, offset, lanes),
-                index,
-                length,
-                layout,
-                isa,
-                code_buffer,
-                scale_buffer,
-            )
+        def cpu_rows(first, count: int, _finish) -> None:
+            emit_cpu_rows(read, first, count, length, layout, isa, code_buffer, scale_buffer)
 
         def cuda_row(row, index) -> None:
             # The walk is over values; magnitudes are seen by the same threads.
@@ -56,7 +49,7 @@ def encode_rows_prim_func(isa: InstructionSet, threads: int, x: TensorSpec, layo
         if isa.name == "cuda":
             for_each_cuda_row(rows, length, read, cuda_row)
         else:
-            for_each_row(rows, length, threads, cpu_row)
+            for_each_row(rows, length, threads, lambda _row: None, cpu_rows)
 
     return build_prim_func("encode_rows", [x, factors, codes, scales], body)
 
@@ -71,30 +64,48 @@ def scaled_reader(source, factors, length: int) -> Callable:
     return read
 
 
-def emit_cpu_row(
-    read: Callable, index, length: int, layout: Layout, isa: InstructionSet, codes, scales
+def emit_cpu_rows(
+    read: Callable, first, count: int, length: int, layout: Layout, isa: InstructionSet, codes, scales, place=None
 ) -> None:
-    """Encode row ``index``, read by ``read(offset, lanes)``, into the buffers ``codes`` and ``scales``."""
-    values = Row(isa, length, read, pad=0.0)
-    magnitudes = Row(isa, length, lambda offset, lanes: tirx.abs(read(offset, lanes)), pad=0.0)
-    store_encoded_row(values, magnitudes, index, layout, isa, codes, scales)
+    """Encode ``count`` rows from ``first`` on, at most ``LANES``, into the buffers ``codes`` and ``scales``.
+
+    ``read(row, offset, lanes)`` loads; ``place(index)`` is the row that it gets for the row ``first + index``, that
+    itself if it is None. A row waits long for its scale, so all that is the same for each row stands in a loop of its
+    own: other rows' steps fill the time.
+    """
+    where = (lambda index: T.bind(first + index)) if place is None else place
+    found = T.alloc_buffer((LANES,), "float32", align=64)
+    lanes = min(isa.lanes, LANES)
+    for at in range(0, LANES, lanes):
+        store(found, at, tirx.const(0.0, with_lanes("float32", lanes)), lanes)
+    with T.serial(0, count) as index:
+        row = where(index)
+        magnitudes = Row(isa, length, lambda offset, n: tirx.abs(read(row, offset, n)), pad=0.0)
+        store(found, index, magnitudes.first_lane(magnitudes.largest()), 1)
+    reciprocals = T.alloc_buffer((LANES,), "float32", align=64)
+    for at in range(0, LANES, lanes):
+        largest = bind(load(found, at, lanes))
+        scale, reciprocal = emit_scale(largest, like(inverse_of(layout), largest))
+        store(found, at, scale, lanes)
+        store(reciprocals, at, reciprocal, lanes)
+    vector_runs(count, isa.lanes, lambda at, n: store(scales, first + at, load(found, at, n), n))
+    with T.serial(0, count) as index:
+        row, target = where(index), T.bind((first + index) * length)
+        Row(isa, length, lambda offset, n: read(row, offset, n), pad=0.0).finish(
+            coded(bind(load(reciprocals, index, 1)), layout, isa),
+            lambda code, offset, n: store(codes, target + offset, code, n),
+        )
 
 
 def store_encoded_row(values, magnitudes, index, layout: Layout, isa: InstructionSet, codes, scales) -> None:
-    """Encode row ``index`` into the buffers ``codes`` and ``scales``."""
-
-    def write(code, offset, lanes: int) -> None:
-        store(codes, index * values.length + offset, code, lanes)
-
-    store(scales, index, emit_encode_row(values, magnitudes, layout, isa, write), 1)
-
-
-def emit_encode_row(values, magnitudes, layout: Layout, isa: InstructionSet, write: Callable):
-    """Encode one row, ``write(codes, offset, lanes)``; the scale. ``magnitudes`` is the row of absolute values."""
+    """Encode row ``index`` of a GPU's threads into the buffers ``codes`` and ``scales``."""
     largest = magnitudes.first_lane(magnitudes.largest())
     scale, reciprocal = emit_scale(largest, like(inverse_of(layout), largest))
-    values.finish(coded(reciprocal, layout, isa), write)
-    return scale
+    values.finish(
+        coded(reciprocal, layout, isa),
+        lambda code, offset, lanes: store(codes, index * values.length + offset, code, lanes),
+    )
+    store(scales, index, scale, 1)
 
 
 def inverse_of(layout: Layout) -> float:

@@ -203,9 +203,8 @@ def _rotated(vector, distance: int):
     return tirx.Shuffle([vector], _indices((lane + distance) % lanes for lane in range(lanes)))
 
 
-TOGETHER_ELEMENTS = 512
-"""Of short rows that are finished before they are read again: what was stored in pieces just before would be waited for
-(rows of 24 channels, joined and encoded, took twice as long one by one)."""
+TOGETHER_ELEMENTS = 4096
+"""Of rows that go through several steps together, all in the first cache: each step of a row waits for the one before."""
 
 
 def for_each_row(
@@ -213,11 +212,12 @@ def for_each_row(
 ) -> None:
     """``finish(row)`` over all rows, in parallel where it pays.
 
-    ``around(first, count, finish)`` emits what belongs to ``count`` whole rows, and calls ``finish(row)`` for each.
+    ``around(first, count, finish)`` emits what belongs to ``count`` whole rows, at most ``LANES``, and calls
+    ``finish(row)`` for each.
     """
 
     def block(start, size: int) -> None:
-        count = 1 if around is None else max(1, min(size, TOGETHER_ELEMENTS // length))
+        count = 1 if around is None else max(1, min(size, LANES, TOGETHER_ELEMENTS // length))
         with T.serial(0, -(-size // count)) as index:
             first = T.bind(start + overlapped_start(index, count, size))
             if around is None:
