@@ -2,11 +2,14 @@
 
 Linear grid values are bytes, of which an instruction multiplies twice as many as of int16 values with VNNI (x86), three
 times as many with Arm's dot products, and somewhat more without. Layouts of three exponent bits take two products each
-on tile registers and on tensor cores, those of two one. Cheaper layouts have fewer steps where it matters, though, and
-how much that costs differs from tensor to tensor by a factor of a thousand. So the error of each activation and the
-weights that it meets, in their best layouts and in cheaper ones, is compared at the module's outputs, all else in
-float32; tensors are taken in the order of error for each multiply-add, up to a budget, and none where that makes up
-little of the network. The choice does not look at the target: a module gives the same bits everywhere.
+on tile registers and on tensor cores, those of two one. Weights that are bytes need no decoding there, and no sums in
+blocks, at two products of bytes for any activation (``product_time``). Cheaper layouts have fewer steps where it
+matters, though, and how much that costs differs from tensor to tensor by a factor of a thousand. So the error of each
+activation and the weights that it meets, in their best layouts and in cheaper ones, is compared at the module's
+outputs, all else in float32; tensors are taken in the order of error for the time they save, up to a budget, and none
+where that makes up little of the network. Where weights that are not bytes take much of the time that is left, as in
+transformers, these get a budget of their own. The choice does not look at the target: a module gives the same bits
+everywhere.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from tvm_qfp8.calibration.activations import Observer
-from tvm_qfp8.calibration.choose_activation import ANY, LINEAR, NARROW, ActivationChooser, Grade
+from tvm_qfp8.calibration.choose_activation import ANY, BYTES, LINEAR, NARROW, ActivationChooser, Grade
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import Linear, LinearSteps, quantized_weight, read_only_by_linears
 from tvm_qfp8.calibration.plan import ActivationQuantization
+from tvm_qfp8.calibration.product_time import product_time
 from tvm_qfp8.calibration.propagate import Change, Compared, relative_energy, values_with
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
 from tvm_qfp8.quantize import QTensor
@@ -30,12 +34,16 @@ BYTE_LOSS_DB = 2.0
 """That cheaper layouts may cost of the outputs' signal to error (of a softmax the logits'), estimated by the sum of
 what rounding each activation alone does to them."""
 
+WEIGHT_LOSS_DB = 1.5
+"""The same of weights in bytes, of all estimated error, where they save ``LEAST_SHARE`` of the time. MiniLM takes a
+fifth less time for it."""
+
 LEAST_DB = 12.0
 """Unless asked to, outputs of more estimated error lose nothing: long chains of layers, as in language models, have
 none to spare."""
 
 LEAST_SHARE = 0.25
-"""Of the multiply-adds of all layers that might be served, all in linear layouts: less is not worth any error."""
+"""Of the time that all layers could save in linear layouts: less is not worth any error."""
 
 COMPARED_SAMPLES = 4
 """Samples on which outputs are compared; scales are found on all."""
@@ -112,7 +120,7 @@ class Comparison:
         self.roundings: dict[tuple[str, Grade], _Rounding] = {}
         self.activation_alone = dict.fromkeys(readers, 0.0)
         self.samples = 0
-        self.lost = {grade: dict.fromkeys(readers, 0.0) for grade in (ANY, NARROW, LINEAR)}
+        self.lost = {grade: dict.fromkeys(readers, 0.0) for grade in (ANY, NARROW, BYTES, LINEAR)}
 
     def observe(self, sample: Mapping[str, np.ndarray]) -> None:
         """Statistics of one sample's tensors."""
@@ -166,7 +174,8 @@ class Comparison:
             self.lost[NARROW][name] += (
                 best_lost if is_narrow else lost(name, self._rounding(name, NARROW, values, mask))
             )
-            self.lost[LINEAR][name] += lost(name, self._rounding(name, LINEAR, values, mask))
+            for grade in (BYTES, LINEAR):
+                self.lost[grade][name] += lost(name, self._rounding(name, grade, values, mask))
             yield count
 
     def _rounding(
@@ -199,7 +208,7 @@ class Comparison:
         return sum(lost for lost in self.activation_alone.values() if np.isfinite(lost))
 
     def within_budget(self, byte_loss_db: float | None) -> dict[str, Grade]:
-        """The tensors that get cheaper layouts: those of least loss for each multiply-add that is saved.
+        """The tensors that get cheaper layouts: those of least loss for the time that is saved.
 
         Parameters
         ----------
@@ -212,35 +221,65 @@ class Comparison:
         else:
             most = alone * 10 ** (byte_loss_db / 10)
         budget = max(most - alone, 0.0)
-        chosen = {name: LINEAR for name in self.readers if self._loss(name, LINEAR) == 0}
-        free = dict(chosen)
-        while budget > 0 and (moves := list(self._moves(chosen, budget))):
+        free = {name: LINEAR for name in self.readers if self._loss(name, LINEAR) == 0}
+        chosen = self._bought(free, budget, (NARROW, BYTES, LINEAR))
+        possible = sum(self._saved(name, ANY, LINEAR) for name in self.readers)
+        if sum(self._saved(name, ANY, grade) for name, grade in chosen.items()) < LEAST_SHARE * possible:
+            chosen = free
+        return chosen if byte_loss_db is not None else self._with_weights_in_bytes(chosen)
+
+    def _with_weights_in_bytes(self, chosen: dict[str, Grade]) -> dict[str, Grade]:
+        """The same with more weights in bytes, if much of the time is decoding and adding up others."""
+        error = self.error(chosen)
+        most = min(error * 10 ** (WEIGHT_LOSS_DB / 10), self.samples * 10 ** (-LEAST_DB / 10))
+        more = self._bought(chosen, most - error, (BYTES,))
+        now, then = (
+            sum(self._time(name, grades.get(name, ANY)) for name in self.readers) for grades in (chosen, more)
+        )
+        if now - then < LEAST_SHARE * now:
+            return chosen
+        return self._bought(chosen, most - error, (BYTES, LINEAR))
+
+    def _bought(
+        self, chosen: Mapping[str, Grade], budget: float, grades: Sequence[Grade]
+    ) -> dict[str, Grade]:
+        """What is chosen, and what a budget buys: of least loss for the time it saves first."""
+        bought = dict(chosen)
+        while budget > 0 and (moves := list(self._moves(bought, budget, grades))):
             _, loss, name, grade = min(moves, key=lambda move: move[0])
             budget -= loss
-            chosen[name] = grade
-        saved = sum(
-            _macs(self.readers[name]) * self._saved(name, ANY, grade) for name, grade in chosen.items()
-        )
-        possible = sum(map(_macs, self.readers.values()))
-        return chosen if saved >= LEAST_SHARE * possible else free
+            bought[name] = grade
+        return bought
 
-    def _moves(self, chosen: Mapping[str, Grade], budget: float) -> Iterator[tuple[float, float, str, Grade]]:
+    def _moves(
+        self, chosen: Mapping[str, Grade], budget: float, grades: Sequence[Grade]
+    ) -> Iterator[tuple[float, float, str, Grade]]:
         """What may come next: loss for what it saves, loss, tensor and grade."""
-        for name, readers in self.readers.items():
+        for name in self.readers:
             now = chosen.get(name, ANY)
-            for grade in (NARROW, LINEAR):
+            for grade in grades:
                 saved, loss = self._saved(name, now, grade), self._loss(name, grade) - self._loss(name, now)
                 if saved > 0 and loss <= budget:  # never for what is infinite or no number
-                    yield loss / (saved * _macs(readers)), loss, name, grade
+                    yield loss / saved, loss, name, grade
 
-    def _saved(self, name: str, now: Grade, then: Grade) -> int:
-        return self._cost(name, now) - self._cost(name, then)
+    def _saved(self, name: str, now: Grade, then: Grade) -> float:
+        return self._time(name, now) - self._time(name, then)
 
-    def _cost(self, name: str, grade: Grade) -> int:
-        best = self.roundings[name, ANY].activation
-        if grade is ANY and best is not None and best.layout in NARROW.activations:
-            return NARROW.cost
-        return grade.cost
+    def _time(self, name: str, grade: Grade) -> float:
+        """Of all that reads a variable; 0 where it is not rounded."""
+        readers, rounding = self.readers[name], self.roundings.get((name, grade))
+        if rounding is None:  # what is narrow anyway
+            return self._time(name, ANY)
+        if rounding.activation is None:
+            return 0.0
+        layout = rounding.activation.layout
+        if isinstance(readers, Recurrent):
+            return readers.macs * (1 if layout in LINEAR.activations else 2)
+        return sum(
+            product_time(linear, layout, rounding.weights[linear.step.name].layout)
+            for linear in readers
+            if not linear.is_depthwise
+        )
 
     def _loss(self, name: str, grade: Grade) -> float:
         return max(self.lost[grade][name] - self.lost[ANY][name], 0.0)
