@@ -125,7 +125,7 @@ class EncodedRows:
             length,
             self.layout,
             self.isa,
-            *self.results,
+            self.results,
             None if stored else lambda index: index,
         )
 

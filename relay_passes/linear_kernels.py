@@ -175,6 +175,7 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
     codes = array_of(weight)
     operands.tensor(x)
     pixels = shape.batch * shape.out_height * shape.out_width
+    described: object
     if shape.spreads_pixels and shape.out_channels % LANES == 0:
         packed, emit, described = _spread_pixels(isa, shape, codes, threads, choose)
     elif shape.is_pointwise:

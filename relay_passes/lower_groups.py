@@ -87,14 +87,16 @@ def _linear_resize(value: relax.Expr) -> ResizeShape | None:
     """The static description of a linear resizing of float32 images; None for any other operator."""
     if op_name(value) != "relax.image.resize2d" or str(value.attrs.method) != "linear":
         return None
-    attrs, x, y = value.attrs, static_shape(value.args[0]), static_shape(value)
-    coordinates, layout = str(attrs.coordinate_transformation_mode), str(attrs.layout)
+    x, y = static_shape(value.args[0]), static_shape(value)
+    coordinates, layout = str(value.attrs.coordinate_transformation_mode), str(value.attrs.layout)
     dtypes = {str(value.ty.dtype), str(value.args[0].ty.dtype)}
-    if None in (x, y) or 0 in (*x, *y) or dtypes != {"float32"} or coordinates not in COORDINATES:
+    if x is None or y is None or 0 in (*x, *y) or dtypes != {"float32"} or coordinates not in COORDINATES:
         return None
     if layout == "NHWC":
-        return ResizeShape(x[0], *x[1:], y[1:3], coordinates)
-    return ResizeShape(x[0] * x[1], *x[2:], 1, y[2:], coordinates) if layout == "NCHW" else None
+        return ResizeShape(x[0], x[1], x[2], x[3], (y[1], y[2]), coordinates)
+    if layout == "NCHW":
+        return ResizeShape(x[0] * x[1], x[2], x[3], 1, (y[2], y[3]), coordinates)
+    return None
 
 
 class _Rewriter(MainRewriter):
@@ -197,7 +199,8 @@ class _Rewriter(MainRewriter):
 
 
         def make(isa: InstructionSet, threads: int, sources: list[TensorSpec], layout: Layout):
-            return encode_rows_prim_func(isa, threads, *sources, layout)
+            (source,) = sources
+            return encode_rows_prim_func(isa, threads, source, layout)
 
         self._encode(var, value, make, [x], factors, shape_of(x)[:-1])
 

@@ -40,7 +40,7 @@ def encode_rows_prim_func(isa: InstructionSet, threads: int, x: TensorSpec, layo
         read = scaled_reader(source, factor_buffer, length)
 
         def cpu_rows(first, count: int, _finish) -> None:
-            emit_cpu_rows(read, first, count, length, layout, isa, code_buffer, scale_buffer)
+            emit_cpu_rows(read, first, count, length, layout, isa, (code_buffer, scale_buffer))
 
         def cuda_row(row, index) -> None:
             # The walk is over values; magnitudes are seen by the same threads.
@@ -65,14 +65,22 @@ def scaled_reader(source, factors, length: int) -> Callable:
 
 
 def emit_cpu_rows(
-    read: Callable, first, count: int, length: int, layout: Layout, isa: InstructionSet, codes, scales, place=None
+    read: Callable,
+    first,
+    count: int,
+    length: int,
+    layout: Layout,
+    isa: InstructionSet,
+    results: tuple,
+    place: Callable | None = None,
 ) -> None:
-    """Encode ``count`` rows from ``first`` on, at most ``LANES``, into the buffers ``codes`` and ``scales``.
+    """Encode ``count`` rows from ``first`` on, at most ``LANES``, into the buffers ``results`` of codes and scales.
 
     ``read(row, offset, lanes)`` loads; ``place(index)`` is the row that it gets for the row ``first + index``, that
     itself if it is None. A row waits long for its scale, so all that is the same for each row stands in a loop of its
     own: other rows' steps fill the time.
     """
+    codes, scales = results
     where = (lambda index: T.bind(first + index)) if place is None else place
     found = T.alloc_buffer((LANES,), "float32", align=64)
     lanes = min(isa.lanes, LANES)

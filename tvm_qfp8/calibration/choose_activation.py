@@ -13,18 +13,29 @@ from tvm_qfp8.calibration.row_scales import Rows, can_have_row_scales, with_row_
 
 @dataclass(frozen=True)
 class Grade:
-    """Layouts that an activation and the weights that meet it may have."""
+    """Layouts that an activation and the weights that meet it may have, by what their products cost.
+
+    Attributes
+    ----------
+    activations, weights : tuple of str
+    cost : int
+        Of a multiply-add, relative.
+    """
 
     activations: tuple[str, ...]
     weights: tuple[str, ...]
+    cost: int
 
 
 ANY, NARROW, BYTES, LINEAR = (
-    Grade(LAYOUTS, WEIGHTS),
-    Grade(NARROW_LAYOUTS, WEIGHTS),
-    Grade(LAYOUTS, LINEAR_WEIGHTS),
-    Grade(LINEAR_LAYOUTS, LINEAR_WEIGHTS),
+    Grade(LAYOUTS, WEIGHTS, 3),
+    Grade(NARROW_LAYOUTS, WEIGHTS, 2),
+    Grade(LAYOUTS, LINEAR_WEIGHTS, 2),
+    Grade(LINEAR_LAYOUTS, LINEAR_WEIGHTS, 1),
 )
+"""Linear grid values are bytes, multiplied twice as fast as int16 values with VNNI. Layouts of three exponent bits take
+two products of tiles or on tensor cores, where sums of their large grid values would soon be inexact in float32, but
+one of int16 values; their cost stands for both. Weights that are bytes meet any activation in two products of bytes."""
 
 FLOAT32 = "float32"
 """Stands for no layout."""

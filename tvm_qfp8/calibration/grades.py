@@ -6,7 +6,7 @@ on tile registers and on tensor cores, those of two one. Weights that are bytes 
 blocks, at two products of bytes for any activation (``product_time``). Cheaper layouts have fewer steps where it
 matters, though, and how much that costs differs from tensor to tensor by a factor of a thousand. So the error of each
 activation and the weights that it meets, in their best layouts and in cheaper ones, is compared at the module's
-outputs, all else in float32; tensors are taken in the order of error for the time they save, up to a budget, and none
+outputs, all else in float32; tensors are taken in the order of error for each multiply-add, up to a budget, and none
 where that makes up little of the network. Where weights that are not bytes take much of the time that is left, as in
 transformers, these get a budget of their own. The choice does not look at the target: a module gives the same bits
 everywhere.
@@ -14,6 +14,7 @@ everywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,15 +36,21 @@ BYTE_LOSS_DB = 2.0
 what rounding each activation alone does to them."""
 
 WEIGHT_LOSS_DB = 1.5
-"""The same of weights in bytes, of all estimated error, where they save ``LEAST_SHARE`` of the time. MiniLM takes a
-fifth less time for it."""
+"""The same of weights in bytes, of all estimated error, where they save ``WEIGHT_SHARE`` of a call's time."""
+
+WEIGHT_SHARE = 0.15
+"""MiniLM saves more than this, convolutional networks less, which compute more for each value of a weight."""
+
+ELEMENT_TIME = 0.03
+"""Of what is written between the products, for each value, in the unit of ``product_time``: what is left of the times
+of MobileNetV2, MiniLM and PP-OCR, 0.02 to 0.04."""
 
 LEAST_DB = 12.0
 """Unless asked to, outputs of more estimated error lose nothing: long chains of layers, as in language models, have
 none to spare."""
 
 LEAST_SHARE = 0.25
-"""Of the time that all layers could save in linear layouts: less is not worth any error."""
+"""Of the multiply-adds of all layers that might be served, all in linear layouts: less is not worth any error."""
 
 COMPARED_SAMPLES = 4
 """Samples on which outputs are compared; scales are found on all."""
@@ -208,7 +215,7 @@ class Comparison:
         return sum(lost for lost in self.activation_alone.values() if np.isfinite(lost))
 
     def within_budget(self, byte_loss_db: float | None) -> dict[str, Grade]:
-        """The tensors that get cheaper layouts: those of least loss for the time that is saved.
+        """The tensors that get cheaper layouts: those of least loss for each multiply-add that is saved.
 
         Parameters
         ----------
@@ -222,9 +229,9 @@ class Comparison:
             most = alone * 10 ** (byte_loss_db / 10)
         budget = max(most - alone, 0.0)
         free = {name: LINEAR for name in self.readers if self._loss(name, LINEAR) == 0}
-        chosen = self._bought(free, budget, (NARROW, BYTES, LINEAR))
-        possible = sum(self._saved(name, ANY, LINEAR) for name in self.readers)
-        if sum(self._saved(name, ANY, grade) for name, grade in chosen.items()) < LEAST_SHARE * possible:
+        chosen = self._bought(free, budget, (NARROW, LINEAR), self._cost)
+        saved = sum(self._cost(name, ANY) - self._cost(name, grade) for name, grade in chosen.items())
+        if saved < LEAST_SHARE * sum(map(_macs, self.readers.values())):
             chosen = free
         return chosen if byte_loss_db is not None else self._with_weights_in_bytes(chosen)
 
@@ -232,38 +239,53 @@ class Comparison:
         """The same with more weights in bytes, if much of the time is decoding and adding up others."""
         error = self.error(chosen)
         most = min(error * 10 ** (WEIGHT_LOSS_DB / 10), self.samples * 10 ** (-LEAST_DB / 10))
-        more = self._bought(chosen, most - error, (BYTES,))
+        more = self._bought(chosen, most - error, (BYTES,), self._time)
         now, then = (
             sum(self._time(name, grades.get(name, ANY)) for name in self.readers) for grades in (chosen, more)
         )
-        if now - then < LEAST_SHARE * now:
+        written = sum(math.prod(getattr(step.spec, "shape", ())) for step in self.program.steps)
+        if now - then < WEIGHT_SHARE * (now + ELEMENT_TIME * written):
             return chosen
-        return self._bought(chosen, most - error, (BYTES, LINEAR))
+        return self._bought(chosen, most - error, (BYTES, LINEAR), self._time)
 
     def _bought(
-        self, chosen: Mapping[str, Grade], budget: float, grades: Sequence[Grade]
+        self,
+        chosen: Mapping[str, Grade],
+        budget: float,
+        grades: Sequence[Grade],
+        cost: Callable[[str, Grade], float],
     ) -> dict[str, Grade]:
-        """What is chosen, and what a budget buys: of least loss for the time it saves first."""
+        """What is chosen, and what a budget of errors buys: what costs the least error for what it saves first."""
         bought = dict(chosen)
-        while budget > 0 and (moves := list(self._moves(bought, budget, grades))):
+        while budget > 0 and (moves := list(self._moves(bought, budget, grades, cost))):
             _, loss, name, grade = min(moves, key=lambda move: move[0])
             budget -= loss
             bought[name] = grade
         return bought
 
     def _moves(
-        self, chosen: Mapping[str, Grade], budget: float, grades: Sequence[Grade]
+        self,
+        chosen: Mapping[str, Grade],
+        budget: float,
+        grades: Sequence[Grade],
+        cost: Callable[[str, Grade], float],
     ) -> Iterator[tuple[float, float, str, Grade]]:
         """What may come next: loss for what it saves, loss, tensor and grade."""
         for name in self.readers:
             now = chosen.get(name, ANY)
             for grade in grades:
-                saved, loss = self._saved(name, now, grade), self._loss(name, grade) - self._loss(name, now)
+                saved, loss = (
+                    cost(name, now) - cost(name, grade),
+                    self._loss(name, grade) - self._loss(name, now),
+                )
                 if saved > 0 and loss <= budget:  # never for what is infinite or no number
                     yield loss / saved, loss, name, grade
 
-    def _saved(self, name: str, now: Grade, then: Grade) -> float:
-        return self._time(name, now) - self._time(name, then)
+    def _cost(self, name: str, grade: Grade) -> float:
+        """Of the multiply-adds by the layouts alone."""
+        best = self.roundings[name, ANY].activation
+        is_narrow = grade is ANY and best is not None and best.layout in NARROW.activations
+        return _macs(self.readers[name]) * (NARROW if is_narrow else grade).cost
 
     def _time(self, name: str, grade: Grade) -> float:
         """Of all that reads a variable; 0 where it is not rounded."""
