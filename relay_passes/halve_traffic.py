@@ -193,8 +193,8 @@ def _refused(step: Group | Single) -> set[relax.Var]:
 
 
 def _is_window_of_floats(call: relax.Call) -> bool:
-    """A convolution over windows of a large image that is not codes; most often a depthwise one."""
-    if op_name(call) != "relax.qfp8.conv2d" or layout_of(call.args[0]) is not None:
+    """A convolution over windows of a large image, not codes, by weights that are; most often a depthwise one."""
+    if op_name(call) != "relax.qfp8.conv2d" or not _read_by_codes_of_weights(call):
         return False
     _, *kernel, _ = shape_of(call.args[1])
     return kernel != [1, 1] and math.prod(shape_of(call.args[0])) >= LARGE

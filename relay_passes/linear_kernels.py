@@ -215,7 +215,7 @@ def _with_scales(call, operands: Operands, packed: np.ndarray, emit: Callable) -
 def _spread_pixels(
     isa: InstructionSet, shape: ConvShape, codes: np.ndarray, threads: int, choose: ScheduleChooser
 ) -> tuple[np.ndarray, Callable, tuple]:
-    """As ``dense_kernel``: a column for each channel of each pixel of a window; no vector of columns is of two pixels."""
+    """As ``dense_kernel``, with a column for each channel of a window's pixels; no vector of columns is of two."""
     high, wide = shape.kernel
     # The first output of a window meets the last tap.
     taps = codes[:, ::-1, ::-1].transpose(1, 2, 0, 3).reshape(-1, shape.channels)

@@ -197,7 +197,6 @@ class _Rewriter(MainRewriter):
     def encode_rows(self, var: relax.Var, value: relax.Call) -> None:
         x, factors = value.args
 
-
         def make(isa: InstructionSet, threads: int, sources: list[TensorSpec], layout: Layout):
             (source,) = sources
             return encode_rows_prim_func(isa, threads, source, layout)

@@ -85,7 +85,6 @@ class ConvShape:
         ones = self.kernel == self.stride == self.input_dilation == (1, 1) and not self.channels_first
         return ones and self.padding == (0, 0, 0, 0) and self.groups == 1
 
-
     @property
     def spreads_pixels(self) -> bool:
         """A transposed convolution that makes of each pixel a window of its own: a dense layer, too."""
@@ -154,12 +153,7 @@ def emit_conv2d(
         corner = T.bind((row_in_block * stride_h) * slab_row + first_pixel * (stride_w * slab_channels))
 
         def tap(kh, kw, product: int) -> None:
-            offset = T.bind(
-                product * slab_size
-                + corner
-                + kh * tap_row
-                + kw * (dilation_w * slab_channels)
-            )
+            offset = T.bind(product * slab_size + corner + kh * tap_row + kw * (dilation_w * slab_channels))
             starts = [offset + i * (stride_w * slab_channels) for i in range(tile_rows)]
             steps = slab_channels // isa.pair
             first = (kh * kernel_w + kw) * steps

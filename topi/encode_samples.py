@@ -38,9 +38,7 @@ def encode_samples_prim_func(
         *sources, inverse, code_buffer, scale_buffer = buffers
         emit(isa, threads, parts, layout, sources, inverse, code_buffer, scale_buffer)
 
-    return build_prim_func(
-        "encode_samples", [*parts, TensorSpec((1,), "float32"), codes, scales], body
-    )
+    return build_prim_func("encode_samples", [*parts, TensorSpec((1,), "float32"), codes, scales], body)
 
 
 def _on_cpu(

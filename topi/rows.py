@@ -204,7 +204,7 @@ def _rotated(vector, distance: int):
 
 
 TOGETHER_ELEMENTS = 4096
-"""Of rows that go through several steps together, all in the first cache: each step of a row waits for the one before."""
+"""Of rows that go through several steps together, in the first cache: each step of a row waits for the one before."""
 
 
 def for_each_row(

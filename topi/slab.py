@@ -58,7 +58,7 @@ def slab_filler(
     dtype: str,
     bring: Callable,
 ) -> Callable:
-    """``fill(image, first output row, group, slab, start)``, which fills the ``rows`` of a slab of ``dtype`` from there.
+    """``fill(image, first output row, group, slab, start)``, which fills the ``rows`` of a slab of ``dtype``.
 
     ``slab_channels`` are the channels of a group with padding; ``bring(source index, target, target index, length)``
     makes elements of the slab from codes of ``x``.

@@ -15,7 +15,7 @@ from tvm_qfp8.topi.amx.decode import decode_for_tiles
 from tvm_qfp8.topi.amx.panels import WeightPanels
 from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, scratch_row, shares_rows
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
-from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, UNSIGNED, tile_buffer, with_tiles
+from tvm_qfp8.topi.amx.tiles import BFLOAT16, UNSIGNED, tile_buffer, with_tiles
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start, zero_run

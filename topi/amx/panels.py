@@ -27,7 +27,9 @@ def pack_tile_weights(plan: TilePlan, layout: Layout, codes: np.ndarray) -> np.n
     The columns of a lone panel's vectors are those of ``WeightPanels.starts``.
     """
     if ROWS < len(codes) < plan.registers.width:
-        codes = np.concatenate([codes[at : at + ROWS] for at in WeightPanels(plan, len(codes), layout).starts])
+        codes = np.concatenate(
+            [codes[at : at + ROWS] for at in WeightPanels(plan, len(codes), layout).starts]
+        )
     padded = np.zeros((len(codes), plan.products, plan.steps), np.uint8)
     runs = padded[:, : plan.real_products].reshape(len(codes), plan.runs, -1)
     runs[:, :, : plan.run] = codes

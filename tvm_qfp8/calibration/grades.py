@@ -7,8 +7,8 @@ blocks, at two products of bytes for any activation (``product_time``). Cheaper 
 matters, though, and how much that costs differs from tensor to tensor by a factor of a thousand. So the error of each
 activation and the weights that it meets, in their best layouts and in cheaper ones, is compared at the module's
 outputs, all else in float32; tensors are taken in the order of error for each multiply-add, up to a budget, and none
-where that makes up little of the network. Where weights that are not bytes take much of the time that is left, as in
-transformers, these get a budget of their own. The choice does not look at the target: a module gives the same bits
+where that makes up little of the network. Where weights in bytes would save much of the time that is left, as in
+transformers, they get a budget of their own. The choice does not look at the target: a module gives the same bits
 everywhere.
 """
 
