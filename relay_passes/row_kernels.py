@@ -30,6 +30,7 @@ from tvm_qfp8.topi.rows import (
     emit_layer_norm,
     emit_rms_norm,
     for_each_row,
+    for_rows_together,
     like_scalar,
 )
 from tvm_qfp8.topi.softmax import emit_log_softmax, emit_softmax
@@ -150,7 +151,15 @@ def _on_cpu(
         def finish(index) -> None:
             body(row_at(rows.length, read, index), index)
 
-        for_each_row(rows.count, rows.length, threads, finish, None if encoded is None else encoded.around)
+        if encoded is None:
+            for_each_row(rows.count, rows.length, threads, finish)
+        else:
+            for_rows_together(
+                rows.count,
+                rows.length,
+                threads,
+                lambda first, count: encoded.around(first, count, finish),
+            )
 
     def softmax(rows: Rows, read: Callable, exp: Callable, finish: Callable) -> None:
         rows_of = functools.partial(row_at, rows.length, read)

@@ -9,7 +9,7 @@ from tvm import tirx
 
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, load_float, store, vector_runs
-from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, for_each_row
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, for_each_row, for_rows_together
 
 
 def emit_concat(
@@ -22,7 +22,7 @@ def emit_concat(
 ) -> None:
     """``place(part, index, row, column, lanes)`` for every vector of the result, ``index`` counting in its part.
 
-    ``around`` is as in ``for_each_row``.
+    ``around(first, count, finish)`` emits what belongs to ``count`` whole rows, and calls ``finish(row)`` for each.
     """
 
     def join(row) -> None:
@@ -35,8 +35,11 @@ def emit_concat(
             vector_runs(length, lanes, one)
             start += length
 
-    is_small = around is None and rows * sum(lengths) < MIN_PARALLEL_ELEMENTS
-    for_each_row(rows, sum(lengths), 1 if is_small else threads, join, around)
+    if around is not None:
+        for_rows_together(rows, sum(lengths), threads, lambda first, count: around(first, count, join))
+        return
+    is_small = rows * sum(lengths) < MIN_PARALLEL_ELEMENTS
+    for_each_row(rows, sum(lengths), 1 if is_small else threads, join)
 
 
 def emit_concat_of_floats(

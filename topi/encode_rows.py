@@ -23,7 +23,7 @@ from tvm_qfp8.topi.cuda.rows import for_each_row as for_each_cuda_row
 from tvm_qfp8.topi.float_contract import LANES, bind, lanes_of, like, mul, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, keep, load, load_float, store, vector_runs
-from tvm_qfp8.topi.rows import Row, for_each_row, like_scalar
+from tvm_qfp8.topi.rows import Row, for_rows_together, like_scalar
 
 
 def encode_rows_prim_func(isa: InstructionSet, threads: int, x: TensorSpec, layout: Layout) -> tirx.PrimFunc:
@@ -39,7 +39,7 @@ def encode_rows_prim_func(isa: InstructionSet, threads: int, x: TensorSpec, layo
     def body(source, factor_buffer, code_buffer, scale_buffer) -> None:
         read = scaled_reader(source, factor_buffer, length)
 
-        def cpu_rows(first, count: int, _finish) -> None:
+        def cpu_rows(first, count: int) -> None:
             emit_cpu_rows(read, first, count, length, layout, isa, (code_buffer, scale_buffer))
 
         def cuda_row(row, index) -> None:
@@ -49,7 +49,7 @@ def encode_rows_prim_func(isa: InstructionSet, threads: int, x: TensorSpec, layo
         if isa.name == "cuda":
             for_each_cuda_row(rows, length, read, cuda_row)
         else:
-            for_each_row(rows, length, threads, lambda _row: None, cpu_rows)
+            for_rows_together(rows, length, threads, cpu_rows)
 
     return build_prim_func("encode_rows", [x, factors, codes, scales], body)
 

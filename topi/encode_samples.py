@@ -5,6 +5,7 @@ Convolutions over windows add up values of many pixels, which therefore share a 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -32,29 +33,19 @@ def encode_samples_prim_func(
     """
     shape = (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
     codes, scales = TensorSpec(shape, "uint8"), TensorSpec(shape[:1], "float32")
-    emit = _on_gpu if isa.name == "cuda" else _on_cpu
-
-    def body(*buffers) -> None:
-        *sources, inverse, code_buffer, scale_buffer = buffers
-        emit(isa, threads, parts, layout, sources, inverse, code_buffer, scale_buffer)
-
+    if isa.name == "cuda":
+        (part,) = parts
+        body = functools.partial(_on_gpu, isa, part, layout)
+    else:
+        body = functools.partial(_on_cpu, isa, threads, parts, layout)
     return build_prim_func("encode_samples", [*parts, TensorSpec((1,), "float32"), codes, scales], body)
 
 
-def _on_cpu(
-    isa: InstructionSet,
-    threads: int,
-    parts: Sequence[TensorSpec],
-    layout: Layout,
-    sources: Sequence,
-    inverse,
-    code_buffer,
-    scale_buffer,
-) -> None:
-    lengths = [part.shape[-1] for part in parts]
-    pixels = math.prod(parts[0].shape[1:-1]) if len(parts) > 1 else 1
-    if len(parts) == 1:
-        lengths = [math.prod(parts[0].shape[1:])]  # one run
+def _on_cpu(isa: InstructionSet, threads: int, parts: Sequence[TensorSpec], layout: Layout, *buffers) -> None:
+    *sources, inverse, code_buffer, scale_buffer = buffers
+    # A part that is alone is one run.
+    pixels = 1 if len(parts) == 1 else math.prod(parts[0].shape[1:-1])
+    lengths = [math.prod(part.shape[1:]) // max(1, pixels) for part in parts]
     shares = threads if pixels * sum(lengths) >= MIN_PARALLEL_ELEMENTS else 1
 
     def in_shares(length: int, walk: Callable) -> None:
@@ -114,17 +105,8 @@ def _on_cpu(
 
 
 def _on_gpu(
-    isa: InstructionSet,
-    _threads: int,
-    parts: Sequence[TensorSpec],
-    layout: Layout,
-    sources: Sequence,
-    inverse,
-    code_buffer,
-    scale_buffer,
+    isa: InstructionSet, part: TensorSpec, layout: Layout, source, inverse, code_buffer, scale_buffer
 ) -> None:
-    """Of a single part."""
-    (part,), (source,) = parts, sources
     samples, length = part.shape[0], math.prod(part.shape[1:])
 
     def read(index, offset, lanes: int):

@@ -207,23 +207,13 @@ TOGETHER_ELEMENTS = 4096
 """Of rows that go through several steps together, in the first cache: each step of a row waits for the one before."""
 
 
-def for_each_row(
-    rows: int, length: int, threads: int, finish: Callable, around: Callable | None = None
-) -> None:
-    """``finish(row)`` over all rows, in parallel where it pays.
-
-    ``around(first, count, finish)`` emits what belongs to ``count`` whole rows, at most ``LANES``, and calls
-    ``finish(row)`` for each.
-    """
+def for_rows_together(rows: int, length: int, threads: int, emit: Callable, most: int = LANES) -> None:
+    """``emit(first, count)`` over all rows, ``count`` at a time and at most ``most``, in parallel where it pays."""
 
     def block(start, size: int) -> None:
-        count = 1 if around is None else max(1, min(size, LANES, TOGETHER_ELEMENTS // length))
+        count = max(1, min(size, most, TOGETHER_ELEMENTS // max(1, length)))
         with T.serial(0, -(-size // count)) as index:
-            first = T.bind(start + overlapped_start(index, count, size))
-            if around is None:
-                finish(first)
-            else:
-                around(first, count, finish)
+            emit(T.bind(start + overlapped_start(index, count, size)), count)
 
     if threads == 1 or rows == 1 or rows * length < MIN_PARALLEL_ROW_ELEMENTS:
         block(0, rows)
@@ -232,6 +222,11 @@ def for_each_row(
     size, blocks = balanced_blocks(rows, -(-rows // (BLOCKS_OF_THREAD * threads)), 1)
     with T.parallel(0, blocks) as index:
         block(overlapped_start(index, size, rows), size)
+
+
+def for_each_row(rows: int, length: int, threads: int, finish: Callable) -> None:
+    """``finish(row)`` over all rows, in parallel where it pays."""
+    for_rows_together(rows, length, threads, lambda first, _count: finish(first), most=1)
 
 
 def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:

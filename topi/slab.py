@@ -35,16 +35,17 @@ class SlabRows:
 
 
 def slab_rows(shape: ConvShape, most_rows: int, most_block: int) -> SlabRows:
-    """Blocks of at most ``most_block`` output rows whose slab has about ``most_rows``, or of one where that is fewer.
+    """Blocks of at most ``most_block`` output rows whose slab has about ``most_rows``.
 
-    A dilated filter reaches over many rows of which each output row meets few.
+    A dilated filter reaches over many rows of which each output row meets few: where such slabs were more in all, each
+    output row has one of its own.
     """
     kernel_h, dilation = shape.kernel[0], shape.dilation[0]
     reach = dilation * (kernel_h - 1) + 1
     fitting = (most_rows - reach) // shape.stride[0] + 1
     block, blocks = balanced_blocks(shape.out_height, max(1, min(most_block, fitting)))
     rows = (block - 1) * shape.stride[0] + reach
-    if blocks * rows > shape.out_height * kernel_h:
+    if dilation > 1 and blocks * rows > shape.out_height * kernel_h:
         return SlabRows(1, shape.out_height, kernel_h, dilation)
     return SlabRows(block, blocks, rows, 1)
 

@@ -14,6 +14,9 @@ from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, Linear
 from tvm_qfp8.topi.amx.plan import BLOCK_COST, DECODE_COST
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, ROWS, SIGNED
 
+MACS = ROWS * ROWS * SIGNED.most
+"""Multiply-adds of a product of bytes."""
+
 EXACT_DEPTH = 264
 """Products of two values of E2M5, up to 252 each, whose sum is exact in float32."""
 
