@@ -41,7 +41,12 @@ from tvm_qfp8.topi.schedules import (
 )
 from tvm_qfp8.topi.static_memory import Filler
 from tvm_qfp8.topi.winograd import emit_winograd, filter_function
-from tvm_qfp8.topi.winograd_plan import WinogradPlan, pack_winograd_weights, plan_winograd, winograd_is_faster
+from tvm_qfp8.topi.winograd_plan import (
+    WinogradPlan,
+    offset_products,
+    pack_winograd_weights,
+    plan_winograd,
+)
 
 
 def scaled(a, bias, finish: Callable, scales=None, rows_of_scale: int = 1) -> Callable:
@@ -191,9 +196,10 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
             merged, tile_plan, packed = tiles
             emit = functools.partial(emit_tile_conv, isa, merged, tile_plan, threads=threads)
             return _with_scales(call, operands, packed, emit), (merged, tile_plan)
-        if operands.memory is not None and in_bytes.split is None:
-            plan = plan_winograd(shape, codes)
-            if plan is not None and winograd_is_faster(plan):
+        if operands.memory is not None:
+            rate = in_bytes.pair / (isa.pair * in_bytes.products)
+            plan = plan_winograd(shape, codes, rate)
+            if plan is not None:
                 return _winograd(call, plan, isa, threads, operands)
         packed, emit, described = _windowed(isa, in_bytes, shape, codes, threads, choose)
     return _with_scales(call, operands, packed, emit), described
@@ -263,8 +269,9 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
     assert memory is not None
     _, weight, a, bias = call.args[:4]
     codes = pack_winograd_weights(isa, plan, array_of(weight))
+    corrections = offset_products(isa, plan, array_of(weight))
     # Filters do not depend on the image's size: a module for several shares them.
-    key = plan.parts, plan.tile(isa)[1], layout_of(weight), contents(codes)
+    key = plan.tiling, plan.parts, plan.register_tile(isa)[1], layout_of(weight), contents(codes)
     offset = memory.part(
         key,
         plan.filter_values(isa),
@@ -274,12 +281,15 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
     operands.constant(pad_channels(array_of(a)))
     operands.constant(pad_channels(array_of(bias)))
     offset_at = operands.constant(offset)
+    corrections_at = operands.constant(corrections) if corrections.size else None
     epilogue = scaled_by(call, operands)
 
     def body(inputs, finish) -> None:
         x, packed, scale, shift = inputs[:4]
         filters = load(inputs[offset_at], 0, 1)
-        emit_winograd(isa, plan, x, packed, filters, epilogue(inputs, scale, shift, finish), threads)
+        taken = None if corrections_at is None else inputs[corrections_at]
+        finished = epilogue(inputs, scale, shift, finish)
+        emit_winograd(isa, plan, x, packed, taken, filters, finished, threads)
 
     return body, plan
 

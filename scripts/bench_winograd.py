@@ -1,7 +1,8 @@
 """Times 3x3 convolutions by Winograd's algorithm against the direct form, for each instruction set this CPU runs.
 
-On both sides of the line that ``topi/winograd_plan.py`` draws (``winograd_is_faster``), which this measurement backs.
-Also what the filters of one layer take at the first call, in time and memory. Writes results/bench_winograd.json.
+On both sides of the lines that ``topi/winograd_plan.py`` draws, which this measurement backs; with the layouts that
+calibration picks most often, and with linear ones, whose direct form multiplies bytes where the CPU has instructions
+for it. Also what the filters of one layer take at the first call. Writes results/bench_winograd.json.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,15 +23,15 @@ SHAPES = (
     *((56, 64, 64), (28, 128, 128), (14, 256, 256), (7, 512, 512)),
     *(
         (56, 3, 16),
-        (56, 4, 16),
         (56, 6, 32),
         (56, 8, 8),
         (24, 8, 32),
         (56, 16, 16),
-        (56, 16, 32),
+        (56, 16, 64),
+        (56, 64, 16),
         (28, 32, 32),
     ),
-    *((3, 64, 64), (13, 32, 256), (13, 256, 32)),
+    *((3, 64, 64), (4, 64, 64), (5, 128, 128), (8, 256, 256), (13, 32, 256), (13, 256, 32)),
 )
 TARGETS = ("native", "x86-64-v3", "x86-64")
 
@@ -42,50 +44,71 @@ def main() -> None:
     os.environ.update({"TVM_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"})
     from bench_models import NOISY, reference_work
 
+    from kernel_bench import ours
+    from kernel_bench.cases import Convolution
     from zoo.machine import describe_machine
 
     record: dict[str, Any] = {"machine": describe_machine(), "turns": arguments.turns, "cases": []}
     before = reference_work()
     for target in TARGETS:
         for shape in SHAPES:
-            row = measure(target, *shape, arguments.turns)
-            record["cases"].append(row)
-            print(f"{target:10} {row['case']:16} x{row['winograd_is_faster_by']:.2f}", file=sys.stderr)
+            for layouts in (ours.LAYOUTS, ours.LINEAR_LAYOUTS):
+                row = measure(target, *shape, layouts[Convolution], arguments.turns)
+                record["cases"].append(row)
+                print(
+                    f"{target:10} {row['case']:28} {row['microseconds']} takes {row['chosen']}",
+                    file=sys.stderr,
+                )
     after = reference_work()
     record["noisy"] = max(before, after) / min(before, after) > NOISY
     arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written to {arguments.output}")
 
 
-def measure(target: str, size: int, channels: int, out_channels: int, turns: int) -> dict[str, Any]:
-    """Microseconds of both forms; Winograd's wherever it is possible."""
+def measure(
+    target: str, size: int, channels: int, out_channels: int, layouts: tuple[str, str], turns: int
+) -> dict[str, Any]:
+    """Microseconds of each form that is possible, and the one that ``compile`` takes."""
     from kernel_bench import ours
     from kernel_bench.cases import Convolution
     from kernel_bench.clock import medians
     from tvm_qfp8.relay_passes import linear_kernels
-    from tvm_qfp8.topi.winograd_plan import winograd_is_faster
+    from tvm_qfp8.topi.winograd_plan import plan_tiling, plan_winograd
+    from tvm_qfp8.topi.winograd_tiling import F2, F4
 
     case = Convolution(size, channels, out_channels, kernel=3, layers=1)
-    plans = []
+    chosen = []
 
-    def always(plan) -> bool:
-        plans.append(plan)
-        return True
+    def asked(*arguments):
+        chosen.append(plan_winograd(*arguments))
+        return chosen[-1]
 
-    with mock.patch.object(linear_kernels, "winograd_is_faster", always):
-        winograd = ours.runner(case, target=target)
-    direct = ours.runner(case, winograd=False, target=target)
-    started = time.process_time()
-    winograd()
-    first = time.process_time() - started
-    found = medians({"direct": direct, "winograd": winograd}, turns)
+    def runner(plan: Callable) -> ours.Run:
+        with mock.patch.object(linear_kernels, "plan_winograd", plan):
+            return ours.runner(case, target=target, layouts={Convolution: layouts})
+
+    runner(asked)
+    runs = {"direct": runner(lambda *arguments: None)}
+    for tiling in (F2, F4):
+        if size >= tiling.outputs:
+            runs[repr(tiling)] = runner(
+                lambda shape, codes, rate, tiling=tiling: plan_tiling(tiling, shape, codes)
+            )
+    first = {}
+    for name, run in runs.items():
+        started = time.process_time()
+        run()
+        first[name] = time.process_time() - started
+    found = medians(runs, turns)
+    activation, weight = layouts
     return {
         "target": target,
-        "case": f"{size}x{size}x{channels}-{out_channels}",
+        "case": f"{size}x{size}x{channels}-{out_channels} {activation} {weight}",
         "microseconds": {name: round(value, 2) for name, value in found.items()},
-        "winograd_is_faster_by": round(found["direct"] / found["winograd"], 3),
-        "chosen": winograd_is_faster(plans[0]),
-        "first_call_takes_longer_by_us": round(first * 1e6 - found["winograd"], 1),
+        "chosen": repr(chosen[0].tiling) if chosen[0] else "direct",
+        "first_call_takes_longer_by_us": {
+            name: round(first[name] * 1e6 - found[name], 1) for name in found if name != "direct"
+        },
     }
 
 

@@ -12,20 +12,15 @@ from tvm import relax
 
 import tvm_qfp8
 from tvm_qfp8.format import LAYOUTS, encode, get_layout
-from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes import linear_kernels, qfp8_ops
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.runtime import LOADED
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.conv2d import ConvShape
-from tvm_qfp8.topi.overflow import INT32_LIMIT
+from tvm_qfp8.topi.isa import instruction_set
 from tvm_qfp8.topi.static_memory import StaticMemory
-from tvm_qfp8.topi.winograd_plan import (
-    A_T,
-    largest_inputs,
-    plan_winograd,
-    transform_filters,
-    winograd_is_faster,
-)
+from tvm_qfp8.topi.winograd_plan import plan_tiling, plan_winograd
+from tvm_qfp8.topi.winograd_tiling import F2, F4
 
 COMPUTED = [name for name, layout in LAYOUTS.items() if layout.exponent_bits <= 3]
 
@@ -81,8 +76,30 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_winograd_is_exact(target, shape):
+@pytest.fixture
+def planned(monkeypatch):
+    """``planned(tiling)``: all 3x3 convolutions take it where it is possible."""
+
+    def take(tiling) -> None:
+        monkeypatch.setattr(
+            linear_kernels, "plan_winograd", lambda shape, codes, rate: plan_tiling(tiling, shape, codes)
+        )
+
+    return take
+
+
+POSSIBLE = [
+    (tiling, shape)
+    for shape in SHAPES
+    for tiling in (F2, F4)
+    if min(shape.out_height, shape.out_width) >= tiling.outputs
+    and tiling.offsets(shape.activation) is not None
+]
+
+
+@pytest.mark.parametrize("tiling, shape", POSSIBLE)
+def test_winograd_is_exact(target, planned, tiling, shape):
+    planned(tiling)
     module, x, expected = case(shape)
     memory = StaticMemory()
     executable = build(module, target, memory=memory)
@@ -93,16 +110,31 @@ def test_winograd_is_exact(target, shape):
 
 
 WEIGHTS = [name for name in COMPUTED if LAYOUTS[name].signed]
-PAIRS = [(name, "E2M5") for name in COMPUTED] + [("UE3M5", name) for name in WEIGHTS if name != "E2M5"]
+PAIRS = [(F2, name, "E2M5") for name in COMPUTED]
+PAIRS += [(F2, "UE3M5", name) for name in WEIGHTS if name != "E2M5"]
+PAIRS += [
+    (F4, activation, weight)
+    for activation in ("E1M6", "E2M5", "UE1M7", "UE2M6")
+    for weight in ("E1M6", "E2M5")
+]
 
 
-@pytest.mark.parametrize("activation, weight", PAIRS)
-def test_every_layout_is_exact(activation, weight):
+@pytest.mark.parametrize("tiling, activation, weight", PAIRS)
+def test_every_layout_is_exact(planned, tiling, activation, weight):
+    planned(tiling)
     shape = conv_shape(height=5, width=5, act=activation, weight=weight)
     module, x, expected = case(shape)
     memory = StaticMemory()
     assert np.array_equal(run(build(module, WITHOUT_TILES, memory=memory), x)[0], expected)
     assert len(memory.fillers) == 1
+
+
+def test_f4_is_for_small_grid_values_only():
+    for name in COMPUTED:
+        small = LAYOUTS[name].max_grid <= (252 if LAYOUTS[name].signed else 508)
+        assert (F4.offsets(LAYOUTS[name]) is not None) == small
+        if LAYOUTS[name].signed:
+            assert F4.filters_fit(LAYOUTS[name]) == small
 
 
 def test_the_twin_is_the_direct_convolution():
@@ -111,43 +143,66 @@ def test_the_twin_is_the_direct_convolution():
         rng = np.random.default_rng(0)
         x = random_codes(rng, (shape.batch, shape.height, shape.width, shape.channels))
         weight = random_codes(rng, (shape.out_channels, 3, 3, shape.channels))
-        assert plan_winograd(shape, weight) is not None
         direct = reference.conv2d(x, weight, shape)
-        assert np.array_equal(reference.winograd_conv2d(x, weight, shape), direct)
+        for tiling in (F2, F4):
+            assert np.array_equal(reference.winograd_conv2d(x, weight, shape, tiling), direct)
 
 
-def test_parts_keep_every_sum_in_int32():
-    shape = conv_shape(channels=300, act="UE3M5", out=8)
-    codes = small_codes(np.random.default_rng(0), (8, 3, 3, 300))
-    plan = plan_winograd(shape, codes)
-    assert plan is not None and plan.parts > 1
-    filters = np.abs(transform_filters(reference.decode_grid(codes, shape.weight).transpose(0, 3, 1, 2)))
-    products = filters.astype(np.int64) * largest_inputs(shape.activation)
-    outputs = np.abs(A_T) @ products @ np.abs(A_T).T
-    size = -(-300 // (2 * plan.parts)) * 2
-    for start in range(0, 300, size):
-        assert outputs[:, start : start + size].sum(axis=1).max() < INT32_LIMIT
-    assert outputs.sum(axis=1).max() >= INT32_LIMIT
+def test_parts_keep_every_sum_within_the_limit():
+    """For large weights, and the largest activations that the layout has."""
+    for tiling, activation in ((F2, "UE3M5"), (F4, "UE2M6"), (F4, "E2M5")):
+        shape = conv_shape(channels=301, act=activation, out=8)
+        codes = np.full((8, 3, 3, 301), 0x60, np.uint8)
+        codes[::2] |= 0x80 * (np.arange(301) % 2).astype(np.uint8)
+        plan = plan_tiling(tiling, shape, codes)
+        assert plan is not None and plan.parts > 1
+        grid = reference.decode_grid(codes, shape.weight).astype(np.int64)
+        size = plan.depth(instruction_set("avx2")) // plan.parts
+        for start in range(0, 301, size):
+            part = grid[..., start : start + size]
+            signs = (1, -1) if not shape.activation.signed else (0,)
+            worst = [np.abs(part) if sign == 0 else np.maximum(sign * part, 0) for sign in signs]
+            largest = max(value.sum((1, 2, 3)).max() for value in worst) * shape.activation.max_grid
+            assert largest < tiling.limit
 
 
-def test_largest_inputs_are_reached():
+def test_sums_up_to_the_limit_are_exact(planned):
+    """The greatest sums that F(4x4, 3x3) takes without parts."""
+    planned(F4)
+    shape = conv_shape(channels=58, out=4, act="E2M5")
+    weight = np.full((4, 3, 3, 58), 0x7F, np.uint8)
+    weight[1:3] |= 0x80
+    plan = plan_tiling(F4, shape, weight)
+    assert plan is not None and plan.parts == 1
+    assert 0.98 * F4.limit < 9 * 58 * 252 * 252
+    x = np.full((1, 8, 8, 58), 0x7F, np.uint8)
+    a, bias = np.ones(4, np.float32), np.zeros(4, np.float32)
+    expected = reference.scale_and_bias(reference.conv2d(x, weight, shape), a, bias)
+    module = convolution(shape, weight, a, bias)
+    assert np.array_equal(run(build(module, WITHOUT_TILES, memory=StaticMemory()), x)[0], expected)
+
+
+def test_input_ranges_are_reached():
     rng = np.random.default_rng(0)
     for name in COMPUTED:
         layout = get_layout(name)
-        signs = rng.choice([-1, 1] if layout.signed else [0, 1], (100_000, 4, 4)) * layout.max_grid
-        found = np.abs(reference.B_T @ signs @ reference.B_T.T).max(axis=0)
-        assert np.array_equal(found, largest_inputs(layout))
+        for tiling in (F2, F4):
+            least, greatest = tiling.input_range(layout)
+            low = -layout.max_grid if layout.signed else 0
+            for row, column in np.ndindex(least.shape):
+                terms = np.outer(tiling.B_T[row], tiling.B_T[column])
+                window = np.where(terms > 0, layout.max_grid, low)
+                assert (terms * window).sum() == greatest[row, column]
+                assert (terms * np.where(terms > 0, low, layout.max_grid)).sum() == least[row, column]
+            window = rng.integers(low, layout.max_grid + 1, (1000, *least.shape))
+            found = tiling.B_T @ window @ tiling.B_T.T
+            assert (found >= least).all() and (found <= greatest).all()
 
 
-def test_extreme_weights_stay_direct_and_exact():
+def test_extreme_weights_are_exact():
     shape = conv_shape(height=4, width=4, channels=96, out=8, act="UE3M5")
-    worst = np.full((8, 3, 3, 96), 0x7F, np.uint8)
-    plan = plan_winograd(shape, worst)
-    assert plan is None or plan.parts > 1
     memory = StaticMemory()
-    module, x, expected = case(
-        conv_shape(height=4, width=4, channels=16, out=8, act="UE3M5"), worst[..., :16]
-    )
+    module, x, expected = case(shape, np.full((8, 3, 3, 96), 0x7F, np.uint8))
     assert np.array_equal(run(build(module, WITHOUT_TILES, memory=memory), x)[0], expected)
 
 
@@ -160,9 +215,20 @@ def test_what_it_cannot_do_is_left_alone(changed):
     assert plan_winograd(shape, codes) is None
 
 
-def test_few_channels_stay_direct():
-    plan = plan_winograd(conv_shape(channels=3), np.zeros((16, 3, 3, 3), np.uint8))
-    assert plan is not None and not winograd_is_faster(plan)
+def test_what_is_faster():
+    def taken(size, channels, rate=1.0, weight="E2M5"):
+        shape = conv_shape(
+            height=size, width=size, channels=channels, out=channels, act="UE1M7", weight=weight
+        )
+        codes = small_codes(np.random.default_rng(0), (channels, 3, 3, channels), weight)
+        plan = plan_winograd(shape, codes, rate)
+        return plan and plan.tiling
+
+    assert taken(56, 64) is F4 and taken(56, 64, rate=2) is F4
+    assert taken(7, 256) is F2, "filters of 36 positions take longer to read than to multiply"
+    assert taken(7, 256, rate=2) is None
+    assert taken(56, 3) is None
+    assert taken(56, 8) is F4 and taken(56, 8, rate=2) is None
 
 
 def test_threads_give_the_same_bits():
@@ -241,8 +307,9 @@ def test_a_saved_module_holds_codes_only(tmp_path):
 
 
 @pytest.mark.aarch64
-@pytest.mark.parametrize("shape", SHAPES[:3])
-def test_winograd_on_aarch64(run_aarch64, shape):
+@pytest.mark.parametrize("tiling, shape", POSSIBLE[:4])
+def test_winograd_on_aarch64(run_aarch64, planned, tiling, shape):
+    planned(tiling)
     module, x, expected = case(shape)
     executable = build(module, "aarch64", memory=StaticMemory())
     assert np.array_equal(run_aarch64(executable, [x])[0], expected)

@@ -17,7 +17,7 @@ from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, SMALLEST_SUM
 from tvm_qfp8.topi.resize import ResizeShape
-from tvm_qfp8.topi.winograd_plan import A_T, B_T, transform_filters
+from tvm_qfp8.topi.winograd_tiling import Tiling
 
 Array = np.ndarray
 
@@ -132,20 +132,31 @@ def float_conv2d(x: Array, weight: Array, shape: ConvShape) -> Array:
     return out
 
 
-def winograd_conv2d(x: Array, weight: Array, shape: ConvShape) -> Array:
-    """The sums of ``conv2d`` by Winograd's algorithm, int64; only for 3x3 filters with stride 1 (winograd_plan.py)."""
-    assert shape.activation is not None and shape.weight is not None
+def winograd_conv2d(x: Array, weight: Array, shape: ConvShape, tiling: Tiling) -> Array:
+    """The sums of ``conv2d`` by Winograd's algorithm, int64; only for 3x3 filters with stride 1."""
+    activation, layout = shape.layouts()
     top, left, bottom, right = shape.padding
-    padding = ((0, 0), (top, bottom + shape.out_height % 2), (left, right + shape.out_width % 2), (0, 0))
-    slab = np.pad(decode_grid(x, shape.activation).astype(np.int64), padding)
-    windows = np.lib.stride_tricks.sliding_window_view(slab, (4, 4), axis=(1, 2))[:, ::2, ::2]
-    inputs = B_T @ windows @ B_T.T
-    filters = transform_filters(decode_grid(weight, shape.weight).astype(np.int64).transpose(0, 3, 1, 2))
+    step = tiling.outputs
+    padding = (
+        (0, 0),
+        (top, bottom - shape.out_height % -step),
+        (left, right - shape.out_width % -step),
+        (0, 0),
+    )
+    slab = np.pad(decode_grid(x, activation).astype(np.int64), padding)
+    window = (tiling.window, tiling.window)
+    windows = np.lib.stride_tricks.sliding_window_view(slab, window, axis=(1, 2))[:, ::step, ::step]
+    inputs = tiling.B_T @ windows @ tiling.B_T.T
+    filters = tiling.transform_filters(decode_grid(weight, layout).astype(np.int64).transpose(0, 3, 1, 2))
     products = np.einsum("byxcij,ocij->byxoij", inputs, filters, optimize=True)
-    tiles = A_T @ products @ A_T.T
-    assert not (tiles % 4).any()
+    tiles = tiling.A_T @ products @ tiling.A_T.T
+    assert not (tiles % tiling.divisor).any()
     batch, high, wide, out_channels = tiles.shape[:4]
-    pixels = (tiles // 4).transpose(0, 1, 4, 2, 5, 3).reshape(batch, 2 * high, 2 * wide, out_channels)
+    pixels = (
+        (tiles // tiling.divisor)
+        .transpose(0, 1, 4, 2, 5, 3)
+        .reshape(batch, step * high, step * wide, out_channels)
+    )
     return pixels[:, : shape.out_height, : shape.out_width]
 
 

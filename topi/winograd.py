@@ -1,8 +1,9 @@
-"""Convolution 3x3 with stride 1 by Winograd's algorithm, bit-equal with the direct form (``winograd_plan.py``).
+"""Convolution 3x3 with stride 1 by Winograd's algorithm, bit-equal with the direct form (``winograd_tiling.py``).
 
 Filters are transformed to int16 at the first call and kept in memory that the module owns. A block of tiles is
-decoded and transformed into ``(16 positions, tiles, channels)`` int16, which stays in the second-level cache.
-Then a few tiles at a time: 16 small matrix products into int32 scratch, their inverse transform, the epilogue.
+decoded and transformed into ``(positions, tiles, channels)`` int16, which stays in the second-level cache.
+Then a group of tiles at a time: a small matrix product into int32 scratch at each position, their inverse transform,
+the epilogue.
 """
 
 from __future__ import annotations
@@ -14,38 +15,60 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.codec import decode_expr
-from tvm_qfp8.topi.float_contract import bind, with_lanes
+from tvm_qfp8.topi.float_contract import bind, like, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
-from tvm_qfp8.topi.panels import balanced_blocks, decode_run, overlapped_start, zero_run
+from tvm_qfp8.topi.panels import (
+    CHANNEL_PADDING,
+    balanced_blocks,
+    decode_run,
+    overlapped_start,
+    zero_run,
+)
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store, vector_runs
 from tvm_qfp8.topi.schedules import SCRATCH_BYTES
 from tvm_qfp8.topi.static_memory import filled_once
-from tvm_qfp8.topi.winograd_plan import POSITIONS, TAPS, WinogradPlan
+from tvm_qfp8.topi.winograd_plan import TAPS, WinogradPlan
+from tvm_qfp8.topi.winograd_tiling import FILTER
+from tvm_qfp8.topi.winograd_transforms import (
+    divide_outputs,
+    in_both_directions,
+    transform_filters,
+    transform_inputs,
+    transform_outputs,
+)
+from tvm_qfp8.topi.wrapping import with_wrapping_sums, wrapping_add
 
 CACHE_LINE = 32
 """int16 values of a cache line."""
 
+PRODUCT_BYTES = 64 * 1024
+"""Products of a group of tiles at all positions, beside its filters in the second-level cache."""
+
 
 def emit_winograd(
-    isa: InstructionSet, plan: WinogradPlan, x, codes, offset, epilogue: Callable, threads: int
+    isa: InstructionSet, plan: WinogradPlan, x, codes, corrections, offset, epilogue: Callable, threads: int
 ) -> None:
-    """Emit the loops; ``offset`` is that of the transformed filters, ``epilogue`` is called as in conv2d."""
-    kernel = _Kernel(isa, plan, x, epilogue)
+    """Emit the loops; ``offset`` is that of the transformed filters, ``epilogue`` is called as in conv2d.
+
+    ``corrections`` are ``offset_products``, or None where inputs have no offsets.
+    """
+    kernel = _Kernel(isa, plan)
     panels = filled_once(
         offset, plan.filter_values(isa), lambda target: kernel.transform_filters(codes, target)
     )
     shape = plan.shape
     macs = shape.batch * shape.out_height * shape.out_width * shape.out_channels * TAPS * shape.channels
-    kernel.blocks(panels, threads if macs >= MIN_PARALLEL_MACS else 1)
+    convolution = _Convolution(isa, plan, x, corrections, epilogue)
+    convolution.blocks(panels, threads if macs >= MIN_PARALLEL_MACS else 1)
 
 
 def filter_function(isa: InstructionSet, plan: WinogradPlan, codes: np.ndarray) -> tirx.PrimFunc:
     """The function of a ``static_memory.Filler``: arguments are the packed ``codes`` and the offset."""
 
     def body(packed, offset, done) -> None:
-        kernel = _Kernel(isa, plan, None, None)
+        kernel = _Kernel(isa, plan)
         filled_once(
             load(offset, 0, 1),
             plan.filter_values(isa),
@@ -58,34 +81,52 @@ def filter_function(isa: InstructionSet, plan: WinogradPlan, codes: np.ndarray) 
 
 
 class _Kernel:
-    def __init__(self, isa: InstructionSet, plan: WinogradPlan, x, epilogue: Callable | None) -> None:
-        self.isa, self.plan, self.shape, self.x, self.epilogue = isa, plan, plan.shape, x, epilogue
+    """What filters and convolution share."""
+
+    def __init__(self, isa: InstructionSet, plan: WinogradPlan) -> None:
+        self.isa, self.plan, self.shape, self.tiling = isa, plan, plan.shape, plan.tiling
         self.depth = plan.depth(isa)
-        self.most_tiles, self.vectors = plan.tile(isa)
+        self.most_tiles, self.vectors = plan.register_tile(isa)
         self.width = self.vectors * isa.lanes
         self.panel_count = -(-self.shape.out_channels // self.width)
-        self.slab_row = self.shape.slab_width * self.depth
-
-    # -- filters, once
 
     def transform_filters(self, codes, target) -> None:
-        """``(panels, 9, depth, width)`` codes -> ``(panels, 16, depth, width)`` int16."""
+        """``(panels, 9, depth, width)`` codes -> ``(panels, parts, positions, depth / parts, width)`` int16.
+
+        So the kernel reads them in order.
+        """
         _, layout = self.shape.layouts()
         step = self.depth * self.width
+        part_step, positions = step // self.plan.parts, self.tiling.positions
 
-        def emit(panel, at, lanes) -> None:
-            source, result = panel * (TAPS * step) + at, panel * (POSITIONS * step) + at
+        def emit(panel, part, at, lanes) -> None:
+            source = T.bind(panel * (TAPS * step) + part * part_step + at)
+            result = T.bind((panel * self.plan.parts + part) * (positions * part_step) + at)
             taps = [
                 bind(decode_expr(load(codes, source + tap * step, lanes), layout, "int16", self.isa))
                 for tap in range(TAPS)
             ]
-            columns = [_filter_transform(taps[column::3]) for column in range(3)]
-            for row in range(4):
-                for column, value in enumerate(_filter_transform([columns[c][row] for c in range(3)])):
-                    store(target, result + (4 * row + column) * step, value, lanes)
+            rows = [taps[row : row + FILTER] for row in range(0, TAPS, FILTER)]
+            transformed = in_both_directions(lambda g: transform_filters(self.tiling, g), rows)
+            for position, value in enumerate(v for row in transformed for v in row):
+                store(target, result + position * part_step, value, lanes)
 
-        with T.serial(0, self.panel_count) as panel:
-            vector_runs(step, self.isa.lanes * self.isa.pair, lambda at, lanes: emit(panel, at, lanes))
+        with T.serial(0, self.panel_count) as panel, T.serial(0, self.plan.parts) as part:
+            vector_runs(
+                part_step, self.isa.lanes * self.isa.pair, lambda at, lanes: emit(panel, part, at, lanes)
+            )
+
+
+class _Convolution(_Kernel):
+    def __init__(self, isa: InstructionSet, plan: WinogradPlan, x, corrections, epilogue: Callable) -> None:
+        super().__init__(isa, plan)
+        self.x, self.corrections, self.epilogue = x, corrections, epilogue
+        self.slab_row = self.shape.slab_width * self.depth
+        self.offsets = {
+            position: int(offset)
+            for position, offset in enumerate(plan.input_offsets().reshape(-1))
+            if offset != 0
+        }
 
     # -- blocks of tile rows, counted over all images
 
@@ -93,19 +134,21 @@ class _Kernel:
         plan = self.plan
         rows = self.shape.batch * plan.tiles_high
         by_rows = threads > 1 and rows >= 2 * threads
-        most = max(1, SCRATCH_BYTES // (2 * POSITIONS * self.depth * plan.tiles_wide))
+        most = max(1, SCRATCH_BYTES // (2 * self.tiling.positions * self.depth * plan.tiles_wide))
         if by_rows:
             most = min(most, -(-rows // threads))
         self.block_rows, blocks = balanced_blocks(rows, most)
         self.block_tiles = self.block_rows * plan.tiles_wide
         self.tiles = min(self.most_tiles, self.block_tiles)
+        product_bytes = 4 * self.tiling.positions * self.width
+        self.group = min(self.block_tiles, self.tiles * max(1, PRODUCT_BYTES // (product_bytes * self.tiles)))
         # An odd number of cache lines between positions: their lines fall into different sets.
         lines = -(-self.block_tiles * self.depth // CACHE_LINE)
         self.position_step = (lines | 1) * CACHE_LINE
 
         def block(index) -> None:
             first_row = overlapped_start(index, self.block_rows, rows)
-            inputs = T.alloc_buffer((POSITIONS * self.position_step,), "int16", align=64)
+            inputs = T.alloc_buffer((self.tiling.positions * self.position_step,), "int16", align=64)
             self.transform_inputs(first_row, inputs)
             with (T.parallel if threads > 1 and not by_rows else T.serial)(0, self.panel_count) as panel:
                 self.panel(first_row, inputs, panels, panel)
@@ -114,24 +157,25 @@ class _Kernel:
             block(index)
 
     def position_of(self, tile_row) -> tuple:
-        """(image, first output row) of a tile row; the last one of an odd height overlaps the one before it."""
+        """(image, first output row) of a tile row; the last one of an image may overlap the one before it."""
         image = T.bind(tirx.floordiv(tile_row, self.plan.tiles_high)) if self.shape.batch > 1 else 0
-        row = (tile_row - image * self.plan.tiles_high) * 2
-        return image, T.bind(tirx.min(row, self.shape.out_height - 2))
+        row = (tile_row - image * self.plan.tiles_high) * self.tiling.outputs
+        return image, T.bind(tirx.min(row, self.shape.out_height - self.tiling.outputs))
 
     # -- inputs
 
     def transform_inputs(self, first_row, inputs) -> None:
-        """Decode four input rows for each row of tiles, two of which the next row needs again."""
-        slab = T.alloc_buffer((4 * self.slab_row,), "int16", align=64)
+        """Decode the input rows of each row of tiles, two of which the next row needs again."""
+        outputs, window, shared = self.tiling.outputs, self.tiling.window, FILTER - 1
+        slab = T.alloc_buffer((window * self.slab_row,), "int16", align=64)
         with T.serial(0, self.block_rows) as r:
             image, top = self.position_of(first_row + r)
-            start = T.bind(tirx.if_then_else(tirx.any(r == 0, top == 0), 0, 2))
-            with T.serial(0, 4 - start) as k:
+            start = T.bind(tirx.if_then_else(tirx.any(r == 0, top == 0), 0, shared))
+            with T.serial(0, window - start) as k:
                 self.decode_row(image, top + start + k, slab)
-            rows = [T.bind(tirx.floormod(top + k, 4) * self.slab_row) for k in range(4)]
+            rows = [T.bind(tirx.floormod(top + k, window) * self.slab_row) for k in range(window)]
             with T.serial(0, self.plan.tiles_wide) as c:
-                left = T.bind(tirx.min(c * 2, self.shape.out_width - 2) * self.depth)
+                left = T.bind(tirx.min(c * outputs, self.shape.out_width - outputs) * self.depth)
                 target = T.bind((r * self.plan.tiles_wide + c) * self.depth)
                 vector_runs(
                     self.depth,
@@ -140,11 +184,11 @@ class _Kernel:
                 )
 
     def decode_row(self, image, slab_row, slab) -> None:
-        """One padded input row, at its place in a ring of four."""
+        """One padded input row, at its place in a ring of as many as a tile reads."""
         shape, channels = self.shape, self.shape.channels
         top, left, _, right = shape.padding
         activation, _ = shape.layouts()
-        at = T.bind(tirx.floormod(slab_row, 4) * self.slab_row)
+        at = T.bind(tirx.floormod(slab_row, self.tiling.window) * self.slab_row)
         row = T.bind(slab_row - top)
         with T.If(tirx.all(row >= 0, row < shape.height)):
             with T.Then():
@@ -166,109 +210,111 @@ class _Kernel:
 
     def transform_tile(self, slab, rows, at, inputs, target, lanes: int) -> None:
         window = [
-            [bind(load(slab, row + column * self.depth + at, lanes)) for column in range(4)] for row in rows
+            [bind(load(slab, row + column * self.depth + at, lanes)) for column in range(len(rows))]
+            for row in rows
         ]
-        columns = [_input_transform([window[row][column] for row in range(4)]) for column in range(4)]
-        for row in range(4):
-            for column, value in enumerate(_input_transform([columns[c][row] for c in range(4)])):
-                store(inputs, target + (4 * row + column) * self.position_step, value, lanes)
+        transformed = in_both_directions(lambda d: transform_inputs(self.tiling, d), window)
+        for position, value in enumerate(v for row in transformed for v in row):
+            if position in self.offsets:
+                value = value - like(self.offsets[position], value, "int16")
+            store(inputs, target + position * self.position_step, value, lanes)
 
     # -- products and outputs
 
     def panel(self, first_row, inputs, panels, panel) -> None:
         """All tiles of a block times one panel of filters."""
-        scratch = T.alloc_buffer((POSITIONS * self.tiles * self.width,), "int32", align=64)
+        scratch = T.alloc_buffer((self.tiling.positions * self.group * self.width,), "int32", align=64)
+        pixels = self.tiling.outputs**2
         sums = None
         if self.plan.parts > 1:
-            sums = T.alloc_buffer((4 * self.tiles * self.width,), "int32", align=64)
-        with T.serial(0, -(-self.block_tiles // self.tiles)) as group:
-            first = overlapped_start(group, self.tiles, self.block_tiles)
+            sums = T.alloc_buffer((pixels * self.group * self.width,), "int32", align=64)
+        with T.serial(0, -(-self.block_tiles // self.group)) as group:
+            first = overlapped_start(group, self.group, self.block_tiles)
             if sums is None:
                 self.products(inputs, panels, panel, first, 0, scratch)
             else:
                 zero = tirx.const(0, with_lanes("int32", self.isa.lanes))
-                with T.serial(0, 4 * self.tiles * self.vectors) as i:
+                with T.serial(0, pixels * self.group * self.vectors) as i:
                     store(sums, i * self.isa.lanes, zero, self.isa.lanes)
                 with T.serial(0, self.plan.parts) as part:
                     self.products(inputs, panels, panel, first, part, scratch)
-                    with T.serial(0, self.tiles) as i:
-                        self.add_outputs(scratch, sums, i)
-            with T.serial(0, self.tiles) as i:
+                    with T.serial(0, self.group) as i:
+                        self.add_outputs(scratch, sums, i, part, panel)
+            with T.serial(0, self.group) as i:
                 self.finish(scratch, sums, first_row, first + i, i, panel)
 
     def products(self, inputs, panels, panel, first, part, scratch) -> None:
         """At each position, ``tiles x channels`` times ``channels x width``."""
         isa, vector = self.isa, self.isa.lanes * self.isa.pair
-        steps = self.depth // isa.pair
-        part_steps = steps // self.plan.parts
-        with T.serial(0, POSITIONS) as position:
-            registers = RegisterTile(isa, self.tiles, self.vectors)
-            row = T.bind(position * self.position_step + first * self.depth)
-            weights = T.bind((panel * POSITIONS + position) * (steps * self.width * isa.pair))
-            first = part * part_steps
-            starts = [row + i * self.depth + first * isa.pair for i in range(self.tiles)]
+        part_depth, parts, positions = self.depth // self.plan.parts, self.plan.parts, self.tiling.positions
+        with T.serial(0, positions) as position:
+            run = T.bind((panel * parts + part) * positions + position)
+            weights = T.bind(run * (part_depth * self.width))
 
-            def load_weights(k, j, weights=weights):
-                at = weights + (first + k) * (self.width * isa.pair)
+            def load_weights(k, j):
+                at = weights + k * (self.width * isa.pair)
                 return T.bind(load(panels, at + j * vector, vector))
 
-            registers.reduce(inputs, starts, part_steps, 1, load_weights)
-            for i in range(self.tiles):
-                for j in range(self.vectors):
-                    target = (position * self.tiles + i) * self.width + j * isa.lanes
-                    store(scratch, target, registers.value(i, j), isa.lanes)
+            with T.serial(0, -(-self.group // self.tiles)) as index:
+                tile = overlapped_start(index, self.tiles, self.group)
+                registers = RegisterTile(with_wrapping_sums(isa), self.tiles, self.vectors)
+                row = T.bind(position * self.position_step + (first + tile) * self.depth + part * part_depth)
+                starts = [row + i * self.depth for i in range(self.tiles)]
+                registers.reduce(inputs, starts, part_depth // isa.pair, 1, load_weights)
+                for i in range(self.tiles):
+                    for j in range(self.vectors):
+                        at = (position * self.group + tile + i) * self.width + j * isa.lanes
+                        store(scratch, at, registers.value(i, j), isa.lanes)
 
-    def outputs(self, scratch, i, j: int) -> list:
-        """The four outputs of a tile, row by row."""
-        lanes = self.isa.lanes
+    def outputs(self, scratch, i, j: int, part, panel) -> list:
+        """The outputs of a tile, row by row."""
+        lanes, window = self.isa.lanes, self.tiling.window
 
-        def product(row: int, column: int):
-            return bind(load(scratch, ((4 * row + column) * self.tiles + i) * self.width + j * lanes, lanes))
+        def product(position: int):
+            value = load(scratch, (position * self.group + i) * self.width + j * lanes, lanes)
+            if position in self.offsets:
+                index = part * len(self.offsets) + list(self.offsets).index(position)
+                at = (
+                    index * (self.shape.out_channels + CHANNEL_PADDING) + self.first_column(panel) + j * lanes
+                )
+                value = wrapping_add(value, load(self.corrections, at, lanes))
+            return bind(value)
 
-        columns = [_output_transform([product(row, column) for row in range(4)]) for column in range(4)]
-        values = [v for row in range(2) for v in _output_transform([columns[c][row] for c in range(4)])]
-        return [bind(v >> tirx.const(2, with_lanes("int32", lanes))) for v in values]
+        products = [[product(row * window + column) for column in range(window)] for row in range(window)]
+        transformed = in_both_directions(lambda m: transform_outputs(self.tiling, m), products)
+        return [divide_outputs(self.tiling, v) for row in transformed for v in row]
 
-    def add_outputs(self, scratch, sums, i) -> None:
+    def first_column(self, panel):
+        """Output channel of a panel's first column."""
+        return overlapped_start(panel, self.width, self.shape.out_channels)
+
+    def add_outputs(self, scratch, sums, i, part, panel) -> None:
         for j in range(self.vectors):
-            for pixel, value in enumerate(self.outputs(scratch, i, j)):
-                at = (i * 4 + pixel) * self.width + j * self.isa.lanes
+            values = self.outputs(scratch, i, j, part, panel)
+            for pixel, value in enumerate(values):
+                at = (i * len(values) + pixel) * self.width + j * self.isa.lanes
                 store(sums, at, load(sums, at, self.isa.lanes) + value, self.isa.lanes)
 
     def finish(self, scratch, sums, first_row, tile, i, panel) -> None:
         """The epilogue of one tile."""
-        isa, shape, epilogue = self.isa, self.shape, self.epilogue
-        assert epilogue is not None
+        isa, shape, outputs = self.isa, self.shape, self.tiling.outputs
         tile_row = T.bind(tirx.floordiv(tile, self.plan.tiles_wide))
         image, top = self.position_of(first_row + tile_row)
-        left = tirx.min((tile - tile_row * self.plan.tiles_wide) * 2, shape.out_width - 2)
+        left = tirx.min((tile - tile_row * self.plan.tiles_wide) * outputs, shape.out_width - outputs)
         corner = T.bind((image * shape.out_height + top) * shape.out_width + left)
-        first_column = overlapped_start(panel, self.width, shape.out_channels)
+        first_column = self.first_column(panel)
         for j in range(self.vectors):
             at = j * isa.lanes
             if at >= shape.out_channels:
                 break
             valid = min(isa.lanes, shape.out_channels - at)
             if sums is None:
-                values = self.outputs(scratch, i, j)
+                values = self.outputs(scratch, i, j, 0, panel)
             else:
-                values = [bind(load(sums, (i * 4 + p) * self.width + at, isa.lanes)) for p in range(4)]
+                values = [
+                    bind(load(sums, (i * outputs**2 + p) * self.width + at, isa.lanes))
+                    for p in range(outputs**2)
+                ]
             for pixel, value in enumerate(values):
-                row = corner + pixel // 2 * shape.out_width + pixel % 2
-                epilogue(value, row, first_column + at, valid)
-
-
-def _input_transform(d: list) -> list:
-    """B^T d."""
-    return [bind(v) for v in (d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3])]
-
-
-def _filter_transform(g: list) -> list:
-    """The doubled G times g."""
-    ends = bind(g[0] + g[2])
-    return [bind(v) for v in (g[0] + g[0], ends + g[1], ends - g[1], g[2] + g[2])]
-
-
-def _output_transform(m: list) -> list:
-    """A^T m."""
-    return [bind(m[0] + m[1] + m[2]), bind(m[1] - m[2] - m[3])]
+                row = corner + pixel // outputs * shape.out_width + pixel % outputs
+                self.epilogue(value, row, first_column + at, valid)

@@ -1,13 +1,4 @@
-"""Winograd F(2x2, 3x3) on grid values: which convolutions can take it, how filters are packed, when it is faster.
-
-Two neighbouring outputs in each direction share a window of 4 x 4 inputs (Lavin and Gray, 2015, section 4.1).
-With the filter transform doubled in each direction, ``G`` below, every number is an integer and the result is
-exactly four times the convolution::
-
-    V = B^T d B        U = G g G^T        4 y = A^T [U * V summed over channels] A
-
-For E2M5 filters |U| <= 9 * 252, and |V| <= 4 * max |G_x| <= 16128: both fit int16.
-"""
+"""Convolutions by Winograd's algorithm: which can take it, in which tiles, and how filters are packed."""
 
 from __future__ import annotations
 
@@ -18,111 +9,133 @@ import numpy as np
 from tvm_qfp8.format import Layout, decode_grid
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.overflow import INT32_LIMIT
-from tvm_qfp8.topi.panels import pack_panels, round_up
+from tvm_qfp8.topi.panels import CHANNEL_PADDING, pack_panels, round_up
+from tvm_qfp8.topi.winograd_tiling import F2, F4, FILTER, Tiling
 
-B_T = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
-G = np.array([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]])
-A_T = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
-POSITIONS = 16
-TAPS = 9
-PRODUCT_BYTES = 16 * 1024
-"""Products of one register tile at all positions: half a first-level cache."""
+TAPS = FILTER**2
 LEAST_CHANNELS = 8
 """With fewer channels in a part the transforms cost more than the products they save."""
+MARGIN = 1.35
+"""So many times more time for its multiply-adds must the direct form need where it multiplies bytes."""
+LEAST_TILES = 12
+"""Reading a transformed filter value from main memory takes as long as multiplying it with so many tiles."""
 MOST_PARTS = 8
 """Beyond so many parts of the channels their separate inverse transforms cost more than is saved."""
 
 
 @dataclass(frozen=True)
 class WinogradPlan:
-    """A convolution by Winograd's algorithm, its channels summed in ``parts`` that cannot overflow."""
+    """A convolution by Winograd's algorithm, its channels summed in ``parts`` whose sums are found exactly."""
 
     shape: ConvShape
+    tiling: Tiling
     parts: int
 
     @property
     def tiles_high(self) -> int:
-        """Output tiles of 2 x 2 in a column; the last one overlaps where the height is odd."""
-        return -(-self.shape.out_height // 2)
+        """Tiles in a column of outputs; the last one overlaps where the height is not a multiple."""
+        return -(-self.shape.out_height // self.tiling.outputs)
 
     @property
     def tiles_wide(self) -> int:
-        return -(-self.shape.out_width // 2)
+        return -(-self.shape.out_width // self.tiling.outputs)
+
+    @property
+    def tiles(self) -> int:
+        """Of the whole batch."""
+        return self.shape.batch * self.tiles_high * self.tiles_wide
+
+    def cost(self) -> float:
+        """Of an output channel, in multiply-adds."""
+        return max(self.tiles, LEAST_TILES) * self.tiling.positions * self.shape.channels
 
     def depth(self, isa: InstructionSet) -> int:
         """Channels, padded so that all parts are equal and whole multiply-adds."""
         return round_up(self.shape.channels, isa.pair * self.parts)
 
-    def tile(self, isa: InstructionSet) -> tuple[int, int]:
-        """(tiles, vectors) of the register tile."""
-        accumulators = PRODUCT_BYTES // (POSITIONS * 4 * isa.lanes)
-        smaller = replace(isa, registers=min(isa.registers, accumulators + 3 + isa.temporaries))
-        return smaller.tile(self.shape.batch * self.tiles_high * self.tiles_wide, self.shape.out_channels)
+    def register_tile(self, isa: InstructionSet) -> tuple[int, int]:
+        """(tiles, vectors) whose products at one position are summed at once."""
+        return replace(isa, spare=0).tile(self.tiles, self.shape.out_channels)
 
     def filter_values(self, isa: InstructionSet) -> int:
         """Number of transformed filter values, int16."""
-        width = self.tile(isa)[1] * isa.lanes
-        return round_up(self.shape.out_channels, width) * POSITIONS * self.depth(isa)
+        width = self.register_tile(isa)[1] * isa.lanes
+        return round_up(self.shape.out_channels, width) * self.tiling.positions * self.depth(isa)
+
+    def input_offsets(self) -> np.ndarray:
+        """What transformed inputs are stored less, ``(window, window)``."""
+        offsets = self.tiling.offsets(self.shape.layouts()[0])
+        assert offsets is not None
+        return offsets
 
 
-def plan_winograd(shape: ConvShape, codes: np.ndarray) -> WinogradPlan | None:
-    """How to compute a convolution of OHWI ``codes`` by Winograd's algorithm; None where it cannot be."""
+def plan_winograd(shape: ConvShape, codes: np.ndarray, rate: float = 1) -> WinogradPlan | None:
+    """The fastest way to compute a convolution of OHWI ``codes`` by Winograd's algorithm.
+
+    None where the direct form is faster, which multiplies ``rate`` times as many values at once.
+    """
+    plans = [plan for tiling in (F2, F4) if (plan := plan_tiling(tiling, shape, codes)) is not None]
+    best = min(plans, key=WinogradPlan.cost, default=None)
+    return best if best is not None and is_faster(best, rate) else None
+
+
+def plan_tiling(tiling: Tiling, shape: ConvShape, codes: np.ndarray) -> WinogradPlan | None:
+    """The same with this tiling; None where it cannot be."""
     ones = shape.stride == shape.dilation == shape.input_dilation == (1, 1)
-    if shape.kernel != (3, 3) or not ones or shape.groups != 1:
+    if shape.kernel != (FILTER, FILTER) or not ones or shape.groups != 1 or shape.activation is None:
         return None
-    if shape.activation is None or min(shape.out_height, shape.out_width) < 2:
+    if min(shape.out_height, shape.out_width) < tiling.outputs:
         return None
     activation, weight = shape.layouts()
-    if TAPS * weight.max_grid >= 2**15 or 4 * activation.max_grid >= 2**15:
+    if tiling.offsets(activation) is None or not tiling.filters_fit(weight):
         return None
-    parts = _safe_parts(activation, weight, codes)
-    return WinogradPlan(shape, parts) if parts else None
+    parts = _exact_parts(tiling, activation, weight, codes)
+    return WinogradPlan(shape, tiling, parts) if parts else None
 
 
-def winograd_is_faster(plan: WinogradPlan) -> bool:
+def is_faster(plan: WinogradPlan, rate: float = 1) -> bool:
     """Whether it beats the direct form, which ``scripts/bench_winograd.py`` measures on both sides of this line."""
-    return plan.shape.channels >= LEAST_CHANNELS * plan.parts
+    shape = plan.shape
+    direct = shape.batch * shape.out_height * shape.out_width * TAPS * shape.channels / rate
+    enough = shape.channels >= LEAST_CHANNELS * plan.parts * rate
+    return enough and plan.cost() * (MARGIN if rate > 1 else 1) < direct
 
 
-def transform_filters(grid: np.ndarray) -> np.ndarray:
-    """``(..., 3, 3)`` grid values -> ``(..., 4, 4)``, four times Lavin and Gray's."""
-    return G @ grid @ G.T
-
-
-def largest_inputs(layout: Layout) -> np.ndarray:
-    """Bound on \\|V\\| at each position, ``(4, 4)``: an unsigned layout's terms of one sign only add up."""
-    plus, minus = np.maximum(B_T, 0).sum(1), np.maximum(-B_T, 0).sum(1)
-    positive = np.outer(plus, plus) + np.outer(minus, minus)
-    negative = np.outer(plus, minus) + np.outer(minus, plus)
-    terms = positive + negative if layout.signed else np.maximum(positive, negative)
-    return terms * layout.max_grid
-
-
-def _safe_parts(activation: Layout, weight: Layout, codes: np.ndarray) -> int | None:
-    """The least number of channel parts in which no sum at a position, nor of the inverse transform, overflows."""
+def _exact_parts(tiling: Tiling, activation: Layout, weight: Layout, codes: np.ndarray) -> int | None:
+    """The least number of channel parts whose sums are all within what the tiling finds exactly."""
     grid = decode_grid(codes, weight).astype(np.int64)
-    products = np.abs(transform_filters(grid.transpose(0, 3, 1, 2))) * largest_inputs(activation)
-    # An output adds a position at most once, so the sum of the bounds of its positions bounds every partial sum.
-    used = np.abs(A_T)
-    outputs = np.einsum("ai,ocij,bj->ocab", used, products, used).max(axis=(2, 3))
-    channels = outputs.shape[1]
-    for parts in range(1, min(MOST_PARTS, channels) + 1):
+    positive, negative = (np.maximum(sign * grid, 0).sum((1, 2)) * activation.max_grid for sign in (1, -1))
+    bounds = [positive + negative] if activation.signed else [positive, negative]
+    for parts in range(1, min(MOST_PARTS, grid.shape[3]) + 1):
         # Parts as the kernel cuts them, for any width of its multiply-add (1 or 2 channels).
-        sums = [_part_sums(outputs, round_up(channels, pair * parts) // parts) for pair in (1, 2)]
-        if max(sums) < INT32_LIMIT:
+        sizes = {round_up(grid.shape[3], pair * parts) // parts for pair in (1, 2)}
+        if max(_part_sums(bound, size) for bound in bounds for size in sizes) < tiling.limit:
             return parts
     return None
 
 
-def _part_sums(outputs: np.ndarray, size: int) -> int:
-    starts = np.arange(0, outputs.shape[1], size)
-    return int(np.add.reduceat(outputs, starts, axis=1).max())
+def _part_sums(sums: np.ndarray, size: int) -> int:
+    starts = np.arange(0, sums.shape[1], size)
+    return int(np.add.reduceat(sums, starts, axis=1).max())
 
 
 def pack_winograd_weights(isa: InstructionSet, plan: WinogradPlan, codes: np.ndarray) -> np.ndarray:
     """Codes OHWI -> panels ``(panels, 9, depth / pair, width, pair)``; the kernel transforms them once."""
-    _, vectors = plan.tile(isa)
+    _, vectors = plan.register_tile(isa)
     depth = plan.depth(isa)
     padded = np.pad(codes, ((0, 0), (0, 0), (0, 0), (0, depth - codes.shape[3])))
     return pack_panels(padded.reshape(len(codes), -1), vectors * isa.lanes, isa.pair)
+
+
+def offset_products(isa: InstructionSet, plan: WinogradPlan, codes: np.ndarray) -> np.ndarray:
+    """What offsets take from sums, int32 modulo 2^32 ``(parts, positions with an offset, channels)``.
+
+    Channels are padded as in ``pad_channels``.
+    """
+    grid = decode_grid(codes, plan.shape.layouts()[1]).astype(np.int64).transpose(0, 3, 1, 2)
+    offsets = plan.input_offsets().reshape(-1)
+    used = np.flatnonzero(offsets)
+    filters = plan.tiling.transform_filters(grid).reshape(*grid.shape[:2], -1)[..., used] * offsets[used]
+    size = plan.depth(isa) // plan.parts
+    parts = [filters[:, part * size : (part + 1) * size].sum(axis=1).T for part in range(plan.parts)]
+    return np.pad(np.stack(parts), ((0, 0), (0, 0), (0, CHANNEL_PADDING))).astype(np.int32)

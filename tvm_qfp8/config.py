@@ -37,8 +37,9 @@ class Config:
     check_finite : bool
         ``run`` refuses inputs with NaN or infinity, naming input and index, where any layer is quantized.
     winograd : bool
-        3x3 convolutions may transform their filters at the first call, for half the time a convolution takes. The
-        file is as small as without, but each 8-bit weight of such a layer takes 3.6 bytes more of memory.
+        3x3 convolutions may transform their filters at the first call, for as little as a third of the time a
+        convolution takes. The file is as small as without, but each 8-bit weight of such a layer takes 3.6 or 8 bytes
+        more of memory; the report says how many in all.
     threads : int or None
         Threads that kernels are written for; None takes the target's cores.
     """

@@ -85,7 +85,7 @@ def compile_model(
         bool,
         typer.Option(
             "--winograd/--no-winograd",
-            help="Whether 3x3 convolutions may take memory (not file size) to be about twice as fast.",
+            help="Whether 3x3 convolutions may take memory (not file size) to be two or three times as fast.",
         ),
     ] = True,
     cc: Annotated[str | None, typer.Option("--cc", help="C++ compiler that links for the target.")] = None,
