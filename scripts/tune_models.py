@@ -14,8 +14,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+KERNELS = "kernels"
 REPOSITORY = Path(__file__).resolve().parent.parent
-MODELS = ("mobilenetv2", "ppocr", "minilm")
+MODELS = ("mobilenetv2", "ppocr", "minilm", KERNELS)
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
         os.environ["TVM_NUM_THREADS"] = str(threads)
         workloads: Counter = Counter()
         for name in arguments.models.split(","):
-            workloads += collect(name, threads)
+            workloads += collect_cases(threads) if name == KERNELS else collect(name, threads)
         print(f"{threads} thread(s): {len(workloads)} kernels")
         try:
             session = tune_workloads(
@@ -79,6 +80,26 @@ def collect(name: str, threads: int) -> Counter:
         calibration=model.calibration(32),
         config=tvm_qfp8.Config(threads=threads),
     )
+
+
+def collect_cases(threads: int) -> Counter:
+    """Kernels of the benchmark of single layers, in its layouts; it has one thread."""
+    from kernel_bench import ours
+    from kernel_bench.cases import FAMILIES
+    from tvm_qfp8.topi.static_memory import StaticMemory
+    from tvm_qfp8.tuning.workload import Workload
+
+    found: Counter = Counter()
+
+    def record(schedules: Any, isa: Any, shape: Any, threads: int) -> Any:
+        found[Workload.of(schedules, isa, shape, threads)] += 1
+        return schedules.default(isa, shape, threads)
+
+    for case in [case for cases in FAMILIES.values() for case in cases] if threads == 1 else []:
+        for layouts in (ours.LAYOUTS, ours.LINEAR_LAYOUTS):
+            activations, weights = layouts[type(case)]
+            ours.executable(case, "native", activations, record, StaticMemory(), weights)
+    return found
 
 
 if __name__ == "__main__":

@@ -202,3 +202,17 @@ def test_matmul_vnni(lanes, rows, columns, depth, layout, weight):
 def test_conv2d_vnni(lanes, shape, layout, weight):
     mod, x, expected = _convolution(*shape, layout, weight)
     assert np.array_equal(run(_build_vnni(mod, lanes), x)[0], expected)
+
+
+def test_rate_counts_products_of_an_instruction_that_multiplies():
+    """An instruction of VNNI makes twice as many of bytes; of Arm's dot products three are needed for split values."""
+    linear, split = (get_layout("UE1M7"), get_layout("E1M6")), (get_layout("UE2M6"), get_layout("E2M5"))
+    for name, features, layouts, times in (
+        ("avx512", ["avx512vnni"], linear, 2),
+        ("neon", [], linear, 2),
+        ("neon", ["dotprod"], linear, 4),
+        ("neon", ["dotprod"], split, 4 / 3),
+        ("avx2", [], linear, 1),
+    ):
+        found = instruction_set(name, features)
+        assert found.in_bytes(*layouts, dense=False).rate == pytest.approx(times * found.rate)

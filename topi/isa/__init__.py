@@ -66,6 +66,8 @@ class InstructionSet:
     """A multiply-add of bytes takes activations of 0 to 255, weights of -128 to 127 (``vpdpbusd``)."""
     one_product: bool = False
     """A multiply-add of bytes takes only twice as many as of int16 values, so that splitting values does not pay."""
+    multiplications: int = 1
+    """Instructions of one multiply-add that multiply."""
     halved_pairs: bool = False
     """A vector of weights holds the first half of each ``pair``, then the second."""
     tiles: bool = False
@@ -98,6 +100,11 @@ class InstructionSet:
     def products(self) -> int:
         """Passes over the operands: the byte products that make one product of grid values."""
         return self.split.products if self.split else 1
+
+    @property
+    def rate(self) -> float:
+        """Products of grid values, or of float32 ones, that an instruction which multiplies makes."""
+        return self.lanes * self.pair / (self.products * self.multiplications)
 
     @property
     def operand_bytes(self) -> int:

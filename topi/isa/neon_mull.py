@@ -49,5 +49,6 @@ INSTRUCTION_SET = InstructionSet(
     broadcast=_broadcast,
     extension="mull",
     one_product=True,
+    multiplications=2,
     halved_pairs=True,
 )
