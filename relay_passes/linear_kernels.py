@@ -197,7 +197,7 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
             emit = functools.partial(emit_tile_conv, isa, merged, tile_plan, threads=threads)
             return _with_scales(call, operands, packed, emit), (merged, tile_plan)
         if operands.memory is not None:
-            plan = plan_winograd(shape, codes, in_bytes.rate / isa.rate)
+            plan = plan_winograd(shape, codes, isa.rate, in_bytes.rate)
             if plan is not None:
                 return _winograd(call, plan, isa, threads, operands)
         packed, emit, described = _windowed(isa, in_bytes, shape, codes, threads, choose)

@@ -92,7 +92,7 @@ def measure(
     for tiling in (F2, F4):
         if size >= tiling.outputs:
             runs[repr(tiling)] = runner(
-                lambda shape, codes, rate, tiling=tiling: plan_tiling(tiling, shape, codes)
+                lambda shape, codes, *rates, tiling=tiling: plan_tiling(tiling, shape, codes)
             )
     first = {}
     for name, run in runs.items():

@@ -13,12 +13,17 @@ from tvm_qfp8.topi.panels import CHANNEL_PADDING, pack_panels, round_up
 from tvm_qfp8.topi.winograd_tiling import F2, F4, FILTER, Tiling
 
 TAPS = FILTER**2
-LEAST_CHANNELS = 8
+LEAST_CHANNELS = 6
 """With fewer channels in a part the transforms cost more than the products they save."""
 MARGIN = 1.35
 """So many times more time for its multiply-adds must the direct form need where it multiplies bytes."""
-LEAST_TILES = 12
-"""Reading a transformed filter value from main memory takes as long as multiplying it with so many tiles."""
+CACHED_BYTES = 5 << 20
+"""Transformed filters of more bytes come from main memory."""
+FETCH_INSTRUCTIONS = 0.375
+"""Reading a value from there takes the time of so many instructions that multiply."""
+MANY_TILES = 1000
+LOOP_INSTRUCTIONS = 1.5
+"""Of a reduction step, beside its multiply-adds."""
 MOST_PARTS = 8
 """Beyond so many parts of the channels their separate inverse transforms cost more than is saved."""
 
@@ -45,17 +50,27 @@ class WinogradPlan:
         """Of the whole batch."""
         return self.shape.batch * self.tiles_high * self.tiles_wide
 
-    def cost(self) -> float:
-        """Of an output channel, in multiply-adds."""
-        return max(self.tiles, LEAST_TILES) * self.tiling.positions * self.shape.channels
+    def cost(self, rate: float) -> float:
+        """Of an output channel, in instructions that multiply ``rate`` values."""
+        values = self.tiling.positions * self.shape.channels
+        from_memory = 2 * values * self.shape.out_channels > CACHED_BYTES
+        return values * max(self.tiles / rate, FETCH_INSTRUCTIONS if from_memory else 0)
 
     def depth(self, isa: InstructionSet) -> int:
         """Channels, padded so that all parts are equal and whole multiply-adds."""
         return round_up(self.shape.channels, isa.pair * self.parts)
 
     def register_tile(self, isa: InstructionSet) -> tuple[int, int]:
-        """(tiles, vectors) whose products at one position are summed at once."""
-        return replace(isa, spare=0).tile(self.tiles, self.shape.out_channels)
+        """(tiles, vectors) whose products at one position are summed at once.
+
+        Vectors do not depend on the number of tiles: a module for several sizes of images shares filters.
+        """
+        most, vectors = replace(isa, spare=0).tile(MANY_TILES, self.shape.out_channels)
+
+        def cost(tiles: int) -> float:
+            return -(-self.tiles // tiles) * (tiles * vectors + LOOP_INSTRUCTIONS)
+
+        return min(range(1, min(most, self.tiles) + 1), key=cost), vectors
 
     def filter_values(self, isa: InstructionSet) -> int:
         """Number of transformed filter values, int16."""
@@ -69,14 +84,17 @@ class WinogradPlan:
         return offsets
 
 
-def plan_winograd(shape: ConvShape, codes: np.ndarray, rate: float = 1) -> WinogradPlan | None:
+def plan_winograd(
+    shape: ConvShape, codes: np.ndarray, rate: float, direct_rate: float
+) -> WinogradPlan | None:
     """The fastest way to compute a convolution of OHWI ``codes`` by Winograd's algorithm.
 
-    None where the direct form is faster, which multiplies ``rate`` times as many values at once.
+    None where the direct form is faster. An instruction multiplies ``rate`` grid values, or ``direct_rate`` in the
+    direct form.
     """
     plans = [plan for tiling in (F2, F4) if (plan := plan_tiling(tiling, shape, codes)) is not None]
-    best = min(plans, key=WinogradPlan.cost, default=None)
-    return best if best is not None and is_faster(best, rate) else None
+    best = min(plans, key=lambda plan: plan.cost(rate), default=None)
+    return best if best is not None and is_faster(best, rate, direct_rate) else None
 
 
 def plan_tiling(tiling: Tiling, shape: ConvShape, codes: np.ndarray) -> WinogradPlan | None:
@@ -93,12 +111,12 @@ def plan_tiling(tiling: Tiling, shape: ConvShape, codes: np.ndarray) -> Winograd
     return WinogradPlan(shape, tiling, parts) if parts else None
 
 
-def is_faster(plan: WinogradPlan, rate: float = 1) -> bool:
+def is_faster(plan: WinogradPlan, rate: float, direct_rate: float) -> bool:
     """Whether it beats the direct form, which ``scripts/bench_winograd.py`` measures on both sides of this line."""
-    shape = plan.shape
-    direct = shape.batch * shape.out_height * shape.out_width * TAPS * shape.channels / rate
-    enough = shape.channels >= LEAST_CHANNELS * plan.parts * rate
-    return enough and plan.cost() * (MARGIN if rate > 1 else 1) < direct
+    shape, times = plan.shape, direct_rate / rate
+    direct = shape.batch * shape.out_height * shape.out_width * TAPS * shape.channels / direct_rate
+    enough = shape.channels >= LEAST_CHANNELS * plan.parts * times
+    return enough and plan.cost(rate) * (MARGIN if times > 1 else 1) < direct
 
 
 def _exact_parts(tiling: Tiling, activation: Layout, weight: Layout, codes: np.ndarray) -> int | None:
