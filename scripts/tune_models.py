@@ -1,13 +1,15 @@
 """Tunes the kernels of the zoo's models for this machine, within a given number of minutes.
 
 All models' kernels are tuned as one set, so equal ones are tuned once. Threads are tuned one after the other, each
-number with its share of the time.
+number with its share of the time. ``kernels`` among the models stands for the single layers that
+``scripts/bench kernels`` times with one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -44,7 +46,10 @@ def main() -> None:
         os.environ["TVM_NUM_THREADS"] = str(threads)
         workloads: Counter = Counter()
         for name in arguments.models.split(","):
-            workloads += collect_cases(threads) if name == KERNELS else collect(name, threads)
+            if name != KERNELS:
+                workloads += collect(name, threads)
+            elif threads == 1:
+                workloads += collect_cases()
         print(f"{threads} thread(s): {len(workloads)} kernels")
         try:
             session = tune_workloads(
@@ -82,23 +87,19 @@ def collect(name: str, threads: int) -> Counter:
     )
 
 
-def collect_cases(threads: int) -> Counter:
-    """Kernels of the benchmark of single layers, in its layouts; it has one thread."""
+def collect_cases() -> Counter:
+    """Kernels of the benchmark of single layers, in the layouts that it times."""
     from kernel_bench import ours
     from kernel_bench.cases import FAMILIES
     from tvm_qfp8.topi.static_memory import StaticMemory
-    from tvm_qfp8.tuning.workload import Workload
+    from tvm_qfp8.tuning.collect import recording
 
     found: Counter = Counter()
-
-    def record(schedules: Any, isa: Any, shape: Any, threads: int) -> Any:
-        found[Workload.of(schedules, isa, shape, threads)] += 1
-        return schedules.default(isa, shape, threads)
-
-    for case in [case for cases in FAMILIES.values() for case in cases] if threads == 1 else []:
-        for layouts in (ours.LAYOUTS, ours.LINEAR_LAYOUTS):
+    for family, cases in FAMILIES.items():
+        timed = (ours.LAYOUTS,) if family == "depthwise" else (ours.LAYOUTS, ours.LINEAR_LAYOUTS)
+        for case, layouts in itertools.product(cases, timed):
             activations, weights = layouts[type(case)]
-            ours.executable(case, "native", activations, record, StaticMemory(), weights)
+            ours.executable(case, "native", activations, recording(found), StaticMemory(), weights)
     return found
 
 

@@ -266,18 +266,19 @@ class _Convolution(_Kernel):
                         at = (position * self.group + tile + i) * self.width + j * isa.lanes
                         store(scratch, at, registers.value(i, j), isa.lanes)
 
-    def outputs(self, scratch, i, j: int, part, panel) -> list:
-        """The outputs of a tile, row by row."""
+    def outputs(self, scratch, i, at, part, panel) -> list:
+        """The outputs of a tile for the vector ``at`` of a panel, row by row."""
         lanes, window = self.isa.lanes, self.tiling.window
 
         def product(position: int):
-            value = load(scratch, (position * self.group + i) * self.width + j * lanes, lanes)
+            value = load(scratch, (position * self.group + i) * self.width + at, lanes)
             if position in self.offsets:
-                index = part * len(self.offsets) + list(self.offsets).index(position)
-                at = (
-                    index * (self.shape.out_channels + CHANNEL_PADDING) + self.first_column(panel) + j * lanes
+                row = part * len(self.offsets) + list(self.offsets).index(position)
+                column = self.first_column(panel) + at
+                taken = load(
+                    self.corrections, row * (self.shape.out_channels + CHANNEL_PADDING) + column, lanes
                 )
-                value = wrapping_add(value, load(self.corrections, at, lanes))
+                value = wrapping_add(value, taken)
             return bind(value)
 
         products = [[product(row * window + column) for column in range(window)] for row in range(window)]
@@ -288,33 +289,44 @@ class _Convolution(_Kernel):
         """Output channel of a panel's first column."""
         return overlapped_start(panel, self.width, self.shape.out_channels)
 
+    def each_vector(self, emit: Callable) -> None:
+        """``emit(at, valid)`` for the vectors of a panel; a loop where all are whole, as the code of one is long."""
+        lanes, channels = self.isa.lanes, self.shape.out_channels
+        if channels >= self.width or channels % lanes == 0:
+            with T.serial(0, self.vectors) as j:
+                emit(T.bind(j * lanes), lanes)
+        else:
+            for at in range(0, self.width, lanes):
+                emit(at, min(lanes, channels - at))
+
     def add_outputs(self, scratch, sums, i, part, panel) -> None:
-        for j in range(self.vectors):
-            values = self.outputs(scratch, i, j, part, panel)
+        lanes = self.isa.lanes
+
+        def add(at, _valid) -> None:
+            values = self.outputs(scratch, i, at, part, panel)
             for pixel, value in enumerate(values):
-                at = (i * len(values) + pixel) * self.width + j * self.isa.lanes
-                store(sums, at, load(sums, at, self.isa.lanes) + value, self.isa.lanes)
+                place = (i * len(values) + pixel) * self.width + at
+                store(sums, place, load(sums, place, lanes) + value, lanes)
+
+        self.each_vector(add)
 
     def finish(self, scratch, sums, first_row, tile, i, panel) -> None:
         """The epilogue of one tile."""
-        isa, shape, outputs = self.isa, self.shape, self.tiling.outputs
+        lanes, shape, outputs = self.isa.lanes, self.shape, self.tiling.outputs
         tile_row = T.bind(tirx.floordiv(tile, self.plan.tiles_wide))
         image, top = self.position_of(first_row + tile_row)
         left = tirx.min((tile - tile_row * self.plan.tiles_wide) * outputs, shape.out_width - outputs)
         corner = T.bind((image * shape.out_height + top) * shape.out_width + left)
         first_column = self.first_column(panel)
-        for j in range(self.vectors):
-            at = j * isa.lanes
-            if at >= shape.out_channels:
-                break
-            valid = min(isa.lanes, shape.out_channels - at)
+
+        def finish_vector(at, valid) -> None:
             if sums is None:
-                values = self.outputs(scratch, i, j, 0, panel)
+                values = self.outputs(scratch, i, at, 0, panel)
             else:
-                values = [
-                    bind(load(sums, (i * outputs**2 + p) * self.width + at, isa.lanes))
-                    for p in range(outputs**2)
-                ]
+                places = [(i * outputs**2 + pixel) * self.width + at for pixel in range(outputs**2)]
+                values = [bind(load(sums, place, lanes)) for place in places]
             for pixel, value in enumerate(values):
                 row = corner + pixel // outputs * shape.out_width + pixel % outputs
                 self.epilogue(value, row, first_column + at, valid)
+
+        self.each_vector(finish_vector)

@@ -8,7 +8,18 @@ from typing import Any
 from tvm_qfp8.compiler import compile as compile_model
 from tvm_qfp8.errors import ModelError
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.schedules import ScheduleChooser
 from tvm_qfp8.tuning.workload import Workload
+
+
+def recording(found: Counter[Workload]) -> ScheduleChooser:
+    """A chooser of default schedules that counts what it is asked for."""
+
+    def record(schedules: Any, isa: InstructionSet, shape: Any, threads: int) -> Any:
+        found[Workload.of(schedules, isa, shape, threads)] += 1
+        return schedules.default(isa, shape, threads)
+
+    return record
 
 
 def collect_workloads(mod: Any, target: Any, **options: Any) -> Counter[Workload]:
@@ -20,12 +31,7 @@ def collect_workloads(mod: Any, target: Any, **options: Any) -> Counter[Workload
         No layer of the model can be tuned.
     """
     found: Counter[Workload] = Counter()
-
-    def record(schedules: Any, isa: InstructionSet, shape: Any, threads: int) -> Any:
-        found[Workload.of(schedules, isa, shape, threads)] += 1
-        return schedules.default(isa, shape, threads)
-
-    compile_model(mod, target, tuning_logs=record, **options)
+    compile_model(mod, target, tuning_logs=recording(found), **options)
     if not found:
         raise ModelError(
             "the model has no layer that can be tuned: only layers with quantized activations are; "
