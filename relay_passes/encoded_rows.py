@@ -67,7 +67,8 @@ def with_encoded_rows(
             source = step.value.args[0]
             group = group_of.get(source)
             stays = reads[source] > 1 or source in results
-            if group is not None and group.encode_rows is None and _can_encode(group, step.value, stays):
+            free = group is not None and group.encode_rows is None
+            if group is not None and free and _can_encode(group, step.value, stays, on_cpu):
                 group.encode_rows = step.var, step.value
                 if on_cpu and not stays:
                     group.outputs.remove(source)
@@ -87,11 +88,15 @@ def is_softmax_of_rows(call: relax.Call) -> bool:
     return op_name(call) == "relax.nn.softmax" and normalized_axis(call) == len(shape_of(call.args[0])) - 1
 
 
-def _can_encode(group: Group, call: relax.Call, stays: bool) -> bool:
-    """A softmax has no row of its own to read again: it encodes its results while they come, and keeps none."""
+def _can_encode(group: Group, call: relax.Call, stays: bool, on_cpu: bool) -> bool:
+    """A softmax has no row of its own to read again: it encodes its results while they come, and keeps none.
+
+    Threads of a GPU each read what they have stored themselves, which a rotation would mix.
+    """
+    rotates = int(call.attrs["rotation"]) > 1
     if not is_softmax_of_rows(group.anchor):
-        return True
-    plain = bool(np.all(array_of(call.args[1]) == 1))
+        return on_cpu or not rotates
+    plain = not rotates and bool(np.all(array_of(call.args[1]) == 1))
     return plain and not stays and [var for var, _ in group.members] == [call.args[0]]
 
 
@@ -100,6 +105,7 @@ class EncodedRows:
 
     def __init__(self, call, operands: Operands, isa: InstructionSet) -> None:
         self.layout, self.isa = get_layout(str(call.attrs["layout"])), isa
+        self.encoding = self.layout, int(call.attrs["rotation"])
         self.shape, self.source = shape_of(call.args[0]), call.args[0]
         self._factors = operands.constant(array_of(call.args[1]))
         self.outputs = [TensorSpec(self.shape, "uint8"), TensorSpec(self.shape[:-1], "float32")]
@@ -123,7 +129,7 @@ class EncodedRows:
             first,
             count,
             length,
-            self.layout,
+            self.encoding,
             self.isa,
             self.results,
             None if stored else lambda index: index,

@@ -89,7 +89,7 @@ def write_kernel(
     members = [(op_name(call), _attributes(call), _wiring(group, call)) for _, call in group.members]
     written = [[var for var, _ in group.members].index(var) for var in group.outputs]
     externals = [(e.argument, e.scalar, e.shape, e.layout) for e in epilogue.externals.values()]
-    layout = encoded and (encoded.layout, [var for var, _ in group.members].index(encoded.source))
+    layout = encoded and (*encoded.encoding, [var for var, _ in group.members].index(encoded.source))
     key = repr((shape_key, members, written, layout, externals, operands.specs, outputs, isa.label, threads))
     return Kernel(short[:60], key, operands.arguments, outputs, function)
 

@@ -196,12 +196,13 @@ class _Rewriter(MainRewriter):
 
     def encode_rows(self, var: relax.Var, value: relax.Call) -> None:
         x, factors = value.args
+        rotation = int(value.attrs["rotation"])
 
         def make(isa: InstructionSet, threads: int, sources: list[TensorSpec], layout: Layout):
             (source,) = sources
-            return encode_rows_prim_func(isa, threads, source, layout)
+            return encode_rows_prim_func(isa, threads, source, layout, rotation)
 
-        self._encode(var, value, make, [x], factors, shape_of(x)[:-1])
+        self._encode(var, value, make, [x], factors, shape_of(x)[:-1], rotation)
 
     def encode_samples(self, var: relax.Var, value: relax.Call) -> None:
         inverse = inverse_of(get_layout(str(value.attrs["layout"])))
@@ -218,12 +219,13 @@ class _Rewriter(MainRewriter):
         parts: list[relax.Expr],
         constant: relax.Expr,
         scales: tuple[int, ...],
+        rotation: int = 1,
     ) -> None:
         """Codes of the joined ``parts`` and scales of the shape ``scales``, found at run time."""
         name = op_name(value).removeprefix("relax.qfp8.")
         layout = get_layout(str(value.attrs["layout"]))
         sources = [TensorSpec(shape_of(part), self._halves.get(part, "float32")) for part in parts]
-        key = repr((name, sources, layout))
+        key = repr((name, sources, layout, rotation))
         if key not in self._written:
             function = make(self.options.isa, self.options.threads, sources, layout)
             self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), name)

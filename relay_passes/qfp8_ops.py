@@ -199,9 +199,13 @@ def l2_normalize(x, floor: float, axis: int = -1) -> relax.Call:
     return _call("l2_normalize", [x, tvm.tirx.FloatImm("float32", floor), tvm.tirx.IntImm("int64", axis)])
 
 
-def encode_rows(x, factors, layout: Layout) -> relax.Call:
-    """Codes of ``x`` and the scale of each row, as a tuple; channels are multiplied by ``factors`` before."""
-    return _call("encode_rows", [x, factors], layout=layout.name)
+def encode_rows(x, factors, layout: Layout, rotation: int = 1) -> relax.Call:
+    """Codes of ``x`` and the scale of each row, as a tuple.
+
+    Channels are multiplied by ``factors`` before, and rotated by a matrix of the order ``rotation``
+    (``topi/rotation.py``).
+    """
+    return _call("encode_rows", [x, factors], layout=layout.name, rotation=rotation)
 
 
 def encode_samples(x, layout: Layout) -> relax.Call:

@@ -324,7 +324,7 @@ class _Rewriter(MainRewriter):
             if activation.by_rows:
                 ones = np.ones(shape_of(expr)[-1], np.float32)
                 factors = ones if activation.factors is None else activation.factors
-                call = qfp8_ops.encode_rows(x, relax.const(factors), layout)
+                call = qfp8_ops.encode_rows(x, relax.const(factors), layout, activation.rotation)
             else:
                 call = qfp8_ops.encode_samples(x, layout)
             both = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_{key[-1]}")

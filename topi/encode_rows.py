@@ -1,6 +1,7 @@
 """Encode with a scale for each row: the dynamic bias found when the data is there.
 
-With the row's values ``y = fl32(x * factors[c])`` and ``m`` their largest magnitude::
+With the row's values ``y = fl32(x * factors[c])``, rotated if asked (``rotation.py``), and ``m`` their largest
+magnitude::
 
     scale = max(fl32(min(m, largest float32) * fl32(1 / largest G)), 2^-126)
     codes = encode(fl32(y * fl32(1 / scale)))
@@ -23,13 +24,16 @@ from tvm_qfp8.topi.cuda.rows import for_each_row as for_each_cuda_row
 from tvm_qfp8.topi.float_contract import LANES, bind, lanes_of, like, mul, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, keep, load, load_float, store, vector_runs
+from tvm_qfp8.topi.rotation import emit_rotated_row, rotated_reader
 from tvm_qfp8.topi.rows import Row, for_rows_together, like_scalar
 
 
-def encode_rows_prim_func(isa: InstructionSet, threads: int, x: TensorSpec, layout: Layout) -> tirx.PrimFunc:
+def encode_rows_prim_func(
+    isa: InstructionSet, threads: int, x: TensorSpec, layout: Layout, rotation: int = 1
+) -> tirx.PrimFunc:
     """``(x, factors, codes, scales) -> None`` for ``x (..., channels)`` and float32 scales ``(...,)``.
 
-    ``x`` is float32, or kept as float16 or bfloat16.
+    ``x`` is float32, or kept as float16 or bfloat16. ``rotation`` is the order of the rotation, 1: none.
     """
     shape = x.shape
     rows, length = math.prod(shape[:-1]), shape[-1]
@@ -40,14 +44,14 @@ def encode_rows_prim_func(isa: InstructionSet, threads: int, x: TensorSpec, layo
         read = scaled_reader(source, factor_buffer, length)
 
         def cpu_rows(first, count: int) -> None:
-            emit_cpu_rows(read, first, count, length, layout, isa, (code_buffer, scale_buffer))
+            emit_cpu_rows(read, first, count, length, (layout, rotation), isa, (code_buffer, scale_buffer))
 
         def cuda_row(row, index) -> None:
             # The walk is over values; magnitudes are seen by the same threads.
             store_encoded_row(row, row.mapped(tirx.abs), index, layout, isa, code_buffer, scale_buffer)
 
         if isa.name == "cuda":
-            for_each_cuda_row(rows, length, read, cuda_row)
+            for_each_cuda_row(rows, length, rotated_reader(read, length, rotation), cuda_row)
         else:
             for_rows_together(rows, length, threads, cpu_rows)
 
@@ -69,7 +73,7 @@ def emit_cpu_rows(
     first,
     count: int,
     length: int,
-    layout: Layout,
+    encoding: tuple[Layout, int],
     isa: InstructionSet,
     results: tuple,
     place: Callable | None = None,
@@ -77,11 +81,13 @@ def emit_cpu_rows(
     """Encode ``count`` rows from ``first`` on, at most ``LANES``, into the buffers ``results`` of codes and scales.
 
     ``read(row, offset, lanes)`` loads; ``place(index)`` is the row that it gets for the row ``first + index``, that
-    itself if it is None. A row waits long for its scale, so all that is the same for each row stands in a loop of its
-    own: other rows' steps fill the time.
+    itself if it is None. ``encoding`` is the layout, and the order of the rotation. A row waits long for its scale, so
+    all that is the same for each row stands in a loop of its own: other rows' steps fill the time.
     """
-    codes, scales = results
+    (codes, scales), (layout, rotation) = results, encoding
     where = (lambda index: T.bind(first + index)) if place is None else place
+    if rotation > 1:
+        read, where = _rotated_rows(read, where, count, length, rotation, isa), lambda index: index
     found = T.alloc_buffer((LANES,), "float32", align=64)
     lanes = min(isa.lanes, LANES)
     for at in range(0, LANES, lanes):
@@ -103,6 +109,19 @@ def emit_cpu_rows(
             coded(bind(load(reciprocals, index, 1)), layout, isa),
             lambda code, offset, n: store(codes, target + offset, code, n),
         )
+
+
+def _rotated_rows(
+    read: Callable, where: Callable, count: int, length: int, rotation: int, isa: InstructionSet
+) -> Callable:
+    """Rotate ``count`` rows into scratch memory; ``read(index, offset, lanes)`` of these."""
+    scratch = T.alloc_buffer((count * length,), "float32", align=64)
+    with T.serial(0, count) as index:
+        row = where(index)
+        emit_rotated_row(
+            lambda offset, n: read(row, offset, n), scratch, index * length, length, rotation, isa.lanes
+        )
+    return lambda index, offset, n: bind(load(scratch, index * length + offset, n))
 
 
 def store_encoded_row(values, magnitudes, index, layout: Layout, isa: InstructionSet, codes, scales) -> None:

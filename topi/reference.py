@@ -17,6 +17,7 @@ from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.float_contract import LANES, LOWEST, SMALLEST_SUM
 from tvm_qfp8.topi.resize import ResizeShape
+from tvm_qfp8.topi.rotation import rotated
 from tvm_qfp8.topi.winograd_tiling import Tiling
 
 Array = np.ndarray
@@ -61,9 +62,11 @@ def scale_and_bias(accumulators: Array, a: Array, bias: Array, row_scales: Array
     return scaled + bias.astype(np.float32)
 
 
-def encode_rows(x: Array, layout: Layout, factors: Array | None = None) -> tuple[Array, Array]:
+def encode_rows(
+    x: Array, layout: Layout, factors: Array | None = None, rotation: int = 1
+) -> tuple[Array, Array]:
     """Codes of ``x (..., channels)`` and the scale of each row, float32 ``(...,)`` (``encode_rows.py``)."""
-    values = x if factors is None else x * factors
+    values = rotated(x if factors is None else x * factors, rotation)
     limits = np.finfo(np.float32)
     largest = np.minimum(np.abs(values).max(axis=-1, initial=0.0), limits.max)
     inverse = np.float32(1) / np.float32(layout.max_grid)

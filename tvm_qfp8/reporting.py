@@ -142,10 +142,10 @@ def _linear(layer: str, value: relax.Call, short: str, plan: QuantizationPlan) -
     scale = None if activation is None else activation.scale
     weight = quantization.weight
     shape = [-1 if axis == weight.axis else 1 for axis in range(weight.codes.ndim)]
-    # Divided by factors the weight lies on the grid.
+    # As it meets the activation the weight lies on the grid.
     real = constants[0]
     if activation is not None:
-        real = activation.divided(real, 0 if activation.by_rows else weight.axis or 0)
+        real = activation.met_by(real, 0 if activation.by_rows else weight.axis or 0)
     steps = real / np.asarray(weight.scale).reshape(shape if weight.axis is not None else ())
     after = quantization.weight.codes.nbytes + np.asarray(quantization.weight.scale).nbytes
     kind = "QFP8 weights" if activation is None else "QFP8"

@@ -17,6 +17,7 @@ from tvm_qfp8.calibration.choose_activation import ActivationChooser, Grade
 from tvm_qfp8.calibration.linear import quantized_weight
 from tvm_qfp8.calibration.plan import LinearQuantization
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
+from tvm_qfp8.calibration.rows import KeptRows
 
 BATCH, BATCH_ELEMENTS = 32, 1 << 24
 """Samples that go through the loop at once, at most so many values of their gates."""
@@ -48,7 +49,7 @@ def calibrate_recurrent(
         _, seen = layer.observed([exact(sample) for sample in batch])
         observer.record(np.stack([x for _, x in seen]))
         operands = operands or seen
-    choice = chooser.choose(observer, [], lambda: [], grade)
+    choice = chooser.choose(observer, [], KeptRows(samples), grade)
     weight = quantized_weight(layer, grade.weights)
     chosen = LinearQuantization(weight, choice.activation, note=choice.note, received=choice.distribution)
     chosen = replace(chosen, bias_correction=_correction(layer.weight, chosen, operands))

@@ -15,7 +15,7 @@ import numpy as np
 from tvm_qfp8.calibration.activations import LAYOUTS, Choice, Observer
 from tvm_qfp8.calibration.linear import WEIGHTS, Linear
 from tvm_qfp8.calibration.plan import ActivationQuantization
-from tvm_qfp8.calibration.row_scales import Rows
+from tvm_qfp8.calibration.rows import Rows
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.topi.overflow import INT32_LIMIT
 
@@ -58,18 +58,18 @@ def with_channel_scales(
     choice : Choice
     linears : sequence of Linear
         The depthwise convolutions that read the activation.
-    rows : callable
-        The activation's pixels ``(pixels, channels)`` on calibration data; called several times.
+    rows : Rows
+        The activation's pixels on calibration data.
     choose : callable ``(observer) -> Choice``
         Layout and scale of a tensor.
     """
-    largest = np.max([np.abs(part).max(axis=0, initial=0.0) for part in rows()], axis=0)
+    largest = rows.largest
     if choice.activation is None or not 0 < largest.max() < np.inf:
         return choice
     ratio = largest.max() / np.maximum(largest, largest.max() / LARGEST_FACTOR)
     factors = np.exp2(np.floor(np.log2(ratio))).astype(np.float32)
     observer = Observer()
-    for part in rows():
+    for part in rows.all():
         observer.record(part * factors)
     found = choose(observer)
     if found.activation is None:
@@ -88,7 +88,7 @@ def _error(activation: ActivationQuantization, rows: Rows, gains: np.ndarray) ->
     """Energy of the layers' output error, were all rounding errors independent."""
     factors = np.float32(1) if activation.factors is None else activation.factors
     total = 0.0
-    for part in rows():
+    for part in rows.all():
         difference = activation.rounded(part) / factors - part
         total += float(np.square(difference).sum(axis=0, dtype=np.float64) @ gains)
     return total

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS, NARROW_LAYOUTS, Choice, Observer
 from tvm_qfp8.calibration.channel_scales import can_have_channel_scales, with_channel_scales
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, WEIGHTS, Linear
-from tvm_qfp8.calibration.row_scales import Rows, can_have_row_scales, with_row_scales
+from tvm_qfp8.calibration.row_scales import can_have_row_scales, with_row_scales
+from tvm_qfp8.calibration.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ActivationChooser:
         observer : Observer
             Of all samples.
         linears : sequence of Linear
-        rows : callable
+        rows : Rows
             As in ``with_row_scales``.
         grade : Grade
             ``ANY``: what the configuration allows.

@@ -29,9 +29,11 @@ from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.product_time import MACS, product_time
 from tvm_qfp8.calibration.propagate import Change, Compared, relative_energy, values_with
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
+from tvm_qfp8.calibration.row_scales import can_have_row_scales
+from tvm_qfp8.calibration.rows import KeptRows
 from tvm_qfp8.quantize import QTensor
 
-BYTE_LOSS_DB = 2.0
+BYTE_LOSS_DB = 1.5
 """That cheaper layouts may cost of the outputs' signal to error (of a softmax the logits'), estimated by the sum of
 what rounding each activation alone does to them."""
 
@@ -100,7 +102,7 @@ def compare_grades(
         name: linears for name, linears in read_only_by_linears(found).items() if _macs(linears)
     }
     readers |= found.recurrent
-    compared = Comparison(program, readers, chooser or ActivationChooser(), token_mask)
+    compared = Comparison(program, readers, chooser or ActivationChooser(), token_mask, len(samples))
     with np.errstate(all="ignore"):
         for sample in samples:
             compared.observe(sample)
@@ -120,10 +122,21 @@ class Comparison:
         readers: Mapping[str, Readers],
         chooser: ActivationChooser,
         token_mask: str,
+        observed: int,
     ) -> None:
         self.program, self.readers = program, readers
         self.chooser, self.token_mask, self.compared = chooser, token_mask, Compared(program)
         self.observers = {name: Observer() for name in readers}
+        self.means: dict[str, Any] = dict.fromkeys(readers, 0.0)
+        """Of each channel, summed over the samples observed."""
+        self.observed = 0
+        self.rows = {name: KeptRows(observed) for name in readers}
+        self.by_rows = {
+            name
+            for name, linears in readers.items()
+            if isinstance(linears, list) and can_have_row_scales(linears)
+        }
+        """Where rows may have scales of their own, for which some are kept."""
         self.roundings: dict[tuple[str, Grade], _Rounding] = {}
         self.activation_alone = dict.fromkeys(readers, 0.0)
         self.samples = 0
@@ -135,8 +148,13 @@ class Comparison:
 
         def record(name: str) -> None:
             if name in self.observers:
-                self.observers[name].record(_valid_rows(_read(self.readers[name], name, values), mask))
+                rows = _valid_rows(_read(self.readers[name], name, values), mask)
+                self.observers[name].record(rows)
+                if name in self.by_rows:
+                    self.rows[name].add(rows)
+                self.means[name] = self.means[name] + rows.mean(axis=0)
 
+        self.observed += 1
         for name in sample:
             record(name)
         for step in self.program.steps:
@@ -166,37 +184,31 @@ class Comparison:
     def add(self, sample: Mapping[str, np.ndarray]) -> Iterator[int]:
         """Compare outputs on one sample, after all were observed; yields how many tensors are done."""
         self.samples += 1
-        mask, (values, lost_by) = sample.get(self.token_mask), self.in_float32(sample)
+        values, lost_by = self.in_float32(sample)
 
         def lost(name: str, rounding: _Rounding) -> float:
-            changes = _changes(self.readers[name], values, rounding)
+            changes = _changes(self.readers[name], values, rounding, self.means[name] / self.observed)
             return np.inf if changes is None else lost_by(changes)
 
         for count, name in enumerate(self.readers, 1):
-            best = self._rounding(name, ANY, values, mask)
+            best = self._rounding(name, ANY)
             self.activation_alone[name] += lost(name, replace(best, weights={}))
             best_lost = lost(name, best)
             self.lost[ANY][name] += best_lost
             is_narrow = best.activation is not None and best.activation.layout in NARROW.activations
-            self.lost[NARROW][name] += (
-                best_lost if is_narrow else lost(name, self._rounding(name, NARROW, values, mask))
-            )
+            self.lost[NARROW][name] += best_lost if is_narrow else lost(name, self._rounding(name, NARROW))
             for grade in (BYTES, LINEAR):
-                self.lost[grade][name] += lost(name, self._rounding(name, grade, values, mask))
+                self.lost[grade][name] += lost(name, self._rounding(name, grade))
             yield count
 
-    def _rounding(
-        self, name: str, grade: Grade, values: Mapping[str, Any], mask: np.ndarray | None
-    ) -> _Rounding:
-        """With the factors of the first sample that is compared, where rows have scales."""
+    def _rounding(self, name: str, grade: Grade) -> _Rounding:
         if (name, grade) not in self.roundings:
             readers, observer = self.readers[name], self.observers[name]
             if isinstance(readers, Recurrent):
-                choice = self.chooser.choose(observer, [], lambda: [], grade)
+                choice = self.chooser.choose(observer, [], self.rows[name], grade)
                 weights = {name: quantized_weight(readers, grade.weights)}
             else:
-                rows = _valid_rows(values[name], mask)
-                choice = self.chooser.choose(observer, readers, lambda: [rows], grade)
+                choice = self.chooser.choose(observer, readers, self.rows[name], grade)
                 weights = _weights(readers, choice.activation, grade.weights)
             self.roundings[name, grade] = _Rounding(choice.activation, weights)
         return self.roundings[name, grade]
@@ -339,8 +351,13 @@ def _weights(
     }
 
 
-def _changes(readers: Readers, values: Mapping[str, Any], rounding: _Rounding) -> Mapping[str, Change] | None:
-    """What the readers give with a tensor and the weights that meet it rounded; None where no layout holds it."""
+def _changes(
+    readers: Readers, values: Mapping[str, Any], rounding: _Rounding, mean: np.ndarray
+) -> Mapping[str, Change] | None:
+    """What the readers give with a tensor and the weights that meet it rounded; None where no layout holds it.
+
+    Less what rounding the weights does to the ``mean`` activation: the bias makes up for it.
+    """
     activation = rounding.activation
     if activation is None:
         return None
@@ -353,9 +370,26 @@ def _changes(readers: Readers, values: Mapping[str, Any], rounding: _Rounding) -
     def change(step, _seen):
         linear, weight = by_name[step.name], rounding.weights.get(step.name)
         met = linear.meeting(activation).weight if weight is None else weight.dequantize()
-        return linear.output(rounded, met)
+        found = linear.output(rounded, met)
+        shift = _shift(linear.meeting(activation), met, activation.prepared(mean))
+        return found if shift is None else found - linear.per_channel(shift)
 
     return dict.fromkeys(by_name, change)
+
+
+def _shift(linear: Linear, rounded: np.ndarray, mean: np.ndarray) -> np.ndarray | None:
+    """What a rounded weight adds to the layer's mean output, ``(out_channels,)``, borders apart.
+
+    None for transposed convolutions.
+    """
+    off = rounded - linear.weight
+    if linear.step.operator == "relax.matmul":
+        return mean @ off
+    if linear.step.operator != "relax.nn.conv2d":
+        return None
+    of_groups = mean.reshape(int(linear.step.attrs.groups), -1)
+    outputs = off.sum(axis=(1, 2)).reshape(len(of_groups), -1, of_groups.shape[1])
+    return np.einsum("goi,gi->go", outputs, of_groups).reshape(-1)
 
 
 def _with_rounded_state(

@@ -30,10 +30,10 @@ class InputRows:
         """One sample's input in the quantized and the float32 flow; ``tokens`` picks rows of a matmul."""
         seed = int(self._rng.integers(1 << 31))  # the same rows of both
         activation, weights = self._activation, None
-        if activation is not None and activation.factors is not None:
+        if activation is not None and activation.changes_weights:
             if not activation.by_rows:
                 received = activation.rounded(received)
-            exact = exact * activation.factors
+            exact = activation.prepared(exact)
         rows = [
             _patches(self.linear, x, tokens, self._most, np.random.default_rng(seed))
             for x in (received, exact)

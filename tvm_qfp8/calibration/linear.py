@@ -85,10 +85,10 @@ class Linear:
 
     def meeting(self, activation: ActivationQuantization) -> Linear:
         """The layer with the weight that meets an activation as it is rounded."""
-        if activation.factors is None:
+        if not activation.changes_weights:
             return self
         axis = self.weight_axis if self.is_depthwise else 0
-        return replace(self, weight=activation.divided(self.weight, axis))
+        return replace(self, weight=activation.met_by(self.weight, axis))
 
     def per_channel(self, vector: np.ndarray) -> np.ndarray:
         """A vector of output channels, in a shape that broadcasts to the operator's result."""

@@ -9,6 +9,7 @@ import numpy as np
 from tvm_qfp8.calibration.fake_quantize import fake_quantize, fake_quantize_rows
 from tvm_qfp8.distribution import Distribution
 from tvm_qfp8.quantize import QTensor
+from tvm_qfp8.topi.rotation import restored, rotated
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class ActivationQuantization:
         What channels are multiplied by before they are rounded; the weights that meet them are divided by it. With a
         scale for each row outliers move from activations to weights (Xiao et al., "SmoothQuant", ICML 2023). With one
         scale they are powers of two, and make a scale for each channel; all that reads the tensor is depthwise.
+    rotation : int
+        The order of the matrix by which rows are rotated after that (``topi/rotation.py``), and the weights that meet
+        them against it; 1: they are not. Only with a scale for each row.
     by_samples : bool
         Of scales found at run time: one for each sample of the batch instead of each row.
     """
@@ -33,6 +37,7 @@ class ActivationQuantization:
     scale: float | None
     factors: np.ndarray | None = None
     by_samples: bool = False
+    rotation: int = 1
 
     @property
     def by_rows(self) -> bool:
@@ -48,22 +53,35 @@ class ActivationQuantization:
     def described(self) -> str:
         """The layout, and what has scales of its own."""
         if self.scale is None:
-            return f"{self.layout} by {'sample' if self.by_samples else 'row'}"
+            rotated = ", rotated" if self.rotation > 1 else ""
+            return f"{self.layout} by {'sample' if self.by_samples else 'row'}{rotated}"
         return self.layout if self.factors is None else f"{self.layout} by channel"
 
-    def rounded(self, x: np.ndarray) -> np.ndarray:
-        """What a layer reads for ``x (..., channels)``: values on the grid, factors included."""
+    @property
+    def changes_weights(self) -> bool:
+        """Whether weights that meet it are others than those that meet the exact activation."""
+        return self.factors is not None or self.rotation > 1
+
+    def prepared(self, x: np.ndarray) -> np.ndarray:
+        """``x (..., channels)`` as it is rounded: by factors, and rotated."""
         x = x if self.factors is None else x * self.factors
+        return x if self.rotation == 1 else rotated(x, self.rotation)
+
+    def rounded(self, x: np.ndarray) -> np.ndarray:
+        """What a layer reads for ``x (..., channels)``: values on the grid, prepared."""
+        x = self.prepared(x)
         if self.scale is None:
             rows = x.reshape(len(x), -1) if self.by_samples else x
             return fake_quantize_rows(rows, self.layout).reshape(x.shape)
         return fake_quantize(x, self.layout, self.scale)
 
-    def divided(self, weight: np.ndarray, axis: int) -> np.ndarray:
-        """A weight that meets this activation, float32; its input channels are on ``axis``."""
-        if self.factors is None:
-            return weight
-        return weight / self.factors.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+    def met_by(self, weight: np.ndarray, axis: int) -> np.ndarray:
+        """A weight that meets this activation as it is prepared, float32; its input channels are on ``axis``."""
+        if self.factors is not None:
+            weight = weight / self.factors.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+        if self.rotation > 1:
+            weight = np.moveaxis(restored(np.moveaxis(weight, axis, -1), self.rotation), -1, axis)
+        return weight
 
 
 @dataclass(frozen=True)

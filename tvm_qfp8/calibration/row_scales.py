@@ -2,34 +2,44 @@
 
 In transformers a few tokens and a few channels are a hundred times as large as the rest, and one scale for all leaves
 little of it. A row's scale is found when the row is there. Channels are evened out before: what an outlying channel is
-divided by, the weights that meet it are multiplied by (Xiao et al., "SmoothQuant", ICML 2023, section 4, with a
-strength of one half). Row scales cost a pass over the activation, so they must gain something.
+divided by, the weights that meet it are multiplied by (Xiao et al., "SmoothQuant", ICML 2023, section 4, with the
+strength that errs least). Linear layouts, which have the fewest steps for the bulk of values with outliers, may also
+have rows rotated (``topi/rotation.py``): then a row of LayerNorm's results loses as little in them as in E2M5. Row
+scales cost a pass over the activation, and a rotation another, so they must gain something.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from tvm_qfp8.calibration.activations import Choice, Observer
+from tvm_qfp8.calibration.activations import LINEAR_LAYOUTS, Choice, Observer
 from tvm_qfp8.calibration.fake_quantize import row_scales
 from tvm_qfp8.calibration.linear import COMPARED_CHANNELS, Linear
 from tvm_qfp8.calibration.output_error import row_weights
 from tvm_qfp8.calibration.plan import ActivationQuantization
+from tvm_qfp8.calibration.rows import Rows
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import quantize
 from tvm_qfp8.topi.overflow import INT32_LIMIT
+from tvm_qfp8.topi.rotation import largest_order
 
 LEAST_GAIN = 1.5
 """Of the energy of the layers' expected error."""
 
+ROTATION_GAIN = 1.25
+"""The same of a rotation."""
+
+STRENGTHS = (0.5, 0.4, 0.3)
+"""How much of the outliers goes to the weights: half after LayerNorm, less after GELU."""
+
+LEAST_ROWS = 16
+"""That tell the mean."""
+
 SMALLEST = 2.0**-10
 """Of the largest channel: smaller ones are evened out no further."""
-
-Rows = Callable[[], Iterable[np.ndarray]]
-"""Gives the rows of each sample's activation, float32 ``(rows, channels)``."""
 
 
 def can_have_row_scales(linears: Sequence[Linear]) -> bool:
@@ -51,88 +61,104 @@ def with_row_scales(
     choice : Choice
     linears : sequence of Linear
         The dense layers that read the activation.
-    rows : callable
-        The activation on calibration data; called several times.
+    rows : Rows
+        Of the activation on calibration data.
     layouts : sequence of str
         Those that hold the activation.
     weights : sequence of str
         Layouts that the layers' weights may have.
     """
-    factors = _factors(linears, rows)
-    if choice.activation is None or factors is None:
+    largest = rows.largest
+    if (
+        choice.activation is None
+        or not 0 < largest.max() < np.inf
+        or not any(w.weight.any() for w in linears)
+    ):
         return choice
-    depth, largest = len(factors), max(get_layout(name).max_grid for name in weights)
-    candidates = [
-        ActivationQuantization(layout, None, factors)
-        for layout in layouts
-        if depth * largest * get_layout(layout).max_grid < INT32_LIMIT
-    ]
+    depth, widest = len(largest), max(get_layout(name).max_grid for name in weights)
+    fitting = [name for name in layouts if depth * widest * get_layout(name).max_grid < INT32_LIMIT]
+    candidates = list(_candidates(fitting, linears, largest))
     if not candidates:
         return choice
-    plain, *errors = _expected_errors([choice.activation, *candidates], linears, rows, weights[0])
+    compared = [(part, row_weights(part)) for part in rows.some]
+    plain, *errors = (
+        _expected_error(one, linears, compared, weights[0]) * (ROTATION_GAIN if one.rotation > 1 else 1)
+        for one in (choice.activation, *candidates)
+    )
     best = int(np.argmin(errors))
     if errors[best] * LEAST_GAIN > plain:
         return choice
-    observer = Observer()
-    for part in rows():
-        values = part * factors
-        observer.record(values / row_scales(values, candidates[best].layout))
-    return replace(choice, activation=candidates[best], distribution=observer.distribution())
+    chosen, observer = candidates[best], Observer()
+    for part in rows.all():
+        values = chosen.prepared(part)
+        observer.record(values / row_scales(values, chosen.layout))
+    return replace(choice, activation=chosen, distribution=observer.distribution())
 
 
-def _factors(linears: Sequence[Linear], rows: Rows) -> np.ndarray | None:
-    """What channels are multiplied by, float32; None where activation or weights are zero.
+def _candidates(
+    layouts: Sequence[str], linears: Sequence[Linear], largest: np.ndarray
+) -> Iterator[ActivationQuantization]:
+    """What may become of rows whose channels' magnitudes are ``largest`` at most.
 
-    All 1 where a weight is also that of other layers.
+    All factors 1 and no rotation where a weight is also that of other layers.
     """
-    activation = np.max([np.abs(part).max(axis=0, initial=0.0) for part in rows()], axis=0)
-    weight = np.max([np.abs(linear.weight).max(axis=1) for linear in linears], axis=0)
-    if not (0 < activation.max() < np.inf and weight.max() > 0):
-        return None
     if any(linear.shares for linear in linears):
-        return np.ones(activation.shape, np.float32)
+        for layout in layouts:
+            yield ActivationQuantization(layout, None, np.ones(largest.shape, np.float32))
+        return
+    order = largest_order(len(largest))
+    for strength in STRENGTHS:
+        factors = _factors(linears, largest, strength)
+        for layout in layouts:
+            yield ActivationQuantization(layout, None, factors)
+            if layout in LINEAR_LAYOUTS and get_layout(layout).signed and order > 1:
+                yield ActivationQuantization(layout, None, factors, rotation=order)
+
+
+def _factors(linears: Sequence[Linear], activation: np.ndarray, strength: float) -> np.ndarray:
+    """What channels are multiplied by, float32."""
+    weight = np.max([np.abs(linear.weight).max(axis=1) for linear in linears], axis=0)
     activation, weight = (np.maximum(v, SMALLEST * v.max()).astype(np.float64) for v in (activation, weight))
-    logarithm = np.log2(weight / activation) / 2
+    logarithm = (1 - strength) * np.log2(weight) - strength * np.log2(activation)
     return np.exp2(logarithm - logarithm.mean()).astype(np.float32)
 
 
-def _expected_errors(
-    tried: Sequence[ActivationQuantization], linears: Sequence[Linear], rows: Rows, layout: str
-) -> list[float]:
-    """Energy of the layers' output error relative to each row's, were all rounding errors independent.
-
-    For each of ``tried``, of which all but the first have the same factors; weights in ``layout``.
-    """
-    energy: np.ndarray | float = 0.0
-    errors: list[np.ndarray | float] = [0.0] * len(tried)
-    for part in rows():
-        importance = row_weights(part)
-        energy = energy + importance @ np.square(part)
-        for index, activation in enumerate(tried):
-            difference = activation.rounded(part) / _factors_of(activation, linears[0]) - part
-            errors[index] = errors[index] + importance @ np.square(difference)
-    totals = [0.0] * len(tried)
-    for linear in linears:
-        gains = np.square(linear.weight).sum(axis=1, dtype=np.float64)
-        plain, evened = (_weight_error(linear, activation, energy, layout) for activation in tried[:2])
-        for index, error in enumerate(errors):
-            totals[index] += float(gains @ error)
-            totals[index] += evened if index else plain
-    return totals
-
-
-def _weight_error(
-    linear: Linear, activation: ActivationQuantization, energy: np.ndarray | float, layout: str
+def _expected_error(
+    activation: ActivationQuantization,
+    linears: Sequence[Linear],
+    rows: Sequence[tuple[np.ndarray, np.ndarray]],
+    layout: str,
 ) -> float:
-    """What rounding the weight that meets ``activation`` adds to it; ``energy`` is that of each input channel."""
-    weight = linear.weight
-    some = activation.divided(weight, 0)[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
-    off = (quantize(some, axis=1, layout=layout).dequantize() - some) * _factors_of(activation, linear)[
-        :, None
-    ]
-    return float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * weight.shape[1] / some.shape[1]
+    """Energy of the layers' output error, were all rounding errors independent.
 
+    What rounding the weights adds to the mean output counts for nothing: the bias makes up for it.
 
-def _factors_of(activation: ActivationQuantization, linear: Linear) -> np.ndarray:
-    channels = linear.weight.shape[0]
-    return np.ones(channels, np.float32) if activation.factors is None else activation.factors
+    Parameters
+    ----------
+    activation : ActivationQuantization
+    linears : sequence of Linear
+    rows : sequence of (rows, what each row's error counts)
+    layout : str
+        Of the weights.
+    """
+    error: np.ndarray | float = 0.0
+    energy: np.ndarray | float = 0.0
+    mean: np.ndarray | float = 0.0
+    weights, count = 0.0, 0
+    for part, counts in rows:
+        prepared = activation.prepared(part)
+        error = error + counts @ np.square(activation.rounded(part) - prepared)
+        energy = energy + counts @ np.square(prepared)
+        mean = mean + counts @ prepared
+        weights, count = weights + float(counts.sum()), count + len(part)
+    if count >= LEAST_ROWS:
+        energy = np.maximum(energy - np.square(mean) / weights, 0.0)
+    total = 0.0
+    for linear in linears:
+        weight = activation.met_by(linear.weight, 0)
+        total += float(np.square(weight).sum(axis=1, dtype=np.float64) @ error)
+        some = weight[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
+        off = quantize(some, axis=1, layout=layout).dequantize() - some
+        share = weight.shape[1] / some.shape[1]
+        total += float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * share
+    return total

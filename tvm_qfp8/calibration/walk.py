@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -37,6 +38,7 @@ from tvm_qfp8.calibration.output_error import OutputError
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
 from tvm_qfp8.calibration.rounding import can_round, rounded_on_data
+from tvm_qfp8.calibration.rows import StoredRows
 from tvm_qfp8.calibration.samples import Batches, samples_of
 from tvm_qfp8.calibration.spill import Spill
 from tvm_qfp8.calibration.tabulated import tabulated_steps
@@ -200,11 +202,10 @@ class Walk:
             if name not in self.observers:  # a module input or another quantized operator's result
                 for sample in range(self.samples):
                     self._record(name, self._read(name, self._flow(name), sample), sample)
-            samples = range(min(self.samples, ROW_SAMPLES))
             choice = self.chooser.choose(
                 self.observers.pop(name),
                 self.readers.get(name, []),
-                lambda: (self._rows(name, sample) for sample in samples),
+                StoredRows(partial(self._rows, name), min(self.samples, ROW_SAMPLES)),
                 self.grades.get(name, ANY),
             )
             self.choices[name], activation = choice, choice.activation
@@ -237,7 +238,10 @@ class Walk:
         layouts = WEIGHTS if linear.is_depthwise else self.grades.get(source, ANY).weights
         if linear.shares:
             same = linear.shares, layouts
-            codes = self.nearest.get(same) or self.nearest.setdefault(same, quantized_weight(linear, layouts))
+            if same not in self.nearest:
+                found = quantized_weight(linear, layouts)
+                self.nearest[same] = self.nearest.setdefault((linear.shares, (found.layout,)), found)
+            codes = self.nearest[same]
         elif can_round(linear):
             nearest = [quantized_weight(meets, (layout,)) for layout in layouts]
             codes = rounded_on_data(meets, nearest, self._input_rows(meets, choice.activation))
