@@ -67,8 +67,11 @@ def with_encoded_rows(
             source = step.value.args[0]
             group = group_of.get(source)
             stays = reads[source] > 1 or source in results
-            free = group is not None and group.encode_rows is None
-            if group is not None and free and _can_encode(group, step.value, stays, on_cpu):
+            if (
+                group is not None
+                and group.encode_rows is None
+                and _can_encode(group, step.value, stays, on_cpu)
+            ):
                 group.encode_rows = step.var, step.value
                 if on_cpu and not stays:
                     group.outputs.remove(source)
