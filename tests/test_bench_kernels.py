@@ -79,10 +79,12 @@ def test_the_script_writes_what_it_found(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())
     assert [case["case"] for case in record["cases"]] == ["1x1024x1024"]
+    is_tuned = "default_schedule_share" in record["cases"][0]  # where the log has this CPU and shape
     assert [bar["name"] for bar in record["bars"]] == [
         "GEMV 1024, float32",
         "GEMV 1024, int8",
         "GEMV 1024 in linear layouts, int8",
+        *(["default schedules, share of tuned speed, least"] if is_tuned else []),
     ]
     assert record["machine"]["instruction_set"]
 
