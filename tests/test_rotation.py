@@ -68,9 +68,10 @@ def sizes(*shape):
 
 
 def check(found, x, factors, rotation):
-    expected = reference.encode_rows(x, get_layout("E1M6"), factors, rotation)
-    for got, wanted in zip(found, expected, strict=False):
-        np.testing.assert_array_equal(got, wanted)
+    expected_codes, expected_scales = reference.encode_rows(x, get_layout("E1M6"), factors, rotation)
+    codes, scales, *_ = found
+    np.testing.assert_array_equal(codes, expected_codes)
+    np.testing.assert_array_equal(scales, expected_scales)
 
 
 @pytest.mark.parametrize("isa", RUNS)

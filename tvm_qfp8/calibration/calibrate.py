@@ -13,8 +13,9 @@ from tvm_qfp8.calibration.activations import LAYOUTS, LINEAR_LAYOUTS
 from tvm_qfp8.calibration.choose_activation import FLOAT32, ActivationChooser, Grade
 from tvm_qfp8.calibration.embeddings import quantized_embeddings
 from tvm_qfp8.calibration.evaluate import Program
-from tvm_qfp8.calibration.grades import compare_grades
+from tvm_qfp8.calibration.grades import within_budget
 from tvm_qfp8.calibration.linear import find_linear
+from tvm_qfp8.calibration.losses import compare_grades
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.samples import Batches, first_samples
 from tvm_qfp8.calibration.spill import Spill
@@ -125,7 +126,7 @@ def calibrate(
         sums: set[str] = set()
         if config.activations == "auto" and first:
             compared = compare_grades(program, steps, first, options["chooser"], token_mask, progress)
-            grades = compared.within_budget(config.byte_loss_db)
+            grades = within_budget(compared, config.byte_loss_db)
             sums = sums_as_codes(compared, grades, first, config.byte_loss_db)
         walk = Walk(program, steps, spill, plan, token_mask=token_mask, grades=grades, sums=sums, **options)
         plan.samples = walk.spill_inputs(samples or ())

@@ -69,11 +69,14 @@ class ActivationQuantization:
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
         """What a layer reads for ``x (..., channels)``: values on the grid, prepared."""
-        x = self.prepared(x)
+        return self.on_grid(self.prepared(x))
+
+    def on_grid(self, prepared: np.ndarray) -> np.ndarray:
+        """What is prepared, rounded."""
         if self.scale is None:
-            rows = x.reshape(len(x), -1) if self.by_samples else x
-            return fake_quantize_rows(rows, self.layout).reshape(x.shape)
-        return fake_quantize(x, self.layout, self.scale)
+            rows = prepared.reshape(len(prepared), -1) if self.by_samples else prepared
+            return fake_quantize_rows(rows, self.layout).reshape(prepared.shape)
+        return fake_quantize(prepared, self.layout, self.scale)
 
     def met_by(self, weight: np.ndarray, axis: int) -> np.ndarray:
         """A weight that meets this activation as it is prepared, float32; its input channels are on ``axis``."""

@@ -77,18 +77,23 @@ def with_row_scales(
         return choice
     depth, widest = len(largest), max(get_layout(name).max_grid for name in weights)
     fitting = [name for name in layouts if depth * widest * get_layout(name).max_grid < INT32_LIMIT]
-    candidates = list(_candidates(fitting, linears, largest))
+    compared = [(part, row_weights(part)) for part in rows.some]
+
+    def errors(alike: list[ActivationQuantization]) -> list[float]:
+        return _expected_errors(alike, linears, compared, weights[0])
+
+    candidates = [
+        (error * (ROTATION_GAIN if one.rotation > 1 else 1), one)
+        for alike in _candidates(fitting, linears, largest)
+        for error, one in zip(errors(alike), alike, strict=True)
+    ]
     if not candidates:
         return choice
-    compared = [(part, row_weights(part)) for part in rows.some]
-    plain, *errors = (
-        _expected_error(one, linears, compared, weights[0]) * (ROTATION_GAIN if one.rotation > 1 else 1)
-        for one in (choice.activation, *candidates)
-    )
-    best = int(np.argmin(errors))
-    if errors[best] * LEAST_GAIN > plain:
+    least, chosen = min(candidates, key=lambda candidate: candidate[0])
+    (plain,) = errors([choice.activation])
+    if least * LEAST_GAIN > plain:
         return choice
-    chosen, observer = candidates[best], Observer()
+    observer = Observer()
     for part in rows.all():
         values = chosen.prepared(part)
         observer.record(values / row_scales(values, chosen.layout))
@@ -97,22 +102,21 @@ def with_row_scales(
 
 def _candidates(
     layouts: Sequence[str], linears: Sequence[Linear], largest: np.ndarray
-) -> Iterator[ActivationQuantization]:
-    """What may become of rows whose channels' magnitudes are ``largest`` at most.
+) -> Iterator[list[ActivationQuantization]]:
+    """What may become of rows whose channels' magnitudes are ``largest`` at most, what is prepared alike together.
 
     All factors 1 and no rotation where a weight is also that of other layers.
     """
     if any(linear.shares for linear in linears):
-        for layout in layouts:
-            yield ActivationQuantization(layout, None, np.ones(largest.shape, np.float32))
+        yield [ActivationQuantization(layout, None, np.ones(largest.shape, np.float32)) for layout in layouts]
         return
     order = largest_order(len(largest))
+    rotatable = [name for name in layouts if name in LINEAR_LAYOUTS and get_layout(name).signed]
     for strength in STRENGTHS:
         factors = _factors(linears, largest, strength)
-        for layout in layouts:
-            yield ActivationQuantization(layout, None, factors)
-            if layout in LINEAR_LAYOUTS and get_layout(layout).signed and order > 1:
-                yield ActivationQuantization(layout, None, factors, rotation=order)
+        yield [ActivationQuantization(layout, None, factors) for layout in layouts]
+        if order > 1 and rotatable:
+            yield [ActivationQuantization(layout, None, factors, rotation=order) for layout in rotatable]
 
 
 def _factors(linears: Sequence[Linear], activation: np.ndarray, strength: float) -> np.ndarray:
@@ -123,42 +127,50 @@ def _factors(linears: Sequence[Linear], activation: np.ndarray, strength: float)
     return np.exp2(logarithm - logarithm.mean()).astype(np.float32)
 
 
-def _expected_error(
-    activation: ActivationQuantization,
+def _expected_errors(
+    alike: Sequence[ActivationQuantization],
     linears: Sequence[Linear],
     rows: Sequence[tuple[np.ndarray, np.ndarray]],
     layout: str,
-) -> float:
+) -> list[float]:
     """Energy of the layers' output error, were all rounding errors independent.
 
     What rounding the weights adds to the mean output counts for nothing: the bias makes up for it.
 
     Parameters
     ----------
-    activation : ActivationQuantization
+    alike : sequence of ActivationQuantization
+        That prepare rows, and the weights that meet them, in the same way.
     linears : sequence of Linear
     rows : sequence of (rows, what each row's error counts)
     layout : str
         Of the weights.
     """
-    error: np.ndarray | float = 0.0
+    if not alike:
+        return []
+    errors: list[np.ndarray | float] = [0.0] * len(alike)
     energy: np.ndarray | float = 0.0
     mean: np.ndarray | float = 0.0
     weights, count = 0.0, 0
     for part, counts in rows:
-        prepared = activation.prepared(part)
-        error = error + counts @ np.square(activation.rounded(part) - prepared)
+        prepared = alike[0].prepared(part)
+        for index, activation in enumerate(alike):
+            difference = activation.on_grid(prepared) - prepared
+            errors[index] = errors[index] + counts @ np.square(difference)
         energy = energy + counts @ np.square(prepared)
         mean = mean + counts @ prepared
         weights, count = weights + float(counts.sum()), count + len(part)
     if count >= LEAST_ROWS:
         energy = np.maximum(energy - np.square(mean) / weights, 0.0)
-    total = 0.0
+    totals = [0.0] * len(alike)
     for linear in linears:
-        weight = activation.met_by(linear.weight, 0)
-        total += float(np.square(weight).sum(axis=1, dtype=np.float64) @ error)
+        weight = alike[0].met_by(linear.weight, 0)
+        gains = np.square(weight).sum(axis=1, dtype=np.float64)
         some = weight[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
         off = quantize(some, axis=1, layout=layout).dequantize() - some
         share = weight.shape[1] / some.shape[1]
-        total += float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * share
-    return total
+        of_weight = float(np.square(off).sum(axis=1, dtype=np.float64) @ energy) * share
+        totals = [
+            total + float(gains @ error) + of_weight for total, error in zip(totals, errors, strict=True)
+        ]
+    return totals

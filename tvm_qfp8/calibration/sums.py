@@ -15,8 +15,9 @@ import numpy as np
 
 from tvm_qfp8.calibration.choose_activation import ANY, Grade
 from tvm_qfp8.calibration.evaluate import Program, Step, TensorSpec
-from tvm_qfp8.calibration.grades import LEAST_DB, Comparison
+from tvm_qfp8.calibration.grades import LEAST_DB
 from tvm_qfp8.calibration.linear import Linear
+from tvm_qfp8.calibration.losses import Comparison
 from tvm_qfp8.calibration.plan import ActivationQuantization
 from tvm_qfp8.calibration.propagate import Change, Overlay
 
