@@ -35,7 +35,8 @@ def test_a_rotation_is_a_product_with_a_hadamard_matrix(order):
 
 
 @pytest.mark.parametrize(
-    "channels, order", [(384, 16), (64, 16), (96, 8), (120, 1), (48, 1), (16, 1), (1, 1)]
+    "channels, order",
+    [(384, 16), (64, 16), (96, 8), (120, 8), (144, 8), (32, 8), (100, 1), (24, 1), (16, 1), (1, 1)],
 )
 def test_the_order_divides_rows_into_vectors(channels, order):
     assert largest_order(channels) == order
@@ -77,7 +78,8 @@ def check(found, x, factors, rotation):
 @pytest.mark.parametrize("isa", RUNS)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
-    "rows, channels, rotation", [(37, 384, 16), (1, 96, 8), (5, 320, 16), (700, 64, 16), (0, 64, 16)]
+    "rows, channels, rotation",
+    [(37, 384, 16), (1, 96, 8), (5, 320, 16), (700, 64, 16), (0, 64, 16), (6, 120, 8), (6, 40, 8)],
 )
 def test_encode_is_its_twin(isa, threads, rows, channels, rotation):
     """Vectors of a part of the channels are shorter than a register, equal, or overlap."""

@@ -23,16 +23,22 @@ from tvm import tirx
 from tvm_qfp8.topi.float_contract import add, bind, sub
 from tvm_qfp8.topi.prim_func import store, vector_runs
 
-ORDERS = 16, 8
-"""Higher ones spread outliers hardly better, and their vectors do not fit the registers; lower ones spread little."""
+HIGH, LOW = 16, 8
+"""Orders. Higher ones spread outliers hardly better, and their vectors do not fit the registers; lower ones spread little.
+"""
 
 LEAST_STEP = 4
-"""Channels that are added together lie a vector apart at least."""
+"""Channels that are added together lie a vector of the shortest registers apart at least."""
 
 
 def largest_order(channels: int) -> int:
-    """The order for rows of so many channels; 1 where there is none."""
-    return next((order for order in ORDERS if channels % (order * LEAST_STEP) == 0), 1)
+    """The order for rows of so many channels; 1 where there is none.
+
+    The high one only for steps of whole vectors: the rest of a step takes as long as a vector.
+    """
+    if channels % (HIGH * LEAST_STEP) == 0:
+        return HIGH
+    return LOW if channels % LOW == 0 and channels // LOW >= LEAST_STEP else 1
 
 
 def rotated(x: np.ndarray, order: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.contents import Contents, contents
-from tvm_qfp8.calibration.linear import LINEAR
+from tvm_qfp8.calibration.linear import LINEAR, input_axis
 from tvm_qfp8.calibration.plan import QuantizationPlan
 from tvm_qfp8.calibration.recurrent_layer import RECURRENT
 from tvm_qfp8.config import Config
@@ -144,8 +144,8 @@ def _linear(layer: str, value: relax.Call, short: str, plan: QuantizationPlan) -
     shape = [-1 if axis == weight.axis else 1 for axis in range(weight.codes.ndim)]
     # As it meets the activation the weight lies on the grid.
     real = constants[0]
-    if activation is not None:
-        real = activation.met_by(real, 0 if activation.by_rows else weight.axis or 0)
+    if activation is not None and activation.changes_weights:
+        real = activation.met_by(real, input_axis(op_name(value), value.attrs))
     steps = real / np.asarray(weight.scale).reshape(shape if weight.axis is not None else ())
     after = quantization.weight.codes.nbytes + np.asarray(quantization.weight.scale).nbytes
     kind = "QFP8 weights" if activation is None else "QFP8"

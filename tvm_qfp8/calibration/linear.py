@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,13 @@ COMPARED_CHANNELS = 64
 
 LINEAR = ("relax.matmul", "relax.nn.conv2d", "relax.nn.conv2d_transpose")
 """Linear operators of canonical form."""
+
+
+def input_axis(operator: str, attrs: Any) -> int:
+    """Of a linear call's weight: that of the channels of what it reads, of a depthwise convolution's those of both."""
+    if operator == "relax.matmul":
+        return 0
+    return str(attrs.kernel_layout).index("I" if int(attrs.groups) == 1 else "O")
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class Linear:
         """The layer with the weight that meets an activation as it is rounded."""
         if not activation.changes_weights:
             return self
-        axis = self.weight_axis if self.is_depthwise else 0
+        axis = input_axis(self.step.operator, self.step.attrs)
         return replace(self, weight=activation.met_by(self.weight, axis))
 
     def per_channel(self, vector: np.ndarray) -> np.ndarray:

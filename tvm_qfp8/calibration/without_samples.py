@@ -1,15 +1,8 @@
 """Quantization without calibration samples: weights, and what linear layers read, by scales found at run time.
 
-A scale for each row (token, pixel) of what a dense layer reads is decided by the row alone (``topi.encode_rows``), one
-for each sample of what other convolutions read by the sample (``topi.encode_samples``), so they need no data;
-onnxruntime and torch call this dynamic quantization. It is a pass over the activation, which convolutions of few
-multiply-adds for each value, such as depthwise ones, would not win back: they stay float32.
-
-Nothing is known of outliers, so activations are E3M4: its grid spans 2000 to 1, and it keeps 5 significant bits of all
-but the smallest. results/accuracy.json has what that costs ("qfp8 without samples"). E2M5 errs somewhat more where
-channels have outliers, as in language models, E1M6 far more; but its bytes multiply twice as fast. Pixels are E2M5:
-the channels of a convolution are evened out by the normalisation that it was trained with. What is never negative
-(``nonnegative``) has a layout without a sign.
+Most linear layers read codes whose scales are found at run time (``run_time_scales``); onnxruntime and torch call this
+dynamic quantization. It is a pass over the activation, which convolutions of few multiply-adds for each value, such as
+depthwise ones, would not win back: they stay float32.
 
 Weights that meet codes are linear: tile registers and Arm's dot products multiply bytes by anything faster. Outputs of
 transformers lose one to two decibels by it, those of convolutional networks nothing or gain.
@@ -27,7 +20,7 @@ Products of two activations (attention) read codes with a scale for each sample,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,16 +31,9 @@ from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, Linear, LinearSteps, Pro
 from tvm_qfp8.calibration.nonnegative import nonnegative
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
+from tvm_qfp8.calibration.run_time_scales import reads_image, with_scales_at_run_time
 from tvm_qfp8.calibration.saturation import saturated
 from tvm_qfp8.format import get_layout
-from tvm_qfp8.quantize import QTensor
-from tvm_qfp8.topi.overflow import INT32_LIMIT, largest_sum
-
-ROWS, PIXELS, IMAGES = ("E3M4", "E2M5"), ("E2M5",), ("E3M4", "E2M5")
-"""Layouts of what dense layers read, 1x1 convolutions, and others: the first whose sums fit int32."""
-
-ROWS_ABOVE_ZERO, PIXELS_ABOVE_ZERO, IMAGES_ABOVE_ZERO = ("UE3M5", "UE2M6"), ("UE1M7",), ("UE2M6",)
-"""The same where no value is negative. UE1M7 holds all values of E2M5's grid, and its bytes multiply twice as fast."""
 
 LIMITED = "UE2M6"
 """Layout of values whose limit is known; many are far below it."""
@@ -59,10 +45,6 @@ gives, whose rows have scales of their own, such as with values: keys have outli
 STATE = "E1M6"
 """Layout of the hidden state of a recurrent layer: a step errs by 0.2 % of the limit, and bytes multiply twice as fast,
 which is most of the layer's time."""
-
-COLOURS, COLOUR_LAYOUTS = 3, ("E1M6",)
-"""Channels of an image that is the module's input: they have one unit, and their steps are even, as pixels' are. One
-channel may be a spectrogram, which spans more than eight bits."""
 
 LEAST_MACS = 32
 """For each value that a convolution reads."""
@@ -115,9 +97,9 @@ def quantize_without_samples(
         if auto and linear.source in limits:
             plan.linear[name] = _with_known_scale(linear, limits[linear.source], same)
         elif reason is None:
-            layouts = _layouts(linear, inputs, above_zero) if auto else (activations,)
-            weight = quantized_weight(linear, LINEAR_WEIGHTS) if same is None else same.weight
-            plan.linear[name] = LinearQuantization(weight, _at_run_time(linear, weight, layouts))
+            layout = None if auto else activations
+            is_input, is_above_zero = linear.source in inputs, linear.source in above_zero
+            plan.linear[name] = with_scales_at_run_time(linear, layout, is_input, is_above_zero, same)
         else:
             weight = quantized_weight(linear) if same is None else same.weight
             plan.linear[name] = LinearQuantization(weight, note=reason)
@@ -203,35 +185,6 @@ def _reason_for_float32(
     if linear.step.operator != "relax.matmul" and linear.macs < LEAST_MACS * math.prod(shape):
         return FEW_MACS
     if activations == "auto":
-        return IS_INPUT if linear.source in inputs and not _reads_image(linear) else None
+        return IS_INPUT if linear.source in inputs and not reads_image(linear) else None
     fits = get_layout(activations).signed or linear.source in above_zero
     return None if fits else NEVER_NEGATIVE.format(activations)
-
-
-def _reads_image(linear: Linear) -> bool:
-    """A convolution over the pixels of an image of three colours."""
-    attrs = linear.step.attrs
-    if linear.step.operator != "relax.nn.conv2d" or int(attrs.groups) != 1:
-        return False
-    extents = dict(zip(attrs.kernel_layout, linear.weight.shape, strict=True))
-    return extents["I"] == COLOURS and min(extents["H"], extents["W"]) > 1
-
-
-def _layouts(linear: Linear, inputs: set[str], above_zero: set[str]) -> Sequence[str]:
-    is_above = linear.source in above_zero
-    if linear.source in inputs:
-        return COLOUR_LAYOUTS
-    if linear.step.operator == "relax.matmul":
-        return ROWS_ABOVE_ZERO if is_above else ROWS
-    if linear.reads_rows:
-        return PIXELS_ABOVE_ZERO if is_above else PIXELS
-    return IMAGES_ABOVE_ZERO if is_above else IMAGES
-
-
-def _at_run_time(linear: Linear, weight: QTensor, layouts: Sequence[str]) -> ActivationQuantization:
-    """The first of ``layouts`` whose sums fit int32, else the last."""
-    assert weight.axis is not None
-    for layout in layouts:
-        if largest_sum(weight.codes, weight.axis, weight.layout, layout) < INT32_LIMIT:
-            break
-    return ActivationQuantization(layout, scale=None, by_samples=not linear.reads_rows)
