@@ -24,8 +24,8 @@ from tvm_qfp8.topi.float_contract import add, bind, sub
 from tvm_qfp8.topi.prim_func import store, vector_runs
 
 HIGH, LOW = 16, 8
-"""Orders. Higher ones spread outliers hardly better, and their vectors do not fit the registers; lower ones spread little.
-"""
+"""Orders. Higher ones spread outliers hardly better, and their vectors do not fit the registers; lower ones spread
+little."""
 
 LEAST_STEP = 4
 """Channels that are added together lie a vector of the shortest registers apart at least."""

@@ -21,22 +21,27 @@ class Grade:
     activations, weights : tuple of str
     cost : int
         Of a multiply-add, relative.
+    by_pixel : bool
+        Whether pixels that 1x1 convolutions read have scales of their own, too, as rows of dense layers may.
     """
 
     activations: tuple[str, ...]
     weights: tuple[str, ...]
     cost: int
+    by_pixel: bool = False
 
 
-ANY, NARROW, BYTES, LINEAR = (
+ANY, NARROW, BYTES, LINEAR_PIXELS, LINEAR = (
     Grade(LAYOUTS, WEIGHTS, 3),
     Grade(NARROW_LAYOUTS, WEIGHTS, 2),
     Grade(LAYOUTS, LINEAR_WEIGHTS, 2),
+    Grade(LINEAR_LAYOUTS, LINEAR_WEIGHTS, 1, by_pixel=True),
     Grade(LINEAR_LAYOUTS, LINEAR_WEIGHTS, 1),
 )
 """Linear grid values are bytes, multiplied twice as fast as int16 values with VNNI. Layouts of three exponent bits take
 two products of tiles or on tensor cores, where sums of their large grid values would soon be inexact in float32, but
-one of int16 values; their cost stands for both. Weights that are bytes meet any activation in two products of bytes."""
+one of int16 values; their cost stands for both. Weights that are bytes meet any activation in two products of bytes.
+Scales of pixels are found in a pass over the activation."""
 
 FLOAT32 = "float32"
 """Stands for no layout."""
@@ -81,6 +86,6 @@ class ActivationChooser:
             return choice
         if can_have_channel_scales(linears):
             return with_channel_scales(choice, linears, rows, lambda seen: seen.choose(allowed, self.method))
-        if not can_have_row_scales(linears):
+        if not can_have_row_scales(linears, grade.by_pixel):
             return choice
         return with_row_scales(choice, linears, rows, observer.holding(grade.activations), grade.weights)

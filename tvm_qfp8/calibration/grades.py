@@ -7,9 +7,9 @@ blocks, at two products of bytes for any activation (``product_time``). Cheaper 
 matters, though, and how much that costs differs from tensor to tensor by a factor of a thousand. So the error of each
 activation and the weights that it meets, in their best layouts and in cheaper ones, is compared at the module's
 outputs, all else in float32; tensors are taken in the order of error for each multiply-add, up to a budget, and none
-where that makes up little of the network. Where weights in bytes would save much of the time that is left, they get a
-budget of their own. The choice does not look at the target: a module gives the same bits
-everywhere.
+where that makes up little of the network. Pixels that 1x1 convolutions read lose little in linear layouts by scales of
+their own, and rotated (``row_scales``), which takes a pass. Where weights in bytes would save much of the time that is
+left, they get a budget of their own. The choice does not look at the target: a module gives the same bits everywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from tvm_qfp8.calibration.choose_activation import ANY, BYTES, LINEAR, NARROW, Grade
+from tvm_qfp8.calibration.choose_activation import ANY, BYTES, LINEAR, LINEAR_PIXELS, NARROW, Grade
 from tvm_qfp8.calibration.losses import Comparison, macs_of
 from tvm_qfp8.calibration.product_time import MACS, product_time
 from tvm_qfp8.calibration.recurrent_layer import Recurrent
@@ -35,6 +35,9 @@ WEIGHT_SHARE = 0.15
 ELEMENT_TIME = 0.03
 """Of what is written between the products, for each value, in the unit of ``product_time``: what is left of the times
 of MobileNetV2, MiniLM and PP-OCR, 0.02 to 0.04."""
+
+PASS_COST = 50
+"""Of finding the scale of a pixel and encoding it, for each value, in multiply-adds of bytes with VNNI."""
 
 LEAST_DB = 12.0
 """Unless asked to, outputs of more estimated error lose nothing: long chains of layers, as in language models, have
@@ -60,7 +63,7 @@ def within_budget(compared: Comparison, byte_loss_db: float | None) -> dict[str,
         most = alone * 10 ** (byte_loss_db / 10)
     budget = max(most - alone, 0.0)
     free = {name: LINEAR for name in compared.readers if compared.loss(name, LINEAR) == 0}
-    chosen = _bought(compared, free, budget, (NARROW, LINEAR), _cost)
+    chosen = _bought(compared, free, budget, (NARROW, LINEAR_PIXELS, LINEAR), _cost)
     saved = sum(_cost(compared, name, ANY) - _cost(compared, name, grade) for name, grade in chosen.items())
     if saved < LEAST_SHARE * sum(map(macs_of, compared.readers.values())):
         chosen = free
@@ -121,7 +124,8 @@ def _cost(compared: Comparison, name: str, grade: Grade) -> float:
     """Of the multiply-adds by the layouts alone."""
     best = compared.roundings[name, ANY].activation
     is_narrow = grade is ANY and best is not None and best.layout in NARROW.activations
-    return macs_of(compared.readers[name]) * (NARROW if is_narrow else grade).cost
+    passes = PASS_COST * compared.sizes[name] if grade.by_pixel else 0
+    return macs_of(compared.readers[name]) * (NARROW if is_narrow else grade).cost + passes
 
 
 def _time(compared: Comparison, name: str, grade: Grade) -> float:
@@ -134,7 +138,8 @@ def _time(compared: Comparison, name: str, grade: Grade) -> float:
     layout = rounding.activation.layout
     if isinstance(readers, Recurrent):
         return readers.macs / MACS * (1 if layout in LINEAR.activations else 2)
-    return sum(
+    passes = ELEMENT_TIME * compared.sizes[name] if grade.by_pixel else 0
+    return passes + sum(
         product_time(linear, layout, rounding.weights[linear.step.name].layout)
         for linear in readers
         if linear.macs and not linear.is_depthwise

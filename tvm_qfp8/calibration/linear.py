@@ -78,6 +78,11 @@ class Linear:
         return plain and not any(map(int, attrs.padding)) and attrs.data_layout == attrs.out_layout == "NHWC"
 
     @property
+    def matrix(self) -> np.ndarray:
+        """The weight of what reads rows, ``(channels, out_channels)``."""
+        return np.moveaxis(self.weight, self.weight_axis, -1).reshape(-1, self.weight.shape[self.weight_axis])
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of one call."""
         outputs = int(np.prod(self.step.spec.shape))  # type: ignore[union-attr]

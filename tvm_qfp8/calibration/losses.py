@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 
 from tvm_qfp8.calibration.activations import Observer
-from tvm_qfp8.calibration.choose_activation import ANY, BYTES, LINEAR, NARROW, ActivationChooser, Grade
+from tvm_qfp8.calibration.choose_activation import (
+    ANY,
+    BYTES,
+    LINEAR,
+    LINEAR_PIXELS,
+    NARROW,
+    ActivationChooser,
+    Grade,
+)
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.linear import Linear, LinearSteps, quantized_weight, read_only_by_linears
 from tvm_qfp8.calibration.plan import ActivationQuantization
@@ -95,19 +103,26 @@ class Comparison:
         self.program, self.readers = program, readers
         self.chooser, self.token_mask, self.compared = chooser, token_mask, Compared(program)
         self.observers = {name: Observer() for name in readers}
+        self.sizes = dict.fromkeys(readers, 0)
+        """Values of each tensor."""
         self.means: dict[str, Any] = dict.fromkeys(readers, 0.0)
         """Of each channel, summed over the samples observed."""
         self.observed = observed
+        dense = {name: linears for name, linears in readers.items() if isinstance(linears, list)}
         self.rows = {
             name: KeptRows(observed)
-            for name, linears in readers.items()
-            if isinstance(linears, list) and can_have_row_scales(linears)
+            for name, linears in dense.items()
+            if can_have_row_scales(linears, by_pixel=True)
         }
-        """Where rows may have scales of their own."""
+        """Where rows may have scales of their own, or pixels."""
+        self.pixels = {name for name in self.rows if not can_have_row_scales(dense[name])}
+        """Where 1x1 convolutions read them."""
         self.roundings: dict[tuple[str, Grade], Rounding] = {}
         self.activation_alone = dict.fromkeys(readers, 0.0)
         self.samples = 0
-        self.lost = {grade: dict.fromkeys(readers, 0.0) for grade in (ANY, NARROW, BYTES, LINEAR)}
+        self.lost = {
+            grade: dict.fromkeys(readers, 0.0) for grade in (ANY, NARROW, BYTES, LINEAR_PIXELS, LINEAR)
+        }
 
     def observe(self, sample: Mapping[str, np.ndarray]) -> None:
         """Statistics of one sample's tensors."""
@@ -117,6 +132,7 @@ class Comparison:
             if name in self.observers:
                 rows = _valid_rows(_read(self.readers[name], name, values), mask)
                 self.observers[name].record(rows)
+                self.sizes[name] = rows.size
                 if name in self.rows:
                     self.rows[name].add(rows)
                 self.means[name] = self.means[name] + rows.mean(axis=0)
@@ -165,6 +181,8 @@ class Comparison:
             self.lost[NARROW][name] += best_lost if is_narrow else lost(name, self._rounding(name, NARROW))
             for grade in (BYTES, LINEAR):
                 self.lost[grade][name] += lost(name, self._rounding(name, grade))
+            of_pixels = self._rounding(name, LINEAR_PIXELS) if name in self.pixels else Rounding(None, {})
+            self.lost[LINEAR_PIXELS][name] += lost(name, of_pixels)
             yield count
 
     def _rounding(self, name: str, grade: Grade) -> Rounding:

@@ -6,6 +6,10 @@ divided by, the weights that meet it are multiplied by (Xiao et al., "SmoothQuan
 strength that errs least). Linear layouts, which have the fewest steps for the bulk of values with outliers, may also
 have rows rotated (``topi/rotation.py``): then a row of LayerNorm's results loses as little in them as in E2M5. Row
 scales cost a pass over the activation, and a rotation another, so they must gain something.
+
+In convolutional networks it is a few pixels that are far larger. There the pass is one more, since what computes an
+activation with one scale encodes it, too: pixels that 1x1 convolutions read get scales of their own only for linear
+layouts, whose products save more time than it takes (``grades.py``).
 """
 
 from __future__ import annotations
@@ -42,9 +46,11 @@ SMALLEST = 2.0**-10
 """Of the largest channel: smaller ones are evened out no further."""
 
 
-def can_have_row_scales(linears: Sequence[Linear]) -> bool:
-    """Only dense layers read it."""
-    return all(linear.step.operator == "relax.matmul" for linear in linears)
+def can_have_row_scales(linears: Sequence[Linear], by_pixel: bool = False) -> bool:
+    """Only dense layers read it, or with ``by_pixel`` 1x1 convolutions."""
+    return all(
+        linear.reads_rows if by_pixel else linear.step.operator == "relax.matmul" for linear in linears
+    )
 
 
 def with_row_scales(
@@ -121,7 +127,7 @@ def _candidates(
 
 def _factors(linears: Sequence[Linear], activation: np.ndarray, strength: float) -> np.ndarray:
     """What channels are multiplied by, float32."""
-    weight = np.max([np.abs(linear.weight).max(axis=1) for linear in linears], axis=0)
+    weight = np.max([np.abs(linear.matrix).max(axis=1) for linear in linears], axis=0)
     activation, weight = (np.maximum(v, SMALLEST * v.max()).astype(np.float64) for v in (activation, weight))
     logarithm = (1 - strength) * np.log2(weight) - strength * np.log2(activation)
     return np.exp2(logarithm - logarithm.mean()).astype(np.float32)
@@ -164,7 +170,7 @@ def _expected_errors(
         energy = np.maximum(energy - np.square(mean) / weights, 0.0)
     totals = [0.0] * len(alike)
     for linear in linears:
-        weight = alike[0].met_by(linear.weight, 0)
+        weight = alike[0].met_by(linear.matrix, 0)
         gains = np.square(weight).sum(axis=1, dtype=np.float64)
         some = weight[:, :: max(1, weight.shape[1] // COMPARED_CHANNELS)]
         off = quantize(some, axis=1, layout=layout).dequantize() - some

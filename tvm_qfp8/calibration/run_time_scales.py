@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, Linear, input_axis, quantized_weight
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization
-from tvm_qfp8.format import get_layout
 from tvm_qfp8.quantize import QTensor
 from tvm_qfp8.topi.overflow import INT32_LIMIT, largest_sum
 from tvm_qfp8.topi.rotation import largest_order
