@@ -72,19 +72,22 @@ def main() -> None:
 
 
 def collect(name: str, threads: int) -> Counter:
-    """Kernels of one model, calibrated as in the benchmarks: the layouts decide which kernels there are."""
+    """Kernels of one model, with samples and without as in the benchmarks: the layouts decide which there are."""
     import tvm_qfp8
     from tvm_qfp8.tuning.collect import collect_workloads
 
     print(f"reading {name}")
     model: Any = importlib.import_module(f"zoo.{name}")
-    return collect_workloads(
-        str(model.onnx_path()),
-        "native",
-        input_shapes=model.input_shapes(),
-        calibration=model.calibration(32),
-        config=tvm_qfp8.Config(threads=threads),
-    )
+    found: Counter = Counter()
+    for calibration in (model.calibration(32), None):
+        found += collect_workloads(
+            str(model.onnx_path()),
+            "native",
+            input_shapes=model.input_shapes(),
+            calibration=calibration,
+            config=tvm_qfp8.Config(threads=threads),
+        )
+    return found
 
 
 def collect_cases() -> Counter:
