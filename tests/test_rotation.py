@@ -108,32 +108,34 @@ def test_a_norm_encodes_its_rotated_rows(isa, is_read):
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("with_norm", [False, True])
-def test_cuda_gives_the_same_bits(with_norm, tmp_path):
+@pytest.mark.parametrize("channels, rotation", [(192, 16), (120, 8)])
+def test_cuda_gives_the_same_bits(with_norm, channels, rotation, tmp_path):
     """Its threads know their own elements of a row only, so a rotation is a kernel of its own."""
-    x, ones = sizes(9, 192), relax.const(np.ones(192, np.float32))
-    factors = np.exp2(random(192, seed=3))
+    x, ones = sizes(9, channels), relax.const(np.ones(channels, np.float32))
+    factors = np.exp2(random(channels, seed=3))
 
     def norm(builder, x):
         return builder.emit(relax.op.nn.layer_norm(x, ones, ones, axes=[-1], epsilon=1e-5))
 
     before = {"before": norm} if with_norm else {}
-    lowered = lowered_for_cuda(encoded(x.shape, factors, 16, **before))
+    lowered = lowered_for_cuda(encoded(x.shape, factors, rotation, **before))
     names = {var.name_hint for var in lowered.get_global_vars()}
     assert "encode_rows" in names
-    one = np.ones(192, np.float32)
+    one = np.ones(channels, np.float32)
     check(
         run_program(lowered, [x], tmp_path),
         reference.layer_norm(x, one, one, 1e-5) if with_norm else x,
         factors,
-        16,
+        rotation,
     )
 
 
 @pytest.mark.aarch64
 @pytest.mark.parametrize("target", ["rpi4", "rpi5"])
-def test_aarch64_gives_the_same_bits(run_aarch64, target):
-    factors, x = np.exp2(random(192, seed=3)), sizes(6, 192)
-    check(run_aarch64(build(encoded(x.shape, factors, 16), target), [x]), x, factors, 16)
+@pytest.mark.parametrize("channels, rotation", [(192, 16), (120, 8)])
+def test_aarch64_gives_the_same_bits(run_aarch64, target, channels, rotation):
+    factors, x = np.exp2(random(channels, seed=3)), sizes(6, channels)
+    check(run_aarch64(build(encoded(x.shape, factors, rotation), target), [x]), x, factors, rotation)
 
 
 def spread_outliers(count, tokens=24, channels=64):
