@@ -5,10 +5,9 @@ for each sample of what other convolutions read by the sample (``topi.encode_sam
 
 Bytes multiply twice as fast as int16 values, but a linear layout has the fewest steps for the bulk of a row's values
 where a few channels stand out. A rotated row (``topi/rotation.py``) has no such channels, and errs less in E1M6 than
-unrotated in E3M4, whose grid spans 2000 to 1: by one to two decibels of the outputs of language models
-(results/accuracy.json, "qfp8 without samples"). Where channels cannot be rotated, dense layers read E3M4, pixels E2M5:
-the channels of a convolution are evened out by the normalisation that it was trained with. What is never negative has a
-layout without a sign.
+unrotated in E3M4, whose grid spans 2000 to 1 (results/accuracy.json has what is lost, "qfp8 without samples"). Where
+channels cannot be rotated, dense layers read E3M4, pixels E2M5: the channels of a convolution are evened out by the
+normalisation that it was trained with. What is never negative has a layout without a sign.
 """
 
 from __future__ import annotations
