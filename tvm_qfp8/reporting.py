@@ -74,7 +74,7 @@ def _note_without_samples(plan: QuantizationPlan) -> str:
         )
     return (
         f"no calibration data: {encoded} of {layers} linear layers read codes, whose scales are known limits or found "
-        "at run time; all are faster with samples, above all those that read float32"
+        "at run time; with samples those that read float32 are faster, and most others"
     )
 
 

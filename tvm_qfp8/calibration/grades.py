@@ -14,6 +14,7 @@ left, they get a budget of their own. The choice does not look at the target: a 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -94,30 +95,21 @@ def _bought(
 ) -> dict[str, Grade]:
     """What is chosen, and what a budget of errors buys: what costs the least error for what it saves first."""
     bought = dict(chosen)
-    while budget > 0 and (moves := list(_moves(compared, bought, budget, grades, cost))):
-        _, loss, name, grade = min(moves, key=lambda move: move[0])
+
+    def moves() -> Iterator[tuple[float, float, str, Grade]]:
+        """What may come next: loss for what it saves, loss, tensor and grade."""
+        for name, grade in itertools.product(compared.readers, grades):
+            now = bought.get(name, ANY)
+            saved = cost(compared, name, now) - cost(compared, name, grade)
+            loss = compared.loss(name, grade) - compared.loss(name, now)
+            if saved > 0 and loss <= budget:  # never for what is infinite or no number
+                yield loss / saved, loss, name, grade
+
+    while budget > 0 and (possible := list(moves())):
+        _, loss, name, grade = min(possible, key=lambda move: move[0])
         budget -= loss
         bought[name] = grade
     return bought
-
-
-def _moves(
-    compared: Comparison,
-    chosen: Mapping[str, Grade],
-    budget: float,
-    grades: Sequence[Grade],
-    cost: Callable[[Comparison, str, Grade], float],
-) -> Iterator[tuple[float, float, str, Grade]]:
-    """What may come next: loss for what it saves, loss, tensor and grade."""
-    for name in compared.readers:
-        now = chosen.get(name, ANY)
-        for grade in grades:
-            saved, loss = (
-                cost(compared, name, now) - cost(compared, name, grade),
-                compared.loss(name, grade) - compared.loss(name, now),
-            )
-            if saved > 0 and loss <= budget:  # never for what is infinite or no number
-                yield loss / saved, loss, name, grade
 
 
 def _cost(compared: Comparison, name: str, grade: Grade) -> float:

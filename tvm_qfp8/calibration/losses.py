@@ -31,7 +31,7 @@ COMPARED_SAMPLES = 4
 """Samples on which outputs are compared; scales are found on all."""
 
 MOST_COMPARED = 160
-"""Tensors times samples: each takes three passes over what follows the tensor."""
+"""Tensors times samples: each takes four to six passes over what follows the tensor."""
 
 Readers = list[Linear] | Recurrent
 """The dense layers that read a tensor, or the layer that reads its own hidden state."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, Linear, input_axis, quantized_weight
+from tvm_qfp8.calibration.linear import LINEAR_WEIGHTS, Linear, quantized_weight
 from tvm_qfp8.calibration.plan import ActivationQuantization, LinearQuantization
 from tvm_qfp8.quantize import QTensor
 from tvm_qfp8.topi.overflow import INT32_LIMIT, largest_sum
@@ -54,7 +54,7 @@ def with_scales_at_run_time(
         Of another layer that has the same weight.
     """
     if layout is None and linear.reads_rows and not (linear.shares or is_input or is_above_zero):
-        order = largest_order(linear.weight.shape[input_axis(linear.step.operator, linear.step.attrs)])
+        order = largest_order(len(linear.matrix))
         if order > 1:
             activation = ActivationQuantization(ROTATED, scale=None, rotation=order)
             return LinearQuantization(
