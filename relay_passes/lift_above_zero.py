@@ -15,9 +15,11 @@ After::
     lv1 = R.matmul(lv_lifted, weight)
     lv2 = R.add(lv1, bias - 0.1875 * weight.sum(axis=0))
 
-Only where nothing else reads the function, and no convolution pads it with zeros. Rounding the weights makes the
-constant's share another one, by the same number for every value of a channel: the bias correction takes that off, so
-this is for calibrated networks. ``FoldBatchnorm`` joins the biases afterwards.
+Only where nothing else reads the function, and no convolution pads it with zeros. Not where dense layers alone read it
+and can rotate its rows (``row_scales``), which lose less in linear layouts then than shifted ones: a rotation makes one
+large value of a constant. Rounding the weights makes the constant's share another one, by the same number for every
+value of a channel: the bias correction takes that off, so this is for calibrated networks. ``FoldBatchnorm`` joins the
+biases afterwards.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from tvm_qfp8.relay_passes.interpolate import called_function
 from tvm_qfp8.relay_passes.quantize_linear import LINEAR
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.tables.families import find_function
+from tvm_qfp8.topi.rotation import largest_order
 
 DEEPEST = 0.5
 """A function that falls further below zero gains less from an unsigned layout."""
@@ -73,7 +76,7 @@ class _Rewriter(MainRewriter):
             return
         self.keep(var, value)
         dip = _dip(value)
-        if dip and self._only_unpadded_linears_read(var):
+        if dip and self._only_unpadded_linears_read(var) and not self._rows_can_be_rotated(var):
             self.shift[var] = math.ceil((dip + MARGIN) * STEPS) / STEPS
             lifted = relax.op.add(self.variables[var], relax.const(np.float32(self.shift[var])))
             self.lifted[var] = self.builder.emit(lifted, f"{var.name}_lifted")
@@ -83,6 +86,10 @@ class _Rewriter(MainRewriter):
         return self.uses.get(var) == len(readers) and all(
             _is_unpadded_linear(self.definition[reader], var) for reader in readers
         )
+
+    def _rows_can_be_rotated(self, var: relax.Var) -> bool:
+        only_dense = all(op_name(self.definition[reader]) == "relax.matmul" for reader in self.readers[var])
+        return only_dense and largest_order(int(var.ty.shape[-1])) > 1
 
     def _take_off(self, var: relax.Var, value: relax.Call) -> None:
         weight, source = value.args[1].value.numpy(), value.args[0]

@@ -95,3 +95,25 @@ def test_time_is_what_tiles_take():
 def test_no_more_is_lost_than_was_asked_for(loss):
     """The estimate adds up what each tensor does alone, so it is no bound; half again as much is far off."""
     assert layouts(0.0)[1] - layouts(loss)[1] < 1.5 * loss
+
+
+def test_a_decibel_has_to_save_its_share_unless_it_was_asked_for():
+    """A layer of few multiply-adds whose activation has a tail, beside one of many."""
+
+    def body(emit, x):
+        attrs = {"data_layout": "NHWC", "kernel_layout": "OHWI"}
+        many = emit(R.nn.conv2d(emit(R.tanh(x)), constant(256, 1, 1, 32, scale=0.3), **attrs))
+        tail = emit(R.multiply(x, emit(R.abs(x))))
+        few = emit(R.nn.conv2d(tail, constant(4, 1, 1, 32, seed=1, scale=0.1), **attrs))
+        return emit(R.concat([many, few], axis=3))
+
+    mod = build({"x": ((1, 20, 20, 32), "float32")}, body)
+    samples = [{"x": random(1, 20, 20, 32, seed=i)} for i in range(4)]
+    in_bytes = {
+        loss: [
+            one.activation.layout in LINEAR.activations
+            for one in calibrate(mod, samples, Config(byte_loss_db=loss)).linear.values()
+        ]
+        for loss in (None, 1.5)
+    }
+    assert in_bytes == {None: [True, False], 1.5: [True, True]}

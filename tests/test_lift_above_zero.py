@@ -20,9 +20,9 @@ def const(*shape):
     return relax.const(RNG.standard_normal(shape).astype(np.float32))
 
 
-def dense(builder, x, function=relax.op.nn.gelu):
+def dense(builder, x, function=relax.op.nn.gelu, channels=16):
     y = builder.emit(function(x))
-    return relax.op.add(builder.emit(relax.op.matmul(y, const(16, 12))), const(12))
+    return relax.op.add(builder.emit(relax.op.matmul(y, const(channels, 12))), const(12))
 
 
 def conv(builder, x, kernel=1, padding=0, groups=1, out=8):
@@ -68,6 +68,7 @@ LEFT = {
     "result": (ROWS, also_result),
     "right operand": (ROWS, as_weight),
     "no dip": (ROWS, lambda b, x: dense(b, x, relax.op.sigmoid)),
+    "rows that can be rotated": ((1, 6, 64), lambda b, x: dense(b, x, channels=64)),
     "as deep as high": (ROWS, lambda b, x: dense(b, x, relax.op.tanh)),
 }
 

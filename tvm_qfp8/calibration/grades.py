@@ -27,6 +27,10 @@ BYTE_LOSS_DB = 1.5
 """That cheaper layouts may cost of the outputs' signal to error (of a softmax the logits'), estimated by the sum of
 what rounding each activation alone does to them."""
 
+WORTH = 0.05
+"""Of the multiply-adds' time that a decibel has to save, unless it was asked for: the last tensors that a budget buys
+lose much for the little that they save."""
+
 WEIGHT_LOSS_DB = 1.5
 """The same of weights in bytes, of all estimated error, where they save ``WEIGHT_SHARE`` of a call's time."""
 
@@ -64,7 +68,9 @@ def within_budget(compared: Comparison, byte_loss_db: float | None) -> dict[str,
         most = alone * 10 ** (byte_loss_db / 10)
     budget = max(most - alone, 0.0)
     free = {name: LINEAR for name in compared.readers if compared.loss(name, LINEAR) == 0}
-    chosen = _bought(compared, free, budget, (NARROW, LINEAR_PIXELS, LINEAR), _cost)
+    total = sum(_cost(compared, name, ANY) for name in compared.readers)
+    dearest = alone * math.log(10) / 10 / (WORTH * total) if byte_loss_db is None and total else math.inf
+    chosen = _bought(compared, free, budget, (NARROW, LINEAR_PIXELS, LINEAR), _cost, dearest)
     saved = sum(_cost(compared, name, ANY) - _cost(compared, name, grade) for name, grade in chosen.items())
     if saved < LEAST_SHARE * sum(map(macs_of, compared.readers.values())):
         chosen = free
@@ -92,8 +98,12 @@ def _bought(
     budget: float,
     grades: Sequence[Grade],
     cost: Callable[[Comparison, str, Grade], float],
+    dearest: float = math.inf,
 ) -> dict[str, Grade]:
-    """What is chosen, and what a budget of errors buys: what costs the least error for what it saves first."""
+    """What is chosen, and what a budget of errors buys: what costs the least error for what it saves first.
+
+    Nothing that costs more than ``dearest`` of error for what it saves.
+    """
     bought = dict(chosen)
 
     def moves() -> Iterator[tuple[float, float, str, Grade]]:
@@ -102,7 +112,7 @@ def _bought(
             now = bought.get(name, ANY)
             saved = cost(compared, name, now) - cost(compared, name, grade)
             loss = compared.loss(name, grade) - compared.loss(name, now)
-            if saved > 0 and loss <= budget:  # never for what is infinite or no number
+            if saved > 0 and loss <= min(budget, dearest * saved):  # never for what is infinite or no number
                 yield loss / saved, loss, name, grade
 
     while budget > 0 and (possible := list(moves())):
