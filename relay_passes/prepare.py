@@ -21,6 +21,7 @@ from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
 from tvm_qfp8.relay_passes.fold_padding import FoldPadding
 from tvm_qfp8.relay_passes.hoist_scales import HoistScales
 from tvm_qfp8.relay_passes.join_branches import JoinBranches
+from tvm_qfp8.relay_passes.join_transpositions import JoinTranspositions
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.matmul_broadcasts import MatmulBroadcasts
 from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
@@ -67,6 +68,7 @@ def prepare_passes() -> list:
         NormalizeRows(),
         FlattenColumns(),
         # -- reshapes that files hold around dense layers, out of the way of fusion
+        JoinTranspositions(),
         SinkReshapes(),
         SimplifyViews(),
         # -- what is taken apart behind a dense layer becomes layers
@@ -75,6 +77,7 @@ def prepare_passes() -> list:
         # -- scales and shifts of channels, BatchNorm above all, into the linear layer before them
         HoistScales(),
         FoldBatchnorm(),
+        JoinTranspositions(),
         JoinBranches(),
         relax.transform.FoldConstant(),
         relax.transform.CanonicalizeBindings(),

@@ -16,6 +16,9 @@ Transpositions that do not cancel stay apart: kernels for products of two activa
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import tvm
 from tvm import relax
@@ -59,14 +62,20 @@ class _Rewriter(MainRewriter):
             chain.append(source)
             value = self.definition.get(source)
         for start in range(len(chain) - 1, 0, -1):
-            order = np.arange(np.prod(shape_of(chain[start]), dtype=int)).reshape(shape_of(chain[start]))
-            for step in chain[start - 1 :: -1]:
-                call = self.definition[step]
-                if op_name(call) == "relax.permute_dims":
-                    axes = call.attrs.axes
-                    order = order.transpose(None if axes is None else [int(axis) for axis in axes])
-                else:
-                    order = order.reshape(shape_of(step))
-            if (np.diff(order.reshape(-1)) == 1).all():
+            if (np.diff(elements_of_chain(self.definition, chain[: start + 1]).reshape(-1)) == 1).all():
                 return chain[start]
         return None
+
+
+def elements_of_chain(definition: Mapping[relax.Var, Any], chain: Sequence[relax.Var]) -> np.ndarray:
+    """Which element of ``chain[-1]`` each element of ``chain[0]`` is, where each views or transposes the next."""
+    shape = shape_of(chain[-1])
+    order = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    for step in chain[-2::-1]:
+        call = definition[step]
+        if op_name(call) == "relax.permute_dims":
+            axes = call.attrs.axes
+            order = order.transpose(None if axes is None else [int(axis) for axis in axes])
+        else:
+            order = order.reshape(shape_of(step))
+    return order
