@@ -19,7 +19,7 @@ from tvm_qfp8.topi.amx.conv2d import emit_tile_conv, plan_tile_conv
 from tvm_qfp8.topi.amx.gemm import emit_tile_gemm, plan_tile_gemm
 from tvm_qfp8.topi.amx.panels import pack_tile_weights
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, Product, emit_batch_matmul
-from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, pack_conv_weights
+from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, merged_groups, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
 from tvm_qfp8.topi.few_rows import emit_few_rows, multiplies_magnitudes, pack_few_rows
 from tvm_qfp8.topi.float_contract import LANES, add, bind, dtype_of, lanes_of, mul, to_float
@@ -256,6 +256,8 @@ def _windowed(
         packed = pack_depthwise_weights(isa, shape, codes, by_channel)
         emit = functools.partial(emit_depthwise, isa, shape, threads=threads, schedule=by_channel)
         return packed, emit, (shape, isa.label)
+    if shape.groups > 1 and shape.activation is not None:  # zeros meet no infinity
+        shape, codes = merged_groups(shape, codes, in_bytes.pair, in_bytes.lanes)
     schedule = choose(ConvSchedule, in_bytes, shape, threads)
     packed = pack_conv_weights(in_bytes, shape, codes, schedule)
     emit = functools.partial(emit_conv2d, in_bytes, shape, threads=threads, schedule=schedule)

@@ -23,7 +23,6 @@ from tvm_qfp8.relay_passes.linear_kernels import conv_shape
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.amx import tiles
-from tvm_qfp8.topi.amx.conv2d import merged_groups
 from tvm_qfp8.topi.amx.plan import (
     BLOCK,
     BYTE,
@@ -34,8 +33,9 @@ from tvm_qfp8.topi.amx.plan import (
     shares_rows,
     tile_kinds,
 )
+from tvm_qfp8.topi.amx.tiles import ROW_BYTES, ROWS
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
-from tvm_qfp8.topi.conv2d import ConvShape
+from tvm_qfp8.topi.conv2d import ConvShape, merged_groups
 from tvm_qfp8.topi.slab import SlabRows, slab_rows
 
 ACTIVATIONS = ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"]
@@ -189,7 +189,7 @@ def test_groups_are_merged_to_fill_tiles(channels, groups, kept):
         get_layout("E1M6"), get_layout("E1M6"),
     )  # fmt: skip
     codes = random_codes(np.random.default_rng(0), (channels, 3, 3, channels // groups))
-    merged, wide = merged_groups(shape, codes)
+    merged, wide = merged_groups(shape, codes, ROW_BYTES, ROWS, most_inputs=ROW_BYTES)
     assert merged.groups == kept
     x = random_codes(np.random.default_rng(1), (1, 4, 4, channels))
     assert np.array_equal(reference.conv2d(x, wide, merged), reference.conv2d(x, codes, shape))

@@ -2,13 +2,13 @@
 
 The input rows that a block of output rows needs are decoded once into a zero-padded slab; a register tile
 covers neighbouring pixels of one output row, and walks the taps and channels. Groups are walked one after the
-other. Code 0 stands for zero in every layout, so padding is a zero in the slab.
+other, narrow ones merged. Code 0 stands for zero in every layout, so padding is a zero in the slab.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tvm.tirx.script.builder import ir as T
@@ -92,6 +92,36 @@ class ConvShape:
         plain = self.stride == self.dilation == (1, 1) and self.groups == 1 and not self.channels_first
         around = (high - 1, wide - 1, high - 1, wide - 1)
         return plain and self.kernel == window != (1, 1) and self.padding == around
+
+
+def merged_groups(
+    shape: ConvShape, codes: np.ndarray, depth: int, width: int, most_inputs: int | None = None
+) -> tuple[ConvShape, np.ndarray]:
+    """The same convolution with as many of its groups merged into one as takes the fewest products.
+
+    Parameters
+    ----------
+    shape : ConvShape
+    codes : array ``(out_channels, kh, kw, channels / groups)``
+        Those between merged groups are 0: zeros.
+    depth, width : int
+        Channels that go into a product, and come out of it.
+    most_inputs : int
+        Channels that a merged group reads.
+    """
+    inputs, outputs = shape.channels // shape.groups, shape.out_channels // shape.groups
+
+    def products(merged: int) -> int:
+        return shape.groups // merged * -(-merged * inputs // depth) * -(-merged * outputs // width)
+
+    counts = [m for m in range(1, shape.groups + 1) if shape.groups % m == 0]
+    fitting = [m for m in counts if m == 1 or most_inputs is None or m * inputs <= most_inputs]
+    merged = min(fitting, key=lambda m: (products(m), -m))
+    wide = np.zeros((*codes.shape[:3], merged * inputs), codes.dtype)
+    for channel in range(shape.out_channels):
+        first = channel // outputs % merged * inputs
+        wide[channel, :, :, first : first + inputs] = codes[channel]
+    return replace(shape, groups=shape.groups // merged), wide
 
 
 def pack_conv_weights(

@@ -19,7 +19,7 @@ from tvm_qfp8.topi.amx.panels import WeightPanels, pack_tile_weights
 from tvm_qfp8.topi.amx.plan import SCRATCH_BYTES, TilePlan, fits_tiles, plan_tiles, shares_rows
 from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import ROW_BYTES, ROWS, tile_buffer, with_tiles
-from tvm_qfp8.topi.conv2d import ConvShape
+from tvm_qfp8.topi.conv2d import ConvShape, merged_groups
 from tvm_qfp8.topi.depthwise import is_depthwise
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
@@ -45,23 +45,6 @@ def _runs(shape: ConvShape, codes: np.ndarray) -> np.ndarray:
     return padded.reshape(shape.out_channels, runs, -1)
 
 
-def merged_groups(shape: ConvShape, codes: np.ndarray) -> tuple[ConvShape, np.ndarray]:
-    """The same convolution with as many of its groups merged into one as takes the fewest products of tiles."""
-    inputs, outputs = shape.channels // shape.groups, shape.out_channels // shape.groups
-
-    def products(merged: int) -> int:
-        tiles = -(-merged * inputs // ROW_BYTES) * -(-merged * outputs // ROWS)
-        return shape.groups // merged * tiles
-
-    fitting = [m for m in range(1, shape.groups + 1) if m == 1 or m * inputs <= ROW_BYTES]
-    merged = min((m for m in fitting if shape.groups % m == 0), key=lambda m: (products(m), -m))
-    wide = np.zeros((*codes.shape[:3], merged * inputs), codes.dtype)
-    for channel in range(shape.out_channels):
-        first = channel // outputs % merged * inputs
-        wide[channel, :, :, first : first + inputs] = codes[channel]
-    return replace(shape, groups=shape.groups // merged), wide
-
-
 def plan_tile_conv(
     isa: InstructionSet, shape: ConvShape, codes: np.ndarray
 ) -> tuple[ConvShape, TilePlan, np.ndarray] | None:
@@ -70,7 +53,7 @@ def plan_tile_conv(
     if is_depthwise(isa, shape) or not fits_tiles(isa, operands, *extents):
         return None
     if shape.groups > 1:
-        shape, codes = merged_groups(shape, codes)
+        shape, codes = merged_groups(shape, codes, ROW_BYTES, ROWS, most_inputs=ROW_BYTES)
     layouts, runs = shape.layouts(), _runs(shape, codes)
     plan = plan_tiles(runs, layouts, shape.out_width, shape.out_height, shape.groups)
     packed = [pack_tile_weights(plan, layouts[1], group) for group in np.split(runs, shape.groups)]
