@@ -121,9 +121,9 @@ def _split_as(axes: list[tuple[int, int]], shape: tuple[int, ...]) -> list[tuple
 
 
 def _moved_axes(elements: np.ndarray) -> list[tuple[int, int]] | None:
-    """(extent, stride) of the fewest axes of which ``elements``, numbers of elements, are a transposition.
+    """(extent, stride) of the fewest axes in whose order ``elements``, numbers of elements, are; None where of none.
 
-    The last one first to be found; axes of one place are left out. None where it is no transposition.
+    There is more than one axis, and none of one place.
     """
     axes: list[tuple[int, int]] = []
     flat, block = elements.reshape(-1), 1

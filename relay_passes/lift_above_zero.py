@@ -32,7 +32,7 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
-from tvm_qfp8.relay_passes.fuse import op_name
+from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.interpolate import called_function
 from tvm_qfp8.relay_passes.quantize_linear import LINEAR
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
@@ -89,7 +89,7 @@ class _Rewriter(MainRewriter):
 
     def _rows_can_be_rotated(self, var: relax.Var) -> bool:
         only_dense = all(op_name(self.definition[reader]) == "relax.matmul" for reader in self.readers[var])
-        return only_dense and largest_order(int(var.ty.shape[-1])) > 1
+        return only_dense and largest_order(shape_of(var)[-1]) > 1
 
     def _take_off(self, var: relax.Var, value: relax.Call) -> None:
         weight, source = value.args[1].value.numpy(), value.args[0]

@@ -128,6 +128,7 @@ def test_pytorch_attention_reads_its_projections(batch_first):
     mod = prepare(load_model(torch.export.export(net, (x,))).mod)
     names = [step.operator for step in Program(mod).steps]
     assert names.count("relax.take") == 0
+    assert names.count("relax.matmul") == 4 + 2  # four dense layers, two products of activations
     assert sum(axes != "reshape" for axes in moves(mod)) <= 4
     found = evaluate(mod, dict(zip(Program(mod).inputs, [x.numpy()], strict=True)))[0]
     np.testing.assert_allclose(found, net(x).detach().numpy(), rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ from tvm_qfp8.relay_passes.linear_kernels import conv_shape
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
+from tvm_qfp8.topi.conv2d import ConvShape, merged_groups
 
 
 @pytest.fixture(params=[*TARGETS.values(), TILES], ids=[*TARGETS, "amx"])
@@ -91,6 +92,27 @@ def test_conv2d_is_exact(target, case, batch):
     value = reference.scale_and_bias(reference.conv2d(x, weight, shape), a, bias) + np.float32(0.5)
     expected = np.minimum(np.float32(6), np.maximum(np.float32(0), value))
     assert np.array_equal(run(build(quantized, target), x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "channels, out, groups, depth, width, kept",
+    [
+        (32, 32, 8, 4, 16, 2),  # as many products as before, in fewer groups
+        (32, 32, 8, 2, 8, 4),
+        (12, 24, 12, 2, 16, 2),
+        (64, 64, 4, 4, 16, 4),
+        (6, 9, 3, 2, 4, 3),
+    ],
+)
+def test_narrow_groups_are_merged(channels, out, groups, depth, width, kept):
+    layout = get_layout("E2M5")
+    shape = ConvShape(1, 5, 6, channels, out, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), groups, layout, layout)
+    rng = np.random.default_rng(0)
+    codes = random_codes(rng, (out, 3, 3, channels // groups))
+    merged, wide = merged_groups(shape, codes, depth, width)
+    assert merged.groups == kept
+    x = random_codes(rng, (1, 5, 6, channels))
+    assert np.array_equal(reference.conv2d(x, wide, merged), reference.conv2d(x, codes, shape))
 
 
 @pytest.mark.parametrize("stride, padding, extra, groups", [(2, 1, 1, 1), (3, 0, 0, 2), (1, 1, 0, 1)])
