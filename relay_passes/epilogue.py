@@ -21,6 +21,7 @@ from tvm_qfp8.topi.float_contract import (
     as_bfloat16,
     as_float16,
     bind,
+    dtype_of,
     mul,
     round_to_bfloat16,
     round_to_float16,
@@ -29,7 +30,7 @@ from tvm_qfp8.topi.float_contract import (
 from tvm_qfp8.topi.interpolate import emit_table
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
-from tvm_qfp8.topi.prim_func import load, load_float, store, vector_runs
+from tvm_qfp8.topi.prim_func import keep, load, load_float, store, vector_runs
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Epilogue:
         """Finish one vector: ``value`` is the anchor's result (None where the anchor itself is in the members)."""
         values: dict[relax.Expr, object] = {}
         if start is not None:
-            values[start] = value
+            value = values[start] = self._named(value, lanes)
             if self._is_written(start):
                 self._write(start, value, row, column, lanes, valid)
         for var, call in self.members:
@@ -203,9 +204,14 @@ class Epilogue:
                 for a in tensor_arguments(call)
             ]
             result = arguments[0] if var in self.absorbed else self._compute(var, call, arguments, lanes)
-            values[var] = result
+            result = values[var] = self._named(result, lanes)
             if self._is_written(var):
                 self._write(var, result, row, column, lanes, valid)
+
+    @staticmethod
+    def _named(value, lanes: int):
+        """A vector that several members read, each many times: kept, or TVM copies it into all of them."""
+        return keep(value) if lanes > 1 and dtype_of(value).startswith("float") else value
 
     def _compute(self, var, call, arguments: list, lanes: int):
         name = op_name(call)

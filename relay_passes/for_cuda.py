@@ -3,7 +3,7 @@
 Runs in the place of ``ScheduleRest``, after ``LegalizeOps``. Before::
 
     lv = R.call_tir(cls.transpose, (x,), ...)          # loops without a schedule
-    T.call_llvm_pure_intrin("llvm.arithmetic.fence", a * b)
+    T.call_llvm_intrin("llvm.arithmetic.fence", a * b)
 
 After: dlight's ``Fallback`` binds loops to threads, sums staying in order, and products are ``__fmul_rn(a, b)``.
 """

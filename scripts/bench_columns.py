@@ -76,6 +76,7 @@ def codes(size: int, target: str, turns: int) -> dict[str, Any]:
     """A table of 256 codes applied to codes."""
     import tvm
 
+    from tvm_qfp8.code_generation import generate_code
     from tvm_qfp8.targets import cpu_features, isa, parse_target
     from tvm_qfp8.topi.code_lookup import look_up_prim_func
     from tvm_qfp8.topi.isa import instruction_set
@@ -94,7 +95,7 @@ def codes(size: int, target: str, turns: int) -> dict[str, Any]:
     contestants = {}
     for name, form in forms.items():
         function = look_up_prim_func(form, 1, (size,), "uint8").with_attr("global_symbol", "main")
-        run = tvm.compile(tvm.IRModule({"main": function}), target=parsed).mod["main"]
+        run = generate_code(tvm.IRModule({"main": function}), parsed).mod["main"]
         contestants[name] = lambda run=run: run(source, table, result)
     return in_turns(contestants, size, turns)
 

@@ -24,6 +24,7 @@ import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.tables import FUNCTIONS, Table, build_table
 from tvm_qfp8.tables.derivatives import DERIVATIVES
 from tvm_qfp8.tables.families import find_function
@@ -90,7 +91,7 @@ def _instructions(target: str) -> tuple[tvm.target.Target, InstructionSet]:
 
 def _compile(target: str, specs: list[TensorSpec], body: Callable) -> Callable:
     parsed, _ = _instructions(target)
-    module = tvm.compile(tvm.IRModule({"main": build_prim_func("main", specs, body)}), target=parsed)
+    module = generate_code(tvm.IRModule({"main": build_prim_func("main", specs, body)}), parsed)
     return module.mod["main"]
 
 

@@ -9,6 +9,7 @@ import pytest
 import tvm
 from tvm import relax
 
+from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.cpu_features import missing_features, reported_features, used_features
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
@@ -66,7 +67,7 @@ def build(mod, target: str, threads: int = 1, memory: StaticMemory | None = None
     with parsed:
         mod = LowerGroups(instruction_set(isa_of(parsed), cpu_features(parsed)), threads, memory=memory)(mod)
         mod = ScheduleRest(threads)(relax.transform.LegalizeOps()(mod))
-        return tvm.compile(mod, target=parsed)
+        return generate_code(mod, parsed)
 
 
 def run(executable, *arrays: np.ndarray) -> list[np.ndarray]:

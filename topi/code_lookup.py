@@ -70,7 +70,7 @@ def _permutes(table) -> Callable:
 
     def look_up(codes):
         low, high = (
-            bind(tirx.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", a, codes, b))
+            bind(tirx.call_llvm_intrin("uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", a, codes, b))
             for a, b in (parts[:2], parts[2:])
         )
         return tirx.Select(codes < like(128, codes, "uint8"), low, high)
@@ -88,8 +88,8 @@ def _byte_shuffles(table) -> Callable:
         for high, part in enumerate(parts):
             # 0 to 15 where this part is meant; what is more gets its eighth bit by the saturating addition.
             low = bind(codes ^ like(16 * high, codes, "uint8"))
-            place = tirx.call_llvm_pure_intrin("uint8x32", "llvm.uadd.sat", low, like(0x70, codes, "uint8"))
-            value = tirx.call_llvm_pure_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", part, bind(place))
+            place = tirx.call_llvm_intrin("uint8x32", "llvm.uadd.sat", low, like(0x70, codes, "uint8"))
+            value = tirx.call_llvm_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", part, bind(place))
             found = bind(value) if found is None else bind(found | value)
         return found
 
@@ -105,7 +105,7 @@ def _table_lookups(table) -> Callable:
         for quarter in range(4):
             place = bind(codes ^ like(64 * quarter, codes, "uint8"))
             registers = parts[4 * quarter : 4 * quarter + 4]
-            value = tirx.call_llvm_pure_intrin("uint8x16", "llvm.aarch64.neon.tbl4", *registers, place)
+            value = tirx.call_llvm_intrin("uint8x16", "llvm.aarch64.neon.tbl4", *registers, place)
             found = bind(value) if found is None else bind(found | value)
         return found
 

@@ -58,7 +58,7 @@ def _saturating_sub(a, b):
     """max(a - b, 0) of values that are never negative."""
     if lanes_of(a) == 1 or not dtype_of(a).startswith("int16"):
         return tirx.max(a - b, like(0, a, dtype_of(a).partition("x")[0]))
-    return tirx.call_llvm_pure_intrin(dtype_of(a), "llvm.usub.sat", a, b)
+    return tirx.call_llvm_intrin(dtype_of(a), "llvm.usub.sat", a, b)
 
 
 def encode_expr(v, layout: Layout, isa: InstructionSet | None = None, limit=None):

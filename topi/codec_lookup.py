@@ -31,14 +31,12 @@ def addend(bits, layout: Layout, isa: InstructionSet):
     exponent = bind(bits >> tirx.const(23, dtype_of(bits)))
     if isa.name == "avx512" and lanes_of(bits) == 16:
         values = constant_vector(_addends(layout, FIRST_EXPONENT, 16))
-        return bind(
-            tirx.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", values, exponent)
-        )
+        return bind(tirx.call_llvm_intrin("float32x16", "llvm.x86.avx512.permvar.sf.512", values, exponent))
     if isa.name == "avx2" and lanes_of(bits) == 8:
         first = 127 + layout.mantissa_bits
         values = constant_vector(_addends(layout, first, 8))
         exponent = bind(tirx.max(exponent, tirx.const(first, dtype_of(bits))))
-        return bind(tirx.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", values, exponent))
+        return bind(tirx.call_llvm_intrin("float32x8", "llvm.x86.avx2.permps", values, exponent))
     return None
 
 
@@ -62,15 +60,13 @@ def encode_linear(v, layout: Layout, isa: InstructionSet, limit=None):
 def _to_integers(x):
     """vcvtps2dq, ties to even; NaN and what does not fit become -2**31."""
     arguments = tirx.const(0, "int32x16"), tirx.const(-1, "int16"), tirx.const(4, "int32")
-    return bind(tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", x, *arguments))
+    return bind(tirx.call_llvm_intrin("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", x, *arguments))
 
 
 def _saturated_bytes(numbers):
     """vpmovusdb: the least of 255 and each number, both without sign."""
     arguments = tirx.const(0, "uint8x16"), tirx.const(-1, "int16")
-    return bind(
-        tirx.call_llvm_pure_intrin("uint8x16", "llvm.x86.avx512.mask.pmovus.db.512", numbers, *arguments)
-    )
+    return bind(tirx.call_llvm_intrin("uint8x16", "llvm.x86.avx512.mask.pmovus.db.512", numbers, *arguments))
 
 
 def with_sign(grid, wide, isa: InstructionSet | None):
@@ -83,7 +79,7 @@ def with_sign(grid, wide, isa: InstructionSet | None):
     if isa is not None and isa.name == "avx2" and dtype == "int16x16":
         # vpsignw takes the sign of the other operand, and gives 0 where that is 0: there the grid value is 0 too.
         code_as_sign = wide << tirx.const(8, dtype)
-        return tirx.call_llvm_pure_intrin(dtype, "llvm.x86.avx2.psign.w", grid, code_as_sign)
+        return tirx.call_llvm_intrin(dtype, "llvm.x86.avx2.psign.w", grid, code_as_sign)
     # All ones where the sign bit is set: (g ^ s) - s negates.
     sign = bind(tirx.const(0, dtype) - (wide >> tirx.const(7, dtype)))
     return (grid ^ sign) - sign
@@ -121,7 +117,7 @@ def _decode_avx512_vbmi(wide, layout: Layout, isa: InstructionSet):
 def look_up_128(codes, table: np.ndarray):
     """``vpermi2b``: the entries of a table of 128 bytes for the low seven bits of 64 codes."""
     low, high = (constant_vector(half, "uint8") for half in np.asarray(table, np.uint8).reshape(2, 64))
-    return bind(tirx.call_llvm_pure_intrin("uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", low, codes, high))
+    return bind(tirx.call_llvm_intrin("uint8x64", "llvm.x86.avx512.vpermi2var.qi.512", low, codes, high))
 
 
 def _look_up_128(wide, table: np.ndarray):
@@ -143,7 +139,7 @@ def _decode_avx2(wide, layout: Layout, isa: InstructionSet):
     def look_up(values: np.ndarray):
         table = constant_vector(np.tile(values.astype(np.uint8), 2), "uint8")
         places = tirx.reinterpret("uint8x32", exponent)
-        found = tirx.call_llvm_pure_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", table, places)
+        found = tirx.call_llvm_intrin("uint8x32", "llvm.x86.avx2.pshuf.b", table, places)
         return bind(tirx.reinterpret("int16x16", found))
 
     mantissa = magnitude - look_up(shift << layout.mantissa_bits)

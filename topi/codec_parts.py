@@ -32,7 +32,7 @@ def decode_parts(codes, layout: Layout, split: Split, names: Sequence[str]) -> l
     def shift(name: str, value, by):
         if lanes >= NEON_BYTES:
             intrinsic = f"llvm.aarch64.neon.{name}.v{lanes}i8"
-            return tirx.call_llvm_pure_intrin(signed, intrinsic, value, by)
+            return tirx.call_llvm_intrin(signed, intrinsic, value, by)
         return _plain_shift(value, by, rounds=name == "urshl")
 
     code = bind(tirx.reinterpret(signed, codes))

@@ -4,6 +4,9 @@ LLVM may contract ``a * b + c`` to one fused multiply-add, which rounds once ins
 Every product therefore passes through ``llvm.arithmetic.fence``, which no optimisation looks through; where a fused one
 is wanted it is asked for. All kernels of this package do their float arithmetic with the functions of this module, on
 scalars and vectors alike.
+
+LLVM's intrinsics are called as if they were not pure. A pure call TVM's passes copy into whatever reads its name, and
+that into its readers, until a table of four coefficients takes a second to compile.
 """
 
 from __future__ import annotations
@@ -62,12 +65,12 @@ def mul(a, b):
 
 def _as_it_stands(expr):
     """``expr`` behind a fence that neither TVM nor LLVM looks through."""
-    return tirx.call_llvm_pure_intrin(dtype_of(expr), "llvm.arithmetic.fence", expr)
+    return tirx.call_llvm_intrin(dtype_of(expr), "llvm.arithmetic.fence", expr)
 
 
 def fused_multiply_add(a, b, c):
     """fl32(a * b + c), rounded once."""
-    return tirx.call_llvm_pure_intrin(dtype_of(c), "llvm.fma", a, b, c)
+    return tirx.call_llvm_intrin(dtype_of(c), "llvm.fma", a, b, c)
 
 
 def fused_multiply_add_in_float64(a, b, c):
@@ -85,8 +88,12 @@ def fused_multiply_add_in_float64(a, b, c):
     error = bind((product - bind(_as_it_stands(total - added))) + bind(c - added))
     zero, one = tirx.const(0.0, wide), tirx.const(1, bits)
     pattern = bind(tirx.reinterpret(bits, total))
-    nearer_zero = (error < zero).astype(bits) ^ (total < zero).astype(bits)
-    inexact = (error < zero).astype(bits) | (error > zero).astype(bits)
+
+    def as_bit(condition):
+        return tirx.Select(condition, one, tirx.const(0, bits))
+
+    nearer_zero = as_bit(error < zero) ^ as_bit(total < zero)
+    inexact = as_bit(error < zero) | as_bit(error > zero)
     even = inexact & (one - (pattern & one))
     odd = bind(pattern + (even - (even & nearer_zero) * tirx.const(2, bits)))
     return tirx.reinterpret(wide, odd).astype(with_lanes("float32", lanes))

@@ -73,7 +73,7 @@ class TirOps:
 
     def _fence(self, x):
         # TVM's simplifier makes x of (x + magic) - magic, as if floats were exact; it does not look into calls.
-        return tirx.call_llvm_pure_intrin(self._float, "llvm.arithmetic.fence", x)
+        return tirx.call_llvm_intrin(self._float, "llvm.arithmetic.fence", x)
 
     def const(self, value: float):
         return tirx.const(float(np.float32(value)), self._float)
@@ -95,9 +95,7 @@ class TirOps:
         if not self.scales_by_powers:
             return self.add(a, b)
         one, rounding = tirx.const(1.0, self._float), tirx.const(4, "int32")
-        return bind(
-            tirx.call_llvm_pure_intrin(self._float, "llvm.x86.avx512.vfmadd.ps.512", a, one, b, rounding)
-        )
+        return bind(tirx.call_llvm_intrin(self._float, "llvm.x86.avx512.vfmadd.ps.512", a, one, b, rounding))
 
     def divide(self, a, b):
         return bind(a / b)
@@ -162,7 +160,7 @@ def _masked_avx512(name: str, *arguments):
     """An AVX-512 instruction on all 16 lanes, rounding as the machine is set."""
     mask, rounding = tirx.const(-1, "int16"), tirx.const(4, "int32")
     unused = tirx.const(0.0, "float32x16")
-    return tirx.call_llvm_pure_intrin(
+    return tirx.call_llvm_intrin(
         "float32x16", f"llvm.x86.avx512.mask.{name}.ps.512", *arguments, unused, mask, rounding
     )
 
@@ -171,7 +169,7 @@ def _permute_avx2(coefficients, index, lanes: int):
     """vpermps reads the low three bits of each index; higher bits choose among several permutations."""
 
     def permute(values):
-        return tirx.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", constant_vector(values), index)
+        return tirx.call_llvm_intrin("float32x8", "llvm.x86.avx2.permps", constant_vector(values), index)
 
     return _select_blocks(coefficients, index, lanes, 8, permute)
 
@@ -180,7 +178,7 @@ def _permute_avx512(coefficients, index, lanes: int):
     """vpermps on 16 lanes reads the low four bits; 8 coefficients stand there twice."""
 
     def permute(values):
-        return tirx.call_llvm_pure_intrin(
+        return tirx.call_llvm_intrin(
             "float32x16", "llvm.x86.avx512.permvar.sf.512", constant_vector(values), index
         )
 
@@ -199,7 +197,7 @@ def _table_neon(coefficients, index, lanes: int):
 
     def look_up(values):
         words = np.asarray(values, np.float32).view(np.uint8).reshape(registers, 16)
-        found = tirx.call_llvm_pure_intrin(
+        found = tirx.call_llvm_intrin(
             "uint8x16",
             f"llvm.aarch64.neon.tbl{registers}",
             *(constant_vector(word, "uint8") for word in words),

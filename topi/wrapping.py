@@ -41,4 +41,4 @@ def with_wrapping_sums(isa: InstructionSet) -> InstructionSet:
 def _call(intrinsic: str, a, b):
     lanes = lanes_of(a)
     every = tirx.Broadcast(tirx.const(True, "bool"), lanes)
-    return tirx.call_llvm_pure_intrin(dtype_of(a), intrinsic, a, b, every, tirx.const(lanes, "int32"))
+    return tirx.call_llvm_intrin(dtype_of(a), intrinsic, a, b, every, tirx.const(lanes, "int32"))

@@ -28,6 +28,7 @@ from tvm_qfp8.calibration import (
     output_sqnr,
     padded_samples,
 )
+from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.config import Config
 from tvm_qfp8.cpu_features import used_features
 from tvm_qfp8.cuda_code import register_compiler
@@ -119,28 +120,6 @@ def lowering_passes(
         relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),
         *([CopyInputs(), ForCuda()] if isa.name == "cuda" else [ScheduleRest(threads)]),
-    ]
-
-
-GRAPHS = "relax.backend.use_cuda_graph"
-
-
-def build_passes() -> list:
-    """TVM's own passes from scheduled kernels to an executable of the virtual machine."""
-    return [
-        relax.transform.RewriteDataflowReshape(),
-        relax.transform.ToNonDataflow(),
-        relax.transform.RemovePurityChecking(),
-        relax.transform.CallTIRRewrite(),
-        relax.transform.StaticPlanBlockMemory(),
-        # Does something where ``GRAPHS`` asks for it: kernels between inputs and outputs become one launch.
-        relax.transform.RewriteCUDAGraph(),
-        relax.transform.LowerAllocTensor(),
-        relax.transform.KillAfterLastUse(),
-        relax.transform.LowerRuntimeBuiltin(),
-        relax.transform.ComputePrimValue(),
-        relax.transform.VMShapeLower(),
-        relax.transform.AttachGlobalSymbol(),
     ]
 
 
@@ -319,9 +298,7 @@ def compile(  # noqa: A001 - the public name
         stage("build kernels", 1, 2)
         if on_gpu:
             register_compiler(parsed)
-        pipeline = tvm.transform.Sequential(build_passes())
-        with tvm.transform.PassContext(config={GRAPHS: on_gpu}):
-            executable = tvm.compile(lowered, target=parsed, relax_pipeline=pipeline)
+        executable = generate_code(lowered, parsed)
     stage("build kernels", 2, 2)
     return CompiledModule(metadata, executable, executable, parsed)
 

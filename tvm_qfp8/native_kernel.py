@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import tvm
 
+from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.targets import cpu_features, isa, parse_target
 from tvm_qfp8.topi.isa import InstructionSet, instruction_set
 
@@ -14,4 +15,4 @@ def compile_native(emit: Callable[[InstructionSet], tvm.tirx.PrimFunc]) -> Calla
     """The kernel ``emit(instruction set)``, compiled for this machine."""
     target = parse_target("native")
     kernel = emit(instruction_set(isa(target), cpu_features(target)))
-    return tvm.compile(tvm.IRModule({"main": kernel}), target=target).mod["main"]
+    return generate_code(tvm.IRModule({"main": kernel}), target).mod["main"]

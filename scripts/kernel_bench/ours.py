@@ -10,7 +10,7 @@ from tvm import relax
 
 import tvm_qfp8
 from kernel_bench.cases import Case, Convolution, Dense
-from tvm_qfp8.compiler import build_passes
+from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
@@ -113,8 +113,7 @@ def _compile(mod: tvm.IRModule, name: str, choose: ScheduleChooser, memory: Stat
     with target:
         instructions = instruction_set(isa(target), cpu_features(target))
         mod = LowerGroups(instructions, 1, choose=choose, memory=memory)(mod)
-        pipeline = tvm.transform.Sequential(build_passes())
-        return tvm.compile(mod, target=target, relax_pipeline=pipeline)
+        return generate_code(mod, target)
 
 
 def _on_machine(executable, x: np.ndarray) -> Run:

@@ -14,6 +14,7 @@ import tvm
 from onnx import TensorProto, helper
 from tvm import relax
 
+from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.relay_passes.interpolate import Interpolate
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.prepare import prepare
@@ -217,7 +218,7 @@ def ours(layer: Layer, x: np.ndarray, target: str, max_error: float) -> tuple[Ru
     arguments = [
         tvm.runtime.tensor(x) if isinstance(a, relax.Var) else a.value for a in calls[0].args[1].fields
     ]
-    module = tvm.compile(tvm.IRModule({"main": kernels[0].with_attr("global_symbol", "main")}), target=parsed)
+    module = generate_code(tvm.IRModule({"main": kernels[0].with_attr("global_symbol", "main")}), parsed)
     function = module.mod["main"]
     y = tvm.runtime.tensor(np.zeros_like(x))
     return (lambda: (function(*arguments, y), y)[1]), _form(layer, max_error)

@@ -11,6 +11,7 @@ import tvm
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.tables import Table, build_table
 from tvm_qfp8.tables.cells import fit_cells, place
 from tvm_qfp8.tables.evaluate import evaluate
@@ -119,7 +120,7 @@ class GatherOps(TirOps):
         mask = tirx.reinterpret("float32x8", tirx.Broadcast(tirx.const(-1, "int32"), 8))
         return [
             T.bind(
-                tirx.call_llvm_pure_intrin(
+                tirx.call_llvm_intrin(
                     "float32x8",
                     "llvm.x86.avx2.gather.d.ps.256",
                     tirx.Broadcast(tirx.const(0.0, "float32"), 8),
@@ -150,9 +151,7 @@ def kernel(entry: Entry, size: int) -> Callable[[np.ndarray, Any], Callable[[], 
 
     values = np.array(entry.table.coefficients, np.float32).ravel()
     specs = [TensorSpec((n,), "float32") for n in (size, values.size, size)]
-    function = tvm.compile(tvm.IRModule({"main": build_prim_func("main", specs, body)}), target=target).mod[
-        "main"
-    ]
+    function = generate_code(tvm.IRModule({"main": build_prim_func("main", specs, body)}), target).mod["main"]
     memory = tvm.runtime.tensor(values)
 
     def make(x: np.ndarray, y: Any) -> Callable[[], object]:

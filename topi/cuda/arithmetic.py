@@ -27,7 +27,7 @@ def for_cuda(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """The same function without LLVM's intrinsics."""
 
     def unfence(node):
-        if not isinstance(node.op, ir.Op) or node.op.name != "tirx.call_llvm_pure_intrin":
+        if not isinstance(node.op, ir.Op) or node.op.name != "tirx.call_llvm_intrin":
             return node
         if codegen.llvm_get_intrinsic_name(int(node.args[0])) == "llvm.fma":
             return tirx.call_pure_extern("float32", "__fmaf_rn", *node.args[1:])

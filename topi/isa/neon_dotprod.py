@@ -18,7 +18,7 @@ def _element(row, step: int):
 
 
 def _multiply_add(acc, a, b):
-    return tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", acc, b, a)
+    return tirx.call_llvm_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", acc, b, a)
 
 
 INSTRUCTION_SET = InstructionSet(

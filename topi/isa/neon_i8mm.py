@@ -6,7 +6,7 @@ from tvm_qfp8.topi.isa import InstructionSet
 
 
 def _multiply_add(acc, a, b):
-    return tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.smmla.v4i32.v16i8", acc, a, b)
+    return tirx.call_llvm_intrin("int32x4", "llvm.aarch64.neon.smmla.v4i32.v16i8", acc, a, b)
 
 
 def _broadcast(buffer, index):

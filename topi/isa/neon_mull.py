@@ -36,7 +36,7 @@ def _multiply_add(acc, a, b):
         _take([a], half).astype(f"int16x{HALF}") * _take([b], half).astype(f"int16x{HALF}")
         for half in (range(HALF), range(HALF, 2 * HALF))
     )
-    pairs = tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", low + high)
+    pairs = tirx.call_llvm_intrin("int32x4", "llvm.aarch64.neon.saddlp", low + high)
     return acc + pairs
 
 

@@ -25,7 +25,7 @@ def multiply_add_by(intrinsic: str, lanes: int):
     """acc + pmaddwd(a, b); LLVM makes one ``vpdpwssd`` of it where the target has VNNI."""
 
     def multiply_add(acc, a, b):
-        products = tirx.call_llvm_pure_intrin(with_lanes("int32", lanes), intrinsic, a, b)
+        products = tirx.call_llvm_intrin(with_lanes("int32", lanes), intrinsic, a, b)
         return acc + products
 
     return multiply_add
@@ -46,6 +46,6 @@ def multiply_add_bytes_by(intrinsic: str, lanes: int):
     dtype = with_lanes("int32", lanes)
 
     def multiply_add(acc, a, b):
-        return tirx.call_llvm_pure_intrin(dtype, intrinsic, acc, a, b)
+        return tirx.call_llvm_intrin(dtype, intrinsic, acc, a, b)
 
     return multiply_add

@@ -1,0 +1,57 @@
+"""What TVM makes of kernels on the way to LLVM."""
+
+import numpy as np
+import pytest
+import tvm
+
+from tvm_qfp8.code_generation import generate_code
+from tvm_qfp8.format import get_layout
+from tvm_qfp8.tables import build_table
+from tvm_qfp8.targets import cpu_features, isa, parse_target
+from tvm_qfp8.topi.codec import encode_expr
+from tvm_qfp8.topi.interpolate import emit_table
+from tvm_qfp8.topi.isa import instruction_set
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, keep, load, store
+
+TARGETS = ["x86-64", "x86-64-v3", "x86-64-v4", "aarch64"]
+WORKSPACE = "TVMBackendAllocWorkspace"
+
+
+def table_and_codes(name: str, vectors: int = 4) -> tvm.IRModule:
+    """A kernel that puts vectors through a table and encodes them, each kept on its way."""
+    target = parse_target(name)
+    instructions = instruction_set(isa(target), cpu_features(target))
+    table = build_table("silu", max_error=1e-3)
+
+    def body(x, codes) -> None:
+        for at in range(0, vectors * 16, 16):
+            value = keep(emit_table(table, load(x, at, 16), instructions))
+            store(codes, at, encode_expr(value, get_layout("E2M5"), instructions), 16)
+
+    specs = [TensorSpec((vectors * 16,), dtype) for dtype in ("float32", "uint8")]
+    return tvm.IRModule({"main": build_prim_func("main", specs, body)})
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_local_buffers_are_no_workspaces(name):
+    kernel, target = table_and_codes(name), parse_target(name)
+    assert WORKSPACE in tvm.compile(kernel, target=target).mod.inspect_source("asm")
+    assert WORKSPACE not in generate_code(kernel, target).mod.inspect_source("asm")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_intrinsic_counts_as_pure(name):
+    text = table_and_codes(name).script()
+    assert "call_llvm_intrin" in text
+    assert "call_llvm_pure_intrin" not in text
+
+
+def test_both_ways_give_the_same_codes():
+    kernel, target = table_and_codes("native"), parse_target("native")
+    x = tvm.runtime.tensor(np.random.default_rng(0).standard_normal(64).astype(np.float32) * 8)
+    found = []
+    for executable in (generate_code(kernel, target), tvm.compile(kernel, target=target)):
+        codes = tvm.runtime.tensor(np.zeros(64, np.uint8))
+        executable.mod["main"](x, codes)
+        found.append(codes.numpy())
+    np.testing.assert_array_equal(*found)
