@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import tvm
+from elftools.elf.elffile import ELFFile
 
 from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.format import get_layout
+from tvm_qfp8.linker import linker
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.targets import cpu_features, isa, parse_target
 from tvm_qfp8.topi.codec import encode_expr
@@ -55,3 +57,13 @@ def test_both_ways_give_the_same_codes():
         executable.mod["main"](x, codes)
         found.append(codes.numpy())
     np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("name", ["native", "aarch64", "armv7", "riscv64"])
+def test_libraries_carry_no_debug_information(name, tmp_path):
+    target, path = parse_target(name), tmp_path / "kernel.so"
+    generate_code(table_and_codes(name), target).export_library(str(path), fcompile=linker(target))
+    with path.open("rb") as file:
+        sections = [section.name for section in ELFFile(file).iter_sections()]
+    assert ".dynsym" in sections
+    assert not [section for section in sections if section.startswith(".debug")]
