@@ -203,8 +203,11 @@ class Epilogue:
                 values[a] if a in values else self._read(self.externals[a], row, column, lanes, valid)
                 for a in tensor_arguments(call)
             ]
-            result = arguments[0] if var in self.absorbed else self._compute(var, call, arguments, lanes)
-            result = values[var] = self._named(result, lanes)
+            if var in self.absorbed:
+                result = arguments[0]
+            else:
+                result = self._named(self._compute(var, call, arguments, lanes), lanes)
+            values[var] = result
             if self._is_written(var):
                 self._write(var, result, row, column, lanes, valid)
 

@@ -4,10 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
-import tvm
 from quantized_programs import build, dense_program, program, random_codes, run
 from tvm import relax
 
+from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.cpu_features import cpuinfo_flags
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
@@ -185,7 +185,7 @@ def _build_vnni(mod, lanes: int):
     found = instruction_set({16: "avx512", 8: "avx2"}[lanes], {"avx512vnni", "avxvnni"})
     with target:
         mod = ScheduleRest(1)(relax.transform.LegalizeOps()(LowerGroups(found, 1)(mod)))
-        return tvm.compile(mod, target=target)
+        return generate_code(mod, target)
 
 
 @needs_vnni

@@ -6,6 +6,7 @@ import tvm
 from tvm import relax
 from tvm.tirx import ForKind, PrimFunc
 
+from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.relay_passes.schedule_rest import MIN_PARALLEL_ELEMENTS, ScheduleRest
 from tvm_qfp8.targets import parse_target
 
@@ -35,7 +36,7 @@ def test_transpositions_go_by_tiles(shape, axes, loops, threads):
     passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(threads)])
     with target:
         scheduled = passes(transposition(shape, axes))
-        executable = tvm.compile(scheduled, target=target)
+        executable = generate_code(scheduled, target)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     found = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x))
     assert (found.numpy() == x.transpose(axes)).all()
@@ -53,7 +54,7 @@ def test_what_is_empty_needs_no_schedule(shape, threads):
     passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(threads)])
     with parse_target("llvm") as target:
         scheduled = passes(transposition(shape, [*range(len(shape))][::-1]))
-        executable = tvm.compile(scheduled, target=target)
+        executable = generate_code(scheduled, target)
     found = relax.VirtualMachine(executable, tvm.cpu())["main"](
         tvm.runtime.tensor(np.empty(shape, np.float32))
     )

@@ -40,6 +40,7 @@ def run_schedule(workload, decisions):
     import tvm
     from tvm import relax
 
+    from tvm_qfp8.code_generation import generate_code
     from tvm_qfp8.relay_passes.lower_groups import LowerGroups
     from tvm_qfp8.relay_passes.quantize_linear import codes_constant
     from tvm_qfp8.tuning import workload as module
@@ -55,7 +56,7 @@ def run_schedule(workload, decisions):
     finally:
         module.codes_constant = original
     lowered = LowerGroups(workload.isa, workload.threads, choose=lambda *_: schedule)(layer)
-    executable = tvm.compile(lowered, target=parse_target("native"))
+    executable = generate_code(lowered, parse_target("native"))
     inputs = [
         tvm.runtime.tensor(rng.integers(0, 256, [int(d) for d in p.ty.shape], dtype=np.uint8))
         for p in layer["main"].params

@@ -5,8 +5,8 @@ Every product therefore passes through ``llvm.arithmetic.fence``, which no optim
 is wanted it is asked for. All kernels of this package do their float arithmetic with the functions of this module, on
 scalars and vectors alike.
 
-LLVM's intrinsics are called as if they were not pure. A pure call TVM's passes copy into whatever reads its name, and
-that into its readers, until a table of four coefficients takes a second to compile.
+LLVM's intrinsics are called as if they were not pure: TVM's passes would copy a pure call into whatever reads its name,
+and that into its readers, and take minutes over a network.
 """
 
 from __future__ import annotations

@@ -11,25 +11,19 @@ from tvm.tirx import compilation_pipeline
 
 GRAPHS = "relax.backend.use_cuda_graph"
 
-CPU_PIPELINE = "tvm_qfp8_cpu"
+PIPELINE = "tvm_qfp8"
 
 
 def generate_code(scheduled: tvm.IRModule, target: Target) -> relax.VMExecutable:
     """The executable of a program, or of kernels alone."""
-    on_gpu = target.kind.name == "cuda"
-    if not on_gpu:
-        compilation_pipeline.PIPELINE_MAP[CPU_PIPELINE] = _cpu_pipeline
-    with tvm.transform.PassContext(config={GRAPHS: on_gpu}):
-        return tvm.compile(
-            scheduled,
-            target=target,
-            relax_pipeline=tvm.transform.Sequential(_executable_passes()),
-            tir_pipeline="s_tir" if on_gpu else CPU_PIPELINE,
-        )
+    compilation_pipeline.PIPELINE_MAP[PIPELINE] = _kernel_pipeline
+    relax_pipeline = tvm.transform.Sequential(_executable_passes())
+    with tvm.transform.PassContext(config={GRAPHS: target.kind.name == "cuda"}):
+        return tvm.compile(scheduled, target=target, relax_pipeline=relax_pipeline, tir_pipeline=PIPELINE)
 
 
-def _cpu_pipeline() -> tuple:
-    """TVM's pipeline for kernels, and on its way to LLVM what keeps registers in registers."""
+def _kernel_pipeline() -> tuple:
+    """TVM's pipeline for kernels, and on the way to LLVM what keeps registers in registers."""
     lower, finish_host, finish_device = default_s_tir_pipeline()
     return lower, lambda: tvm.transform.Sequential([LocalsOnStack(), finish_host()]), finish_device
 

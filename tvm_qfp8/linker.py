@@ -100,7 +100,7 @@ def run_compiler(command: Sequence[str]) -> None:
 def _link_by(compiler: list[str], machine: str) -> Callable:
     def link(output: str, objects: Sequence[str] | str, options: Sequence[str] | None = None, **_) -> None:
         files = [objects] if isinstance(objects, str) else list(objects)
-        # A sixth of a module would be TVM's debug information, on kernels that have no lines of source.
+        # TVM writes debug information, but kernels have no lines of source.
         flags = ["-shared", "-fPIC", "-O2", "-Wl,--strip-debug"]
         run_compiler([*compiler, *flags, "-o", output, *files, *(options or [])])
         check_library_for(Path(output), machine)
