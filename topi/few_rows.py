@@ -89,7 +89,7 @@ def emit_few_rows(isa: InstructionSet, shape: GemmShape, x, panels, epilogue: Ca
         def one_step(step) -> None:
             # Stage by stage: vector after vector, instructions of one port would wait for each other.
             at = T.bind(start + step * (width * isa.pair))
-            fetch_stream(panels, at, width * isa.pair, shape.columns * depth)
+            fetch_stream(isa, panels, at, width * isa.pair, shape.columns * depth)
             codes = [T.bind(load(panels, at + v * vector_codes, vector_codes)) for v in range(vectors)]
             magnitudes = [look_up_128(vector, table) for vector in codes]
             for row, start_of_row in enumerate(starts):

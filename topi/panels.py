@@ -87,13 +87,13 @@ def panel_size(isa: InstructionSet, depth: int, vectors: int) -> int:
 
 
 STREAM_BYTES, STREAM_AHEAD = 1 << 20, 8192
-"""From so many bytes on, weights that are read only once are asked for so many bytes ahead: they come from far, and not
-all processors look ahead far enough."""
+"""From so many bytes on, weights that are read only once are asked for so many bytes ahead, where processors do not look
+ahead far enough themselves."""
 
 
-def fetch_stream(panels, at, length: int, weights: int) -> None:
+def fetch_stream(isa: InstructionSet, panels, at, length: int, weights: int) -> None:
     """Where ``length`` codes from ``at`` are read, of so many that are read once, ask for those that come later."""
-    if weights > STREAM_BYTES:
+    if isa.asks_ahead and weights > STREAM_BYTES:
         prefetch_run(panels, at + STREAM_AHEAD, length)
 
 
@@ -234,7 +234,7 @@ def for_each_panel(
         """What one pass over the weights reads later, once for each cache line; with vectors about as long as one."""
         long = 2 * vector_codes >= CACHE_LINE
         if in_registers and long and (vector * vector_codes) % CACHE_LINE == 0:
-            fetch_stream(panels, at, min(CACHE_LINE, vector_codes), shape.columns * shape.depth)
+            fetch_stream(isa, panels, at, min(CACHE_LINE, vector_codes), shape.columns * shape.depth)
 
     def one_panel(panel) -> None:
         start = panel * size

@@ -29,6 +29,10 @@ TILES = frozenset({"avx512vbmi", "amx-tile", "amx-int8", "amx-bf16"})
 """Features of CPUs whose tile registers the kernels use; those that have them look up bytes, too."""
 
 
+PREFETCHES_WELL = "clzero"
+"""A feature of AMD's Zen alone. On Zen 4 weights that are read once come slower if they are also asked for."""
+
+
 @dataclass(frozen=True)
 class InstructionSet:
     """What a kernel generator needs to know of a target."""
@@ -72,6 +76,8 @@ class InstructionSet:
     """A vector of weights holds the first half of each ``pair``, then the second."""
     tiles: bool = False
     """Multiplies matrices in tile registers, see ``topi/amx``."""
+    asks_ahead: bool = True
+    """Asks for weights before it reads them, see ``panels.fetch_stream``."""
     float16: bool = False
     """Converts between float16 and float32."""
     fused: bool = True
@@ -204,15 +210,18 @@ def instruction_set(name: str, features: Collection[str] = ()) -> InstructionSet
             byte_products=neon_mull.INSTRUCTION_SET if IN_ORDER.isdisjoint(features) else None,
         )
     sets = {"avx512": avx512, "avx2": avx2, "sse2": sse2}
+    asks_ahead = PREFETCHES_WELL not in features
     found = replace(
         sets[name].INSTRUCTION_SET,
+        asks_ahead=asks_ahead,
         byte_permute="avx512vbmi" in features,
         tiles=set(features) >= TILES,
         float16="f16c" in features,
         fused=not FUSED.isdisjoint(features),
     )
+    byte_products = None
     if name == "avx512" and "avx512vnni" in features:
-        return replace(found, byte_products=avx512_vnni.INSTRUCTION_SET)
-    if name == "avx2" and "avxvnni" in features:
-        return replace(found, byte_products=avx2_vnni.INSTRUCTION_SET)
-    return found
+        byte_products = avx512_vnni.INSTRUCTION_SET
+    elif name == "avx2" and "avxvnni" in features:
+        byte_products = avx2_vnni.INSTRUCTION_SET
+    return replace(found, byte_products=byte_products and replace(byte_products, asks_ahead=asks_ahead))
