@@ -88,18 +88,23 @@ def test_other_instruction_sets_give_the_same():
     assert all(np.array_equal(result, found[0]) for result in found)
 
 
+def assembly(rows: int, columns: int, layout: str, cpu: str) -> str:
+    weight = np.zeros((columns, 4096), np.uint8)
+
+    def emit(builder, x):
+        ones = relax.const(np.ones(columns, np.float32))
+        return builder.emit(qfp8_ops.matmul(x, codes_constant(weight, layout), ones, ones))
+
+    executable = build(program([((rows, 4096), layout)], emit), cpu)
+    return "".join(module.inspect_source("asm") for module in executable.mod.imports)
+
+
 @pytest.mark.parametrize("rows, layout", [(1, "E2M5"), (1, "E1M6"), (4, "E2M5")])
 def test_large_weights_are_fetched_ahead(rows, layout):
-    def assembly(columns: int, cpu: str = "icelake-server") -> str:
-        weight = np.zeros((columns, 4096), np.uint8)
+    assert "prefetch" in assembly(rows, 512, layout, "icelake-server")
+    assert "prefetch" not in assembly(rows, 64, layout, "icelake-server")
 
-        def emit(builder, x):
-            ones = relax.const(np.ones(columns, np.float32))
-            return builder.emit(qfp8_ops.matmul(x, codes_constant(weight, layout), ones, ones))
 
-        executable = build(program([((rows, 4096), layout)], emit), cpu)
-        return "".join(module.inspect_source("asm") for module in executable.mod.imports)
-
-    assert "prefetch" in assembly(512)
-    assert "prefetch" not in assembly(64)
-    assert "prefetch" not in assembly(512, "znver4")  # asks for them itself, and is slower if asked
+@pytest.mark.parametrize("rows, layout", [(1, "E2M5"), (1, "E1M6"), (4, "E2M5"), (16, "E1M6")])
+def test_a_processor_that_looks_far_ahead_is_not_asked_for_streams(rows, layout):
+    assert "prefetch" not in assembly(rows, 512, layout, "znver4")

@@ -87,8 +87,8 @@ def panel_size(isa: InstructionSet, depth: int, vectors: int) -> int:
 
 
 STREAM_BYTES, STREAM_AHEAD = 1 << 20, 8192
-"""From so many bytes on, weights that are read only once are asked for so many bytes ahead, where processors do not look
-ahead far enough themselves."""
+"""From so many bytes on, weights that are read only once are asked for so many bytes ahead, unless the processor looks
+ahead far enough itself."""
 
 
 def fetch_stream(isa: InstructionSet, panels, at, length: int, weights: int) -> None:
@@ -221,6 +221,7 @@ def for_each_panel(
     valid = [min(lanes, shape.columns - at) for at in range(0, min(width, shape.columns), lanes)]
 
     size = panel_size(isa, shape.depth, shape.vectors)
+    in_place = isa.split is not None and isa.split.weights_ready
 
     def without_offset_at(start):
         def without_offset(total, vector):
@@ -239,7 +240,7 @@ def for_each_panel(
     def one_panel(panel) -> None:
         start = panel * size
         first_column = overlapped_start(panel, width, shape.columns)
-        if isa.split is not None and isa.split.weights_ready:
+        if in_place:
 
             def load_weights(step, vector, product=0):
                 at = T.bind(start + step * (width * isa.pair) + vector * vector_codes)
@@ -263,8 +264,10 @@ def for_each_panel(
                 return T.bind(load(decoded, at, vector_codes))
 
         def prefetch_next(part, parts: int) -> None:
-            length = -(-size // parts)
-            prefetch_run(panels, start + size + part * length, length)
+            # Decoding reads a panel at once; bytes that are multiplied in place are a stream.
+            if isa.asks_ahead or not in_place:
+                length = -(-size // parts)
+                prefetch_run(panels, start + size + part * length, length)
 
         def column(vector):
             return first_column + vector * lanes
