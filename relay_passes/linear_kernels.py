@@ -272,7 +272,7 @@ def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, opera
     codes = pack_winograd_weights(isa, plan, array_of(weight))
     corrections = offset_products(isa, plan, array_of(weight))
     # Filters do not depend on the image's size: a module for several shares them.
-    key = plan.tiling, plan.parts, plan.register_tile(isa)[1], layout_of(weight), contents(codes)
+    key = plan.tiling, plan.parts, plan.vectors(isa), layout_of(weight), contents(codes)
     offset = memory.part(
         key,
         plan.filter_values(isa),

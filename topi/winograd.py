@@ -26,7 +26,7 @@ from tvm_qfp8.topi.panels import (
     overlapped_start,
     zero_run,
 )
-from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store, vector_runs
+from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, prefetch_run, store, vector_runs
 from tvm_qfp8.topi.schedules import SCRATCH_BYTES
 from tvm_qfp8.topi.static_memory import filled_once
 from tvm_qfp8.topi.winograd_plan import TAPS, WinogradPlan
@@ -42,6 +42,9 @@ from tvm_qfp8.topi.wrapping import with_wrapping_sums, wrapping_add
 
 CACHE_LINE = 32
 """int16 values of a cache line."""
+
+FILTERS_AHEAD = 8192
+"""So many int16 values before filters are read they are asked for: they come from far, between reads of many tiles."""
 
 PRODUCT_BYTES = 64 * 1024
 """Products of a group of tiles at all positions, beside its filters in the second-level cache."""
@@ -86,7 +89,7 @@ class _Kernel:
     def __init__(self, isa: InstructionSet, plan: WinogradPlan) -> None:
         self.isa, self.plan, self.shape, self.tiling = isa, plan, plan.shape, plan.tiling
         self.depth = plan.depth(isa)
-        self.most_tiles, self.vectors = plan.register_tile(isa)
+        self.vectors = plan.vectors(isa)
         self.width = self.vectors * isa.lanes
         self.panel_count = -(-self.shape.out_channels // self.width)
 
@@ -139,9 +142,9 @@ class _Convolution(_Kernel):
             most = min(most, -(-rows // threads))
         self.block_rows, blocks = balanced_blocks(rows, most)
         self.block_tiles = self.block_rows * plan.tiles_wide
-        self.tiles = min(self.most_tiles, self.block_tiles)
         product_bytes = 4 * self.tiling.positions * self.width
-        self.group = min(self.block_tiles, self.tiles * max(1, PRODUCT_BYTES // (product_bytes * self.tiles)))
+        self.group, self.groups = balanced_blocks(self.block_tiles, max(1, PRODUCT_BYTES // product_bytes))
+        self.tiles = plan.tiles_at_once(self.isa, self.group)
         # An odd number of cache lines between positions: their lines fall into different sets.
         lines = -(-self.block_tiles * self.depth // CACHE_LINE)
         self.position_step = (lines | 1) * CACHE_LINE
@@ -228,7 +231,7 @@ class _Convolution(_Kernel):
         sums = None
         if self.plan.parts > 1:
             sums = T.alloc_buffer((pixels * self.group * self.width,), "int32", align=64)
-        with T.serial(0, -(-self.block_tiles // self.group)) as group:
+        with T.serial(0, self.groups) as group:
             first = overlapped_start(group, self.group, self.block_tiles)
             if sums is None:
                 self.products(inputs, panels, panel, first, 0, scratch)
@@ -253,6 +256,8 @@ class _Convolution(_Kernel):
 
             def load_weights(k, j):
                 at = weights + k * (self.width * isa.pair)
+                if j == 0:
+                    prefetch_run(panels, at + FILTERS_AHEAD, self.width * isa.pair)
                 return T.bind(load(panels, at + j * vector, vector))
 
             with T.serial(0, -(-self.group // self.tiles)) as index:

@@ -24,6 +24,8 @@ FETCH_INSTRUCTIONS = 0.375
 MANY_TILES = 1000
 LOOP_INSTRUCTIONS = 1.5
 """Of a reduction step, beside its multiply-adds."""
+FILTER_LOAD = 1.0
+"""Loading a vector of transformed filters, which the nearest cache does not hold, takes so many multiply-adds."""
 MOST_PARTS = 8
 """Beyond so many parts of the channels their separate inverse transforms cost more than is saved."""
 
@@ -60,21 +62,26 @@ class WinogradPlan:
         """Channels, padded so that all parts are equal and whole multiply-adds."""
         return round_up(self.shape.channels, isa.pair * self.parts)
 
-    def register_tile(self, isa: InstructionSet) -> tuple[int, int]:
-        """(tiles, vectors) whose products at one position are summed at once.
+    def vectors(self, isa: InstructionSet) -> int:
+        """Vectors of output channels whose products are summed at once.
 
-        Vectors do not depend on the number of tiles: a module for several sizes of images shares filters.
+        They do not depend on the number of tiles: a module for several sizes of images shares filters.
         """
-        most, vectors = replace(isa, spare=0).tile(MANY_TILES, self.shape.out_channels)
+        return _unspared(isa).tile(MANY_TILES, self.shape.out_channels, weight_load=FILTER_LOAD)[1]
+
+    def tiles_at_once(self, isa: InstructionSet, group: int) -> int:
+        """Of a group of tiles, those whose products at one position are summed at once."""
+        vectors = self.vectors(isa)
+        fitting = [tiles for tiles in range(1, group + 1) if _unspared(isa).fits(tiles, vectors)]
 
         def cost(tiles: int) -> float:
-            return -(-self.tiles // tiles) * (tiles * vectors + LOOP_INSTRUCTIONS)
+            return -(-group // tiles) * (tiles * vectors + FILTER_LOAD * vectors + LOOP_INSTRUCTIONS)
 
-        return min(range(1, min(most, self.tiles) + 1), key=cost), vectors
+        return min(fitting, key=cost)
 
     def filter_values(self, isa: InstructionSet) -> int:
         """Number of transformed filter values, int16."""
-        width = self.register_tile(isa)[1] * isa.lanes
+        width = self.vectors(isa) * isa.lanes
         return round_up(self.shape.out_channels, width) * self.tiling.positions * self.depth(isa)
 
     def input_offsets(self) -> np.ndarray:
@@ -82,6 +89,11 @@ class WinogradPlan:
         offsets = self.tiling.offsets(self.shape.layouts()[0])
         assert offsets is not None
         return offsets
+
+
+def _unspared(isa: InstructionSet) -> InstructionSet:
+    """No register is spared for an epilogue: products go to memory first."""
+    return replace(isa, spare=0)
 
 
 def plan_winograd(
@@ -139,10 +151,9 @@ def _part_sums(sums: np.ndarray, size: int) -> int:
 
 def pack_winograd_weights(isa: InstructionSet, plan: WinogradPlan, codes: np.ndarray) -> np.ndarray:
     """Codes OHWI -> panels ``(panels, 9, depth / pair, width, pair)``; the kernel transforms them once."""
-    _, vectors = plan.register_tile(isa)
     depth = plan.depth(isa)
     padded = np.pad(codes, ((0, 0), (0, 0), (0, 0), (0, depth - codes.shape[3])))
-    return pack_panels(padded.reshape(len(codes), -1), vectors * isa.lanes, isa.pair)
+    return pack_panels(padded.reshape(len(codes), -1), plan.vectors(isa) * isa.lanes, isa.pair)
 
 
 def offset_products(isa: InstructionSet, plan: WinogradPlan, codes: np.ndarray) -> np.ndarray:

@@ -147,10 +147,13 @@ class InstructionSet:
         activations = rows / self.row_group if self.row_steps > 1 or self.row_group > 1 else 1
         return rows * vectors + weights + activations + self.temporaries <= self.registers
 
-    def tile(self, rows: int, columns: int, row_length: int | None = None) -> tuple[int, int]:
+    def tile(
+        self, rows: int, columns: int, row_length: int | None = None, weight_load: float = 0.0
+    ) -> tuple[int, int]:
         """(rows, vectors) of the register tile for an output of ``rows`` x ``columns``.
 
-        ``row_length`` is given where a tile may not cross a row of pixels (convolution).
+        ``row_length`` is given where a tile may not cross a row of pixels (convolution), ``weight_load`` where a vector
+        of weights does not come from the nearest cache: the multiply-adds that its load takes the time of.
         """
         best, best_cost = (self.row_group, 1), float("inf")
         length = row_length or rows
@@ -163,7 +166,9 @@ class InstructionSet:
                 steps = -(-length // tile_rows) * -(-columns // (vectors * self.lanes))
                 # One multiply-add each, plus the loads of a step: vectors of weights, and the activations.
                 loads = vectors * self.row_group + tile_rows / (self.row_steps * self.row_group)
-                cost = steps * (tile_rows * vectors + 0.5 * max(loads - tile_rows * vectors / 2, 0) + 1.5)
+                multiply_adds = tile_rows * vectors
+                waiting = 0.5 * max(loads - multiply_adds / 2, 0) + weight_load * vectors
+                cost = steps * (multiply_adds + waiting + 1.5)
                 if row_length is None and tile_rows * vectors > self.registers - self.spare:
                     cost *= SPILLED
                 if cost < best_cost:
