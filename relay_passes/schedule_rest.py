@@ -7,6 +7,8 @@ Transpositions go by tiles.
 
 from __future__ import annotations
 
+import math
+
 import tvm
 import tvm_ffi
 from tvm import s_tir, tirx
@@ -20,6 +22,8 @@ from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
 VECTOR = 16
 LINES = 8
 """Of a tile of a transposition, read side by side; at some strides a cache holds no more of them."""
+TURNS = 8
+"""Of a parallel loop, at least, for each thread: shares differ by an eighth at most."""
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScheduleRest")
@@ -66,7 +70,7 @@ def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:
             reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != "S"]
             if spatial:
                 sch.reorder(*spatial, *reduction)
-            _parallel(sch, spatial, threads)
+            _parallel(sch, spatial, threads, math.prod(_extent(sch, loop) or LINES for loop in reduction))
             continue
         if not spatial:
             continue
@@ -75,15 +79,15 @@ def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:
             inside = VECTOR * (_extent(sch, spatial[-1]) or LINES)
             _parallel(sch, _tile(sch, spatial, contiguous), threads, inside)
             continue
-        extent = _extent(sch, spatial[-1])
+        inside, extent = 1, _extent(sch, spatial[-1])
         if extent is not None and extent >= VECTOR and extent % VECTOR == 0:
             outer, inner = sch.split(spatial[-1], [None, VECTOR])
             sch.vectorize(inner)
-            spatial = [*spatial[:-1], outer]
+            spatial, inside = [*spatial[:-1], outer], VECTOR
         elif extent is not None and 1 < extent <= VECTOR and extent & (extent - 1) == 0:
             sch.vectorize(spatial[-1])
-            spatial = spatial[:-1]
-        _parallel(sch, spatial, threads)
+            spatial, inside = spatial[:-1], extent
+        _parallel(sch, spatial, threads, inside)
     return sch.mod["main"]
 
 
@@ -121,10 +125,14 @@ def _extent(sch: s_tir.Schedule, loop) -> int | None:
     return int(extent) if isinstance(extent, tirx.IntImm) else None
 
 
-def _parallel(sch: s_tir.Schedule, loops: list, threads: int, inside: int = VECTOR) -> None:
+def _parallel(sch: s_tir.Schedule, loops: list, threads: int, inside: int) -> None:
     """Loops around work on ``inside`` elements."""
-    size = inside
-    for loop in loops:
-        size *= _extent(sch, loop) or MIN_PARALLEL_ELEMENTS
-    if loops and threads > 1 and size >= MIN_PARALLEL_ELEMENTS:
-        sch.parallel(sch.fuse(*loops))
+    extents = [_extent(sch, loop) or MIN_PARALLEL_ELEMENTS for loop in loops]
+    if not loops or threads == 1 or inside * math.prod(extents) < MIN_PARALLEL_ELEMENTS:
+        return
+    # No more of them than give turns enough: each turn divides its number into their indices.
+    outer = next(
+        (n for n in range(1, len(loops)) if math.prod(extents[:n]) >= TURNS * threads),
+        len(loops),
+    )
+    sch.parallel(sch.fuse(*loops[:outer]))

@@ -11,14 +11,25 @@ from tvm_qfp8.relay_passes.schedule_rest import MIN_PARALLEL_ELEMENTS, ScheduleR
 from tvm_qfp8.targets import parse_target
 
 
-def transposition(shape, axes):
+def program(shape, operator):
     builder = relax.BlockBuilder()
     x = relax.Var("x", relax.TensorType(shape, "float32"))
     with builder.function("main", [x]):
         with builder.dataflow():
-            output = builder.emit_output(relax.op.permute_dims(x, axes))
+            output = builder.emit_output(operator(x))
         builder.emit_func_output(output)
     return builder.get()
+
+
+def transposition(shape, axes):
+    return program(shape, lambda x: relax.op.permute_dims(x, axes))
+
+
+def loops_of(scheduled):
+    """The loops around the one block of the one function."""
+    schedule = tvm.s_tir.Schedule(next(f for f in scheduled.functions.values() if isinstance(f, PrimFunc)))
+    (block,) = schedule.get_child_blocks(schedule.get_sblock("root"))
+    return [schedule.get(loop) for loop in schedule.get_loops(block)]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -40,9 +51,7 @@ def test_transpositions_go_by_tiles(shape, axes, loops, threads):
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     found = relax.VirtualMachine(executable, tvm.cpu())["main"](tvm.runtime.tensor(x))
     assert (found.numpy() == x.transpose(axes)).all()
-    schedule = tvm.s_tir.Schedule(next(f for f in scheduled.functions.values() if isinstance(f, PrimFunc)))
-    (block,) = schedule.get_child_blocks(schedule.get_sblock("root"))
-    found_loops = [schedule.get(loop) for loop in schedule.get_loops(block)]
+    found_loops = loops_of(scheduled)
     if threads == 1:
         assert len(found_loops) == loops
     assert (found_loops[0].kind == ForKind.PARALLEL) == (threads > 1 and x.size >= MIN_PARALLEL_ELEMENTS)
@@ -59,3 +68,20 @@ def test_what_is_empty_needs_no_schedule(shape, threads):
         tvm.runtime.tensor(np.empty(shape, np.float32))
     )
     assert found.shape == shape[::-1]
+
+
+@pytest.mark.parametrize(
+    "shape, turns",
+    [
+        ((1, 64, 32, 48), 64),  # what is inside of a turn stays a nest of loops
+        ((2, 4, 100, 96), 800),
+        ((1, 8, 8191), None),  # too little: no vector divides its rows
+        ((1, 8, 8193), 8 * 8193),
+    ],
+)
+def test_of_the_loops_only_as_many_are_parallel_as_give_each_thread_enough(shape, turns):
+    passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(2)])
+    with parse_target("llvm"):
+        first = loops_of(passes(program(shape, relax.op.negative)))[0]
+    assert (first.kind == ForKind.PARALLEL) == (turns is not None)
+    assert turns is None or int(first.extent) == turns

@@ -83,8 +83,10 @@ def for_each_columns(shape: tuple[int, int, int], threads: int, body: Callable[.
     outer, length, inner = shape
     whole = inner >= BLOCK
     blocks = -(-inner // BLOCK) if whole else 1
-    parallel = threads > 1 and outer * blocks > 1 and outer * length * inner >= MIN_PARALLEL_ROW_ELEMENTS
-    with (T.parallel if parallel else T.serial)(0, outer * blocks) as index:
+    turns = outer * blocks
+    parallel = threads > 1 and turns > 1 and outer * length * inner >= MIN_PARALLEL_ROW_ELEMENTS
+
+    def one_block(index) -> None:
         if whole:
             body(T.bind(index // blocks), overlapped_start(T.bind(index % blocks), BLOCK, inner), BLOCK)
             return
@@ -93,6 +95,17 @@ def for_each_columns(shape: tuple[int, int, int], threads: int, body: Callable[.
             part = 1 << ((inner - start).bit_length() - 1)
             body(index, start, part)
             start += part
+
+    if not parallel:
+        with T.serial(0, turns) as index:
+            one_block(index)
+        return
+    # Each thread takes its scratch once, for all of its blocks.
+    share = -(-turns // threads)
+    with T.parallel(0, -(-turns // share)) as thread:
+        first = overlapped_start(thread, share, turns)
+        with T.serial(0, share) as index:
+            one_block(T.bind(first + index))
 
 
 def emit_column_softmax(column: Column, exp: Callable, finish: Callable) -> None:
