@@ -30,6 +30,7 @@ from tvm_qfp8.topi.panels import (
     round_up,
 )
 from tvm_qfp8.topi.schedules import ConvSchedule
+from tvm_qfp8.topi.sharing import rows_of_block
 from tvm_qfp8.topi.slab import slab_filler, slab_rows
 
 
@@ -162,7 +163,7 @@ def emit_conv2d(
     parallel = threads > 1 and macs >= MIN_PARALLEL_MACS
     row_bytes = slab_row * (2 if isa.split else isa.operand_bytes)
     by_rows = parallel and schedule.parallel_rows
-    most_block = -(-out_h // (2 * threads)) if by_rows else out_h
+    most_block = rows_of_block(out_h, threads) if by_rows else out_h
     in_slab = slab_rows(shape, schedule.scratch_bytes // row_bytes, most_block)
     slab_size = in_slab.rows * slab_row
     tap_row = dilation_h // in_slab.step * slab_row

@@ -66,7 +66,7 @@ def pack_weights(isa: InstructionSet, layout: Layout | None, codes: np.ndarray, 
     after them, if activations have an offset, what each column's sum is off by, negated: an int32 of four bytes.
     """
     width = vectors * isa.lanes
-    if layout is None or isa.split is None or not isa.split.weights_ready:
+    if layout is None or isa.split is None or not isa.weights_in_place:
         panels = pack_panels(codes, width, isa.pair)
         return panels.reshape(len(panels), -1)
     panels = pack_panels(decode_grid(codes, layout).astype(np.int8), width, isa.pair)
@@ -221,7 +221,6 @@ def for_each_panel(
     valid = [min(lanes, shape.columns - at) for at in range(0, min(width, shape.columns), lanes)]
 
     size = panel_size(isa, shape.depth, shape.vectors)
-    in_place = isa.split is not None and isa.split.weights_ready
 
     def without_offset_at(start):
         def without_offset(total, vector):
@@ -240,7 +239,7 @@ def for_each_panel(
     def one_panel(panel) -> None:
         start = panel * size
         first_column = overlapped_start(panel, width, shape.columns)
-        if in_place:
+        if isa.weights_in_place:
 
             def load_weights(step, vector, product=0):
                 at = T.bind(start + step * (width * isa.pair) + vector * vector_codes)
@@ -265,7 +264,7 @@ def for_each_panel(
 
         def prefetch_next(part, parts: int) -> None:
             # Decoding reads a panel at once; bytes that are multiplied in place are a stream.
-            if isa.asks_ahead or not in_place:
+            if isa.asks_ahead or not isa.weights_in_place:
                 length = -(-size // parts)
                 prefetch_run(panels, start + size + part * length, length)
 

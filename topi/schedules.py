@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.sharing import shares_rows
 
 if TYPE_CHECKING:
     from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
@@ -62,6 +64,11 @@ def _tiles(isa: InstructionSet, rows: int, columns: int, limit: int = 14) -> set
     }
 
 
+def _decodes(isa: InstructionSet, weight: Layout | None) -> bool:
+    """Whether a thread decodes the weights that it multiplies by."""
+    return weight is not None and not isa.weights_in_place
+
+
 def _with_default(default: Decisions, candidates: dict[str, set[int]]) -> Space:
     """Sorted candidates, the default's among them."""
     return {name: tuple(sorted(candidates[name] | {value})) for name, value in default.items()}
@@ -96,7 +103,10 @@ class GemmSchedule:
             tile = isa.tile(shape.rows, shape.columns)
         # Where a step is two instructions a product, the loop's own instructions weigh more.
         unroll = 1 + isa.temporaries
-        return cls(*tile, SCRATCH_BYTES, few, False, unroll, shape.rows >= 2 * threads * 48)
+        panels = -(-shape.columns // (tile[1] * isa.lanes))
+        decodes = _decodes(isa, shape.weight)
+        by_rows = not few and shares_rows(shape.rows, tile[0], panels, threads, decodes)
+        return cls(*tile, SCRATCH_BYTES, few, False, unroll, by_rows)
 
     @classmethod
     def space(cls, isa: InstructionSet, shape: GemmShape, threads: int) -> Space:
@@ -167,7 +177,10 @@ class ConvSchedule:
         is_image = shape.channels <= MOST_IMAGE_CHANNELS and shape.out_width >= IMAGE_TILE[0]
         if isa.name == "avx512" and is_image:
             tile = IMAGE_TILE
-        return cls(*tile, SCRATCH_BYTES, 1, shape.out_height >= 2 * threads)
+        panels = -(-shape.out_channels // shape.groups // (tile[1] * isa.lanes))
+        width = shape.out_width
+        by_rows = shares_rows(shape.out_height * width, width, panels, threads, _decodes(isa, shape.weight))
+        return cls(*tile, SCRATCH_BYTES, 1, by_rows)
 
     @classmethod
     def space(cls, isa: InstructionSet, shape: ConvShape, threads: int) -> Space:

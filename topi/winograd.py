@@ -28,6 +28,7 @@ from tvm_qfp8.topi.panels import (
 )
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, prefetch_run, store, vector_runs
 from tvm_qfp8.topi.schedules import SCRATCH_BYTES
+from tvm_qfp8.topi.sharing import shares_rows
 from tvm_qfp8.topi.static_memory import filled_once
 from tvm_qfp8.topi.winograd_plan import TAPS, WinogradPlan
 from tvm_qfp8.topi.winograd_tiling import FILTER
@@ -136,7 +137,7 @@ class _Convolution(_Kernel):
     def blocks(self, panels, threads: int) -> None:
         plan = self.plan
         rows = self.shape.batch * plan.tiles_high
-        by_rows = threads > 1 and rows >= 2 * threads
+        by_rows = threads > 1 and shares_rows(rows, 1, self.panel_count, threads, decodes=False)
         most = max(1, SCRATCH_BYTES // (2 * self.tiling.positions * self.depth * plan.tiles_wide))
         if by_rows:
             most = min(most, -(-rows // threads))

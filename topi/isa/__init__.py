@@ -113,6 +113,11 @@ class InstructionSet:
         return self.lanes * self.pair / (self.products * self.multiplications)
 
     @property
+    def weights_in_place(self) -> bool:
+        """Stored weights are the bytes to multiply."""
+        return self.split is not None and self.split.weights_ready
+
+    @property
     def operand_bytes(self) -> int:
         """Bytes of one decoded activation."""
         return self.activation_parts if self.split else 4 if self.operand == "float32" else 2

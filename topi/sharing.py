@@ -1,0 +1,28 @@
+"""How threads share a kernel of a linear layer: by rows of its output, or by panels of output channels.
+
+By rows every thread decodes all weights; by panels one thread brings the activations while the others wait. Whichever
+leaves the busiest thread less to do is the default. A kernel shared by panels costs one thread nothing.
+"""
+
+from __future__ import annotations
+
+from tvm_qfp8.topi.panels import round_up
+
+DECODING = 12
+"""Decoding a vector of weights takes as long as multiplying it by so many rows."""
+BRINGING = 0.06
+"""Of multiplying by all weights, bringing activations takes so much."""
+
+
+def shares_rows(rows: int, step: int, panels: int, threads: int, decodes: bool) -> bool:
+    """Whether threads had better share ``rows``, in multiples of ``step``, than ``panels`` of weights."""
+    decoding = DECODING if decodes else 0
+    by_rows = round_up(-(-rows // threads), step) + decoding
+    by_panels = (rows + decoding) * -(-panels // threads) / panels + BRINGING * rows
+    return by_rows <= by_panels
+
+
+def rows_of_block(rows: int, threads: int) -> int:
+    """Half of what a thread gets, so that fewer threads share them evenly, too; all of it where halves are more."""
+    whole, half = -(-rows // threads), -(-rows // (2 * threads))
+    return half if 2 * half == whole else whole
