@@ -21,7 +21,9 @@ def test_the_busiest_thread_has_least_to_do(rows, step, panels, threads, decodes
     assert shares_rows(rows, step, panels, threads, decodes) == expected
 
 
-@pytest.mark.parametrize("rows, threads, expected", [(56, 2, 14), (10, 2, 5), (7, 2, 2), (9, 2, 5), (1, 4, 1)])
+@pytest.mark.parametrize(
+    "rows, threads, expected", [(56, 2, 14), (10, 2, 5), (7, 2, 2), (9, 2, 5), (1, 4, 1)]
+)
 def test_blocks_are_halves_of_shares_where_those_are_not_more(rows, threads, expected):
     assert rows_of_block(rows, threads) == expected
     blocks = -(-rows // expected)

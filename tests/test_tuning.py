@@ -76,6 +76,13 @@ def test_more_threads_take_the_tiles_of_one_and_share_as_by_default(log, workloa
     assert schedule.decisions() == expected and not caught
 
 
+def test_records_of_one_thread_hold_however_threads_would_share(workload):
+    decisions = workload.default()
+    for shares in (0, 1):
+        assert workload.allows(decisions | {"parallel_rows": shares})
+    assert not workload.allows(decisions | {"parallel_rows": 2, "tile": -1})
+
+
 @pytest.mark.parametrize("factor", [2, 5])
 def test_other_rows_pack_weights_like_those_in_the_log(log, workload, factor):
     from dataclasses import replace

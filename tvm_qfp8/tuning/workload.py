@@ -28,6 +28,7 @@ from tvm_qfp8.topi.gemm import GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.schedules import (
     REVISION,
+    SHARING,
     BatchMatmulSchedule,
     ConvSchedule,
     Decisions,
@@ -74,9 +75,12 @@ class Workload:
         return self.schedules.default(self.isa, self.shape, self.threads).decisions()
 
     def allows(self, decisions: Mapping[str, int]) -> bool:
-        """Whether all decisions are known and among the candidates."""
+        """Whether all decisions are known and among the candidates; one thread shares its work in any way."""
         space = self.space()
-        return decisions.keys() == space.keys() and all(decisions[name] in space[name] for name in space)
+        return decisions.keys() == space.keys() and all(
+            decisions[name] in candidates or (self.threads == 1 and name in SHARING)
+            for name, candidates in space.items()
+        )
 
     @property
     def key(self) -> str:
