@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import tvm
 from elftools.elf.elffile import ELFFile
+from tvm import s_tir, tirx
 
-from tvm_qfp8.code_generation import generate_code
+from tvm_qfp8.code_generation import LEFT_OUT, generate_code
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.linker import linker
 from tvm_qfp8.tables import build_table
@@ -67,3 +68,14 @@ def test_libraries_carry_no_debug_information(name, tmp_path):
         sections = [section.name for section in ELFFile(file).iter_sections()]
     assert ".dynsym" in sections
     assert not [section for section in sections if section.startswith(".debug")]
+
+
+def test_passes_that_are_left_out_are_those_that_tvm_has():
+    passes = [
+        s_tir.transform.HoistIfThenElse(),
+        s_tir.transform.InjectPermutedLayout(),
+        s_tir.transform.InjectVirtualThread(),
+        s_tir.transform.RenormalizeSplitPattern(),
+        tirx.transform.CommonSubexprElim(),
+    ]
+    assert [one.info.name for one in passes] == LEFT_OUT
