@@ -2,7 +2,7 @@
 
 Runs after ``LegalizeOps``, on every PrimFunc without the attribute ``tirx.is_scheduled``: producers are inlined,
 outer loops fused and run in parallel where the work is worth a parallel region, the innermost loop vectorised.
-Transpositions go by tiles.
+Transpositions of matrices have a kernel (``topi/transpose.py``), others go by tiles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.s_tir.dlight.base import try_inline
 
 from tvm_qfp8.topi.float_contract import mul
+from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.prim_func import TensorSpec
 from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS
+from tvm_qfp8.topi.transpose import TransposeShape, can_transpose, transpose_prim_func
 
 VECTOR = 16
 LINES = 8
@@ -30,17 +33,18 @@ TURNS = 8
 class ScheduleRest:
     """Schedule what is left, and keep its float products uncontracted."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, isa: InstructionSet, threads: int) -> None:
+        self.isa, self.threads = isa, threads
 
     def transform_module(self, mod: tvm.IRModule, _ctx) -> tvm.IRModule:
         for var, function in list(mod.functions_items()):
             if isinstance(function, tirx.PrimFunc) and not (
                 function.attrs and "tirx.is_scheduled" in function.attrs
             ):
-                mod[var] = fence_products(schedule(function, self.threads)).with_attr(
-                    "tirx.is_scheduled", True
-                )
+                kernel = _transposition(function, self.isa, self.threads)
+                if kernel is None:
+                    kernel = fence_products(schedule(function, self.threads))
+                mod[var] = kernel.with_attr("tirx.is_scheduled", True)
         return mod
 
 
@@ -74,10 +78,10 @@ def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:
             continue
         if not spatial:
             continue
-        contiguous = _contiguous(sch.get(block))
-        if contiguous is not None and contiguous < len(spatial) - 1:
+        places = _places(sch.get(block))
+        if places is not None and places[-1] < len(spatial) - 1:
             inside = VECTOR * (_extent(sch, spatial[-1]) or LINES)
-            _parallel(sch, _tile(sch, spatial, contiguous), threads, inside)
+            _parallel(sch, _tile(sch, spatial, places[-1]), threads, inside)
             continue
         inside, extent = 1, _extent(sch, spatial[-1])
         if extent is not None and extent >= VECTOR and extent % VECTOR == 0:
@@ -91,8 +95,31 @@ def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:
     return sch.mod["main"]
 
 
-def _contiguous(block: s_tir.SBlock) -> int | None:
-    """Of a transposition the axis along which its input lies in memory, counted in the output; else None."""
+def _transposition(function: tirx.PrimFunc, isa: InstructionSet, threads: int) -> tirx.PrimFunc | None:
+    """The kernel of a function that transposes matrices, and does nothing else; None if tiles do not suit it."""
+    sch = s_tir.Schedule(function)
+    blocks = sch.get_child_blocks(sch.get_sblock("root")) if normalize_prim_func(sch) is not None else []
+    if len(blocks) != 1 or len(function.params) != 2:
+        return None
+    block = sch.get(blocks[0])
+    places = _places(block)
+    if places is None:
+        return None
+    buffers = block.body.value.source, block.body.buffer
+    if any(not isinstance(extent, tirx.IntImm) for buffer in buffers for extent in buffer.shape):
+        return None
+    x, y = (TensorSpec(tuple(map(int, buffer.shape)), str(buffer.dtype)) for buffer in buffers)
+    # Loops over axes of one place are gone.
+    shape = TransposeShape.of(
+        tuple(n for n in x.shape if n != 1), tuple(map(places.index, range(len(places))))
+    )
+    if shape is None or not can_transpose(isa, shape, x.dtype):
+        return None
+    return transpose_prim_func(isa, threads, shape, x, y)
+
+
+def _places(block: s_tir.SBlock) -> list[int] | None:
+    """Of a transposition the axes of its output where those of its input are; else None."""
     store = block.body
     load = getattr(store, "value", None)
     if not isinstance(store, tirx.BufferStore) or not isinstance(load, TensorLoad):
@@ -101,8 +128,8 @@ def _contiguous(block: s_tir.SBlock) -> int | None:
     written, read = ([i for i in x.indices if not isinstance(i, tirx.IntImm)] for x in (store, load))
     if len(read) != len(axes) or not all(x.same_as(y) for x, y in zip(written, axes, strict=False)):
         return None
-    places = [next((p for p, axis in enumerate(axes) if axis.same_as(index)), None) for index in read]
-    return places[-1] if None not in places and len(set(places)) == len(axes) else None
+    found = [p for index in read for p, axis in enumerate(axes) if axis.same_as(index)]
+    return found if len(found) == len(set(found)) == len(axes) else None
 
 
 def _tile(sch: s_tir.Schedule, loops: list, contiguous: int) -> list:

@@ -65,8 +65,9 @@ def build(mod, target: str, threads: int = 1, memory: StaticMemory | None = None
     """Write the kernels for a target and compile."""
     parsed = parse_target(target)
     with parsed:
-        mod = LowerGroups(instruction_set(isa_of(parsed), cpu_features(parsed)), threads, memory=memory)(mod)
-        mod = ScheduleRest(threads)(relax.transform.LegalizeOps()(mod))
+        instructions = instruction_set(isa_of(parsed), cpu_features(parsed))
+        mod = LowerGroups(instructions, threads, memory=memory)(mod)
+        mod = ScheduleRest(instructions, threads)(relax.transform.LegalizeOps()(mod))
         return generate_code(mod, parsed)
 
 

@@ -184,7 +184,7 @@ def _build_vnni(mod, lanes: int):
     target = parse_target(LANES[lanes])
     found = instruction_set({16: "avx512", 8: "avx2"}[lanes], {"avx512vnni", "avxvnni"})
     with target:
-        mod = ScheduleRest(1)(relax.transform.LegalizeOps()(LowerGroups(found, 1)(mod)))
+        mod = ScheduleRest(found, 1)(relax.transform.LegalizeOps()(LowerGroups(found, 1)(mod)))
         return generate_code(mod, target)
 
 

@@ -9,6 +9,9 @@ from tvm.tirx import ForKind, PrimFunc
 from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.relay_passes.schedule_rest import MIN_PARALLEL_ELEMENTS, ScheduleRest
 from tvm_qfp8.targets import parse_target
+from tvm_qfp8.topi.isa import instruction_set
+
+ISA = instruction_set("avx2")
 
 
 def program(shape, operator):
@@ -36,15 +39,15 @@ def loops_of(scheduled):
 @pytest.mark.parametrize(
     "shape, axes, loops",
     [
-        ((1, 64, 32, 48), [0, 2, 3, 1], 5),  # a tile has two loops more
-        ((2, 17, 9, 20), [0, 3, 1, 2], 6),  # of extents that tiles do not divide
-        ((1, 7, 130), [0, 2, 1], 4),
+        ((64, 32, 48), [2, 1, 0], 5),  # a tile has two loops more
+        ((17, 9, 20), [2, 1, 0], 5),  # of extents that tiles do not divide
+        ((1, 7, 130), [0, 2, 1], 4),  # too few rows for the kernel
         ((1, 9, 4, 16), [0, 2, 1, 3], 4),  # rows stay whole: no tiles, vectors only
     ],
 )
 def test_transpositions_go_by_tiles(shape, axes, loops, threads):
     target = parse_target("llvm")
-    passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(threads)])
+    passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(ISA, threads)])
     with target:
         scheduled = passes(transposition(shape, axes))
         executable = generate_code(scheduled, target)
@@ -60,7 +63,7 @@ def test_transpositions_go_by_tiles(shape, axes, loops, threads):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", [(2, 0, 9, 16), (0, 3, 4), (5, 16, 0)])
 def test_what_is_empty_needs_no_schedule(shape, threads):
-    passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(threads)])
+    passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(ISA, threads)])
     with parse_target("llvm") as target:
         scheduled = passes(transposition(shape, [*range(len(shape))][::-1]))
         executable = generate_code(scheduled, target)
@@ -80,7 +83,7 @@ def test_what_is_empty_needs_no_schedule(shape, threads):
     ],
 )
 def test_of_the_loops_only_as_many_are_parallel_as_give_each_thread_enough(shape, turns):
-    passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(2)])
+    passes = tvm.transform.Sequential([relax.transform.LegalizeOps(), ScheduleRest(ISA, 2)])
     with parse_target("llvm"):
         first = loops_of(passes(program(shape, relax.op.negative)))[0]
     assert (first.kind == ForKind.PARALLEL) == (turns is not None)

@@ -119,7 +119,7 @@ def lowering_passes(
         relax.transform.LegalizeOps(),
         relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),
-        *([CopyInputs(), ForCuda()] if isa.name == "cuda" else [ScheduleRest(threads)]),
+        *([CopyInputs(), ForCuda()] if isa.name == "cuda" else [ScheduleRest(isa, threads)]),
     ]
 
 
