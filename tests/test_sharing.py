@@ -2,7 +2,7 @@
 
 import pytest
 
-from tvm_qfp8.topi.sharing import rows_of_block, shares_rows
+from tvm_qfp8.topi.sharing import favours_rows, rows_of_block, shared_blocks
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from tvm_qfp8.topi.sharing import rows_of_block, shares_rows
     ],
 )
 def test_the_busiest_thread_has_least_to_do(rows, step, panels, threads, decodes, expected):
-    assert shares_rows(rows, step, panels, threads, decodes) == expected
+    assert favours_rows(rows, step, panels, threads, decodes) == expected
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,17 @@ def test_blocks_are_halves_of_shares_where_those_are_not_more(rows, threads, exp
     assert rows_of_block(rows, threads) == expected
     blocks = -(-rows // expected)
     assert -(-blocks // threads) * expected == -(-rows // threads)
+
+
+@pytest.mark.parametrize(
+    "extent, most, threads, multiple, expected",
+    [
+        (14, 6, 1, 1, (5, 3)),
+        (14, 6, 2, 1, (4, 4)),  # two for each, not two and one
+        (3136, 768, 2, 14, (532, 6)),
+        (3136, 4096, 2, 14, (1568, 2)),
+        (1, 9, 4, 1, (1, 1)),
+    ],
+)
+def test_every_thread_has_as_many_blocks(extent, most, threads, multiple, expected):
+    assert shared_blocks(extent, most, threads, multiple) == expected

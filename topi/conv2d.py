@@ -164,7 +164,7 @@ def emit_conv2d(
     row_bytes = slab_row * (2 if isa.split else isa.operand_bytes)
     by_rows = parallel and schedule.parallel_rows
     most_block = rows_of_block(out_h, threads) if by_rows else out_h
-    in_slab = slab_rows(shape, schedule.scratch_bytes // row_bytes, most_block)
+    in_slab = slab_rows(shape, schedule.scratch_bytes // row_bytes, most_block, threads if by_rows else 1)
     slab_size = in_slab.rows * slab_row
     tap_row = dilation_h // in_slab.step * slab_row
 

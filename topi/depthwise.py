@@ -19,9 +19,10 @@ from tvm_qfp8.topi.float_contract import bind, dtype_of, lanes_of, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
-from tvm_qfp8.topi.panels import balanced_blocks, decode_run, operand_expr, overlapped_start, zero_run
+from tvm_qfp8.topi.panels import decode_run, operand_expr, overlapped_start, zero_run
 from tvm_qfp8.topi.prim_func import load, load_float, store
 from tvm_qfp8.topi.schedules import DepthwiseSchedule
+from tvm_qfp8.topi.sharing import rows_of_block, shared_blocks
 
 
 def is_depthwise(isa: InstructionSet, shape: ConvShape) -> bool:
@@ -128,9 +129,10 @@ def emit_depthwise(
     block_h = max(
         1, min(out_h, (schedule.slab_bytes // (isa.operand_bytes * slab_row) - reach) // stride_h + 1)
     )
-    if parallel and not schedule.channels_outer:
-        block_h = min(block_h, max(1, -(-out_h // (2 * threads))))
-    block_h, blocks = balanced_blocks(out_h, block_h)
+    by_rows = parallel and not schedule.channels_outer
+    if by_rows:
+        block_h = min(block_h, rows_of_block(out_h, threads))
+    block_h, blocks = shared_blocks(out_h, block_h, threads if by_rows else 1)
     slab_h = (block_h - 1) * stride_h + reach
 
     def decode_row(source, channel, slab, slab_at) -> None:

@@ -19,7 +19,6 @@ from tvm_qfp8.topi.matrix_kernel import decode_row_of_pair, register_tile
 from tvm_qfp8.topi.panels import (
     PanelShape,
     PanelWeights,
-    balanced_blocks,
     decode_operand,
     for_each_panel,
     overlapped_start,
@@ -27,6 +26,7 @@ from tvm_qfp8.topi.panels import (
     zero_run,
 )
 from tvm_qfp8.topi.schedules import GemmSchedule
+from tvm_qfp8.topi.sharing import shared_blocks
 
 MIN_PARALLEL_MACS = 1_500_000
 """Below this a parallel region (about 7 us) costs more than it gives."""
@@ -69,9 +69,7 @@ def emit_gemm(
 
     by_rows = parallel and schedule.parallel_rows
     most = max(tile_rows, schedule.scratch_bytes // (isa.operand_bytes * depth))
-    if by_rows:
-        most = min(most, -(-shape.rows // threads))
-    block_rows, blocks = balanced_blocks(shape.rows, most, tile_rows)
+    block_rows, blocks = shared_blocks(shape.rows, most, threads if by_rows else 1, tile_rows)
     # Where rows go in pairs, an odd block computes its last row twice.
     stored_rows = round_up(block_rows, isa.row_group)
     part_size = stored_rows * depth

@@ -20,6 +20,7 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store, vector_runs
 from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, like_scalar
+from tvm_qfp8.topi.sharing import rows_of_block
 
 COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
 """The modes of ONNX's Resize that ``linear_taps`` knows."""
@@ -72,7 +73,7 @@ def resize_prim_func(
     out_h, out_w = shape.out
     row_size = out_w * shape.inner
     parallel = threads > 1 and shape.outer * out_h * row_size >= MIN_PARALLEL_ELEMENTS
-    block, blocks = balanced_blocks(out_h, -(-out_h // (2 * threads)) if parallel else out_h)
+    block, blocks = balanced_blocks(out_h, rows_of_block(out_h, threads) if parallel else out_h)
 
     def body(x, places, weights, y) -> None:
         def between(buffer, starts: list, tap, offset, lanes: int):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_qfp8.format import Layout
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.sharing import shares_rows
+from tvm_qfp8.topi.sharing import favours_rows
 
 if TYPE_CHECKING:
     from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
@@ -105,7 +105,7 @@ class GemmSchedule:
         unroll = 1 + isa.temporaries
         panels = -(-shape.columns // (tile[1] * isa.lanes))
         decodes = _decodes(isa, shape.weight)
-        by_rows = not few and shares_rows(shape.rows, tile[0], panels, threads, decodes)
+        by_rows = not few and favours_rows(shape.rows, tile[0], panels, threads, decodes)
         return cls(*tile, SCRATCH_BYTES, few, False, unroll, by_rows)
 
     @classmethod
@@ -179,7 +179,7 @@ class ConvSchedule:
             tile = IMAGE_TILE
         panels = -(-shape.out_channels // shape.groups // (tile[1] * isa.lanes))
         width = shape.out_width
-        by_rows = shares_rows(shape.out_height * width, width, panels, threads, _decodes(isa, shape.weight))
+        by_rows = favours_rows(shape.out_height * width, width, panels, threads, _decodes(isa, shape.weight))
         return cls(*tile, SCRATCH_BYTES, 1, by_rows)
 
     @classmethod

@@ -6,7 +6,7 @@ leaves the busiest thread less to do is the default. A kernel shared by panels c
 
 from __future__ import annotations
 
-from tvm_qfp8.topi.panels import round_up
+from tvm_qfp8.topi.panels import balanced_blocks, round_up
 
 DECODING = 12
 """Decoding a vector of weights takes as long as multiplying it by so many rows."""
@@ -14,12 +14,18 @@ BRINGING = 0.06
 """Of multiplying by all weights, bringing activations takes so much."""
 
 
-def shares_rows(rows: int, step: int, panels: int, threads: int, decodes: bool) -> bool:
+def favours_rows(rows: int, step: int, panels: int, threads: int, decodes: bool) -> bool:
     """Whether threads had better share ``rows``, in multiples of ``step``, than ``panels`` of weights."""
     decoding = DECODING if decodes else 0
     by_rows = round_up(-(-rows // threads), step) + decoding
     by_panels = (rows + decoding) * -(-panels // threads) / panels + BRINGING * rows
     return by_rows <= by_panels
+
+
+def shared_blocks(extent: int, most: int, threads: int, multiple: int = 1) -> tuple[int, int]:
+    """As ``balanced_blocks``, and as many for each thread."""
+    count = round_up(-(-extent // max(1, most)), threads)
+    return balanced_blocks(extent, -(-extent // max(1, count)), multiple)
 
 
 def rows_of_block(rows: int, threads: int) -> int:

@@ -13,8 +13,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.panels import balanced_blocks, zero_run
+from tvm_qfp8.topi.panels import zero_run
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
+from tvm_qfp8.topi.sharing import shared_blocks
 
 if TYPE_CHECKING:
     from tvm_qfp8.topi.conv2d import ConvShape
@@ -34,8 +35,8 @@ class SlabRows:
     """Input rows from one row of the slab to the next: 1, or with one output row to a block the filter's dilation."""
 
 
-def slab_rows(shape: ConvShape, most_rows: int, most_block: int) -> SlabRows:
-    """Blocks of at most ``most_block`` output rows whose slab has about ``most_rows``.
+def slab_rows(shape: ConvShape, most_rows: int, most_block: int, threads: int) -> SlabRows:
+    """Blocks of at most ``most_block`` output rows whose slab has about ``most_rows``, as many for each thread.
 
     A dilated filter reaches over many rows of which each output row meets few: where such slabs were more in all, each
     output row has one of its own.
@@ -43,7 +44,7 @@ def slab_rows(shape: ConvShape, most_rows: int, most_block: int) -> SlabRows:
     kernel_h, dilation = shape.kernel[0], shape.dilation[0]
     reach = dilation * (kernel_h - 1) + 1
     fitting = (most_rows - reach) // shape.stride[0] + 1
-    block, blocks = balanced_blocks(shape.out_height, max(1, min(most_block, fitting)))
+    block, blocks = shared_blocks(shape.out_height, min(most_block, fitting), threads)
     rows = (block - 1) * shape.stride[0] + reach
     if dilation > 1 and blocks * rows > shape.out_height * kernel_h:
         return SlabRows(1, shape.out_height, kernel_h, dilation)

@@ -28,7 +28,7 @@ from tvm_qfp8.topi.panels import (
 )
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, prefetch_run, store, vector_runs
 from tvm_qfp8.topi.schedules import SCRATCH_BYTES
-from tvm_qfp8.topi.sharing import shares_rows
+from tvm_qfp8.topi.sharing import favours_rows, shared_blocks
 from tvm_qfp8.topi.static_memory import filled_once
 from tvm_qfp8.topi.winograd_plan import TAPS, WinogradPlan
 from tvm_qfp8.topi.winograd_tiling import FILTER
@@ -137,11 +137,9 @@ class _Convolution(_Kernel):
     def blocks(self, panels, threads: int) -> None:
         plan = self.plan
         rows = self.shape.batch * plan.tiles_high
-        by_rows = threads > 1 and shares_rows(rows, 1, self.panel_count, threads, decodes=False)
+        by_rows = threads > 1 and favours_rows(rows, 1, self.panel_count, threads, decodes=False)
         most = max(1, SCRATCH_BYTES // (2 * self.tiling.positions * self.depth * plan.tiles_wide))
-        if by_rows:
-            most = min(most, -(-rows // threads))
-        self.block_rows, blocks = balanced_blocks(rows, most)
+        self.block_rows, blocks = shared_blocks(rows, most, threads if by_rows else 1)
         self.block_tiles = self.block_rows * plan.tiles_wide
         product_bytes = 4 * self.tiling.positions * self.width
         self.group, self.groups = balanced_blocks(self.block_tiles, max(1, PRODUCT_BYTES // product_bytes))

@@ -24,6 +24,7 @@ from tvm_qfp8.topi.depthwise import is_depthwise
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import overlapped_start, round_up, zero_run
+from tvm_qfp8.topi.sharing import rows_of_block
 from tvm_qfp8.topi.slab import slab_filler, slab_rows
 
 
@@ -82,8 +83,9 @@ def emit_tile_conv(
         and out_h >= 2 * threads
         and shares_rows(shape.out_channels * plan.run * plan.runs, pixels * channels)
     )
-    most_block = -(-out_h // (2 * threads)) if by_rows else out_h
-    in_slab = slab_rows(shape, SCRATCH_BYTES // (slab_row * kind.element_bytes * plan.parts), most_block)
+    most_rows = SCRATCH_BYTES // (slab_row * kind.element_bytes * plan.parts)
+    most_block = rows_of_block(out_h, threads) if by_rows else out_h
+    in_slab = slab_rows(shape, most_rows, most_block, threads if by_rows else 1)
     slab_size = in_slab.rows * slab_row
     tap_row = shape.dilation[0] // in_slab.step * slab_row
 

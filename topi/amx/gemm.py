@@ -18,8 +18,9 @@ from tvm_qfp8.topi.amx.sums import emit_sums, sum_buffers
 from tvm_qfp8.topi.amx.tiles import BFLOAT16, UNSIGNED, tile_buffer, with_tiles
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS, GemmShape
 from tvm_qfp8.topi.isa import InstructionSet
-from tvm_qfp8.topi.panels import balanced_blocks, overlapped_start, zero_run
+from tvm_qfp8.topi.panels import overlapped_start, zero_run
 from tvm_qfp8.topi.schedules import REGISTER_DECODE_ROWS
+from tvm_qfp8.topi.sharing import shared_blocks
 
 
 def plan_tile_gemm(isa: InstructionSet, shape: GemmShape, codes: np.ndarray) -> TilePlan | None:
@@ -52,9 +53,7 @@ def emit_tile_gemm(
         and (shape.columns <= shape.rows if kind is BFLOAT16 else shares_rows(weight_bytes, activation_bytes))
     )
     most = max(registers.all_rows, SCRATCH_BYTES // (row_size * kind.element_bytes))
-    if by_rows:
-        most = min(most, -(-shape.rows // threads))
-    block_rows, blocks = balanced_blocks(shape.rows, most, registers.all_rows)
+    block_rows, blocks = shared_blocks(shape.rows, most, threads if by_rows else 1, registers.all_rows)
     groups = -(-block_rows // registers.all_rows)
     in_place = kind is UNSIGNED and depth == shape.depth and block_rows >= registers.all_rows
     rows = min(registers.all_rows, block_rows)
