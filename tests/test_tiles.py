@@ -156,12 +156,12 @@ def test_taps_far_apart(target, threads):
 
 
 def test_a_slab_holds_what_is_fewest():
-    def rows(dilation, most_rows, most_block=16, stride=1):
+    def rows(dilation, most_rows, most_block=16, stride=1, threads=1):
         shape = ConvShape(
             1, 16 * stride, 16, 8, 8, (3, 3), (stride, 1), (dilation,) * 4, (dilation, dilation), 1,
             get_layout("E1M6"), get_layout("E1M6"),
         )  # fmt: skip
-        return slab_rows(shape, most_rows, most_block)
+        return slab_rows(shape, most_rows, most_block, threads)
 
     assert rows(1, 18) == SlabRows(16, 1, 18, 1)
     assert rows(1, 10) == SlabRows(8, 2, 10, 1)
@@ -170,6 +170,8 @@ def test_a_slab_holds_what_is_fewest():
     assert rows(12, 27) == SlabRows(1, 16, 3, 12)  # 6 blocks of 27 rows would be more
     assert rows(1, 80, stride=4) == SlabRows(16, 1, 63, 1)  # rows between windows are no reason
     assert rows(2, 20, most_block=8) == SlabRows(8, 2, 12, 1)
+    assert rows(1, 8) == SlabRows(6, 3, 8, 1)
+    assert rows(1, 8, threads=2) == SlabRows(4, 4, 6, 1)  # two for each thread
 
 
 @pytest.mark.parametrize(
