@@ -15,6 +15,7 @@ from tvm_qfp8.topi.sharing import favours_rows, rows_of_block, shared_blocks
         (5, 1, 3, 2, False, True),  # 3 of 5 rows, and 2 of 3 panels
         (3, 1, 1, 2, False, True),  # nothing to share but rows
         (7, 7, 8, 2, False, False),  # nor any rows to share
+        (7, 7, 0, 2, False, False),  # no columns: no work
     ],
 )
 def test_the_busiest_thread_has_least_to_do(rows, step, panels, threads, decodes, expected):

@@ -18,7 +18,8 @@ def favours_rows(rows: int, step: int, panels: int, threads: int, decodes: bool)
     """Whether threads had better share ``rows``, in multiples of ``step``, than ``panels`` of weights."""
     decoding = DECODING if decodes else 0
     by_rows = round_up(-(-rows // threads), step) + decoding
-    by_panels = (rows + decoding) * -(-panels // threads) / panels + BRINGING * rows
+    most_panels = -(-panels // threads) / max(1, panels)
+    by_panels = (rows + decoding) * most_panels + BRINGING * rows
     return by_rows <= by_panels
 
 
