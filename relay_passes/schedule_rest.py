@@ -97,9 +97,11 @@ def schedule(function: tirx.PrimFunc, threads: int) -> tirx.PrimFunc:
 
 def _transposition(function: tirx.PrimFunc, isa: InstructionSet, threads: int) -> tirx.PrimFunc | None:
     """The kernel of a function that transposes matrices, and does nothing else; None if tiles do not suit it."""
+    if len(function.params) != 2:
+        return None
     sch = s_tir.Schedule(function)
     blocks = sch.get_child_blocks(sch.get_sblock("root")) if normalize_prim_func(sch) is not None else []
-    if len(blocks) != 1 or len(function.params) != 2:
+    if len(blocks) != 1:
         return None
     block = sch.get(blocks[0])
     places = _places(block)

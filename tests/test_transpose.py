@@ -22,6 +22,8 @@ from tvm_qfp8.topi.transpose import TransposeShape
         ((3, 5, 7), (0, 2, 1), (3, 5, 7)),
         ((4, 1, 6, 1), (2, 3, 1, 0), (1, 4, 6)),  # axes of one place do not count
         ((2, 3, 4, 5, 6), (0, 1, 4, 2, 3), (6, 20, 6)),
+        ((0, 3, 4), (0, 2, 1), (0, 3, 4)),
+        ((2, 3, 0), (0, 2, 1), (2, 3, 0)),
         ((2, 3, 4), (0, 1, 2), None),  # nothing to turn
         ((2, 1, 4), (1, 0, 2), None),
         ((2, 3, 4), (1, 0, 2), None),  # rows that stay whole
@@ -48,6 +50,9 @@ def test_which_transpositions_turn_matrices(shape, axes, expected):
         ((3, 43, 150), [0, 2, 1]),
         ((1, 64, 64, 48), [0, 3, 1, 2]),  # in parallel
         ((1, 15, 130), [0, 2, 1]),  # too few rows where a vector has 16 lanes
+        ((0, 16, 16), [0, 2, 1]),
+        ((2, 16, 0), [0, 2, 1]),
+        ((0, 16), [1, 0]),
     ],
 )
 def test_every_value_comes_to_its_place(shape, axes, dtype, threads, target):
@@ -63,7 +68,8 @@ def test_every_value_comes_to_its_place(shape, axes, dtype, threads, target):
         scheduled = tvm.transform.Sequential(passes)(builder.get())
         executable = generate_code(scheduled, parsed)
     (function,) = (f for f in scheduled.functions.values() if isinstance(f, PrimFunc))
-    fits = dtype != "int64" and min(TransposeShape.of(shape, axes).rows, shape[-1]) >= instructions.lanes
+    turned = TransposeShape.of(shape, axes)
+    fits = dtype != "int64" and min(turned.rows, turned.columns) >= instructions.lanes and turned.outer > 0
     assert ("Shuffle" in function.script()) == fits
     values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
     (found,) = run(executable, values)

@@ -80,7 +80,8 @@ def test_records_of_one_thread_hold_however_threads_would_share(workload):
     decisions = workload.default()
     for shares in (0, 1):
         assert workload.allows(decisions | {"parallel_rows": shares})
-    assert not workload.allows(decisions | {"parallel_rows": 2, "tile": -1})
+    assert not workload.allows(decisions | {"parallel_rows": 2})
+    assert not workload.allows(decisions | {"tile": -1})
 
 
 @pytest.mark.parametrize("factor", [2, 5])

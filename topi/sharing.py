@@ -9,9 +9,9 @@ from __future__ import annotations
 from tvm_qfp8.topi.panels import balanced_blocks, round_up
 
 DECODING = 12
-"""Decoding a vector of weights takes as long as multiplying it by so many rows."""
+"""Instructions that decode a vector of weights, about; multiplying it by a row is one."""
 BRINGING = 0.06
-"""Of multiplying by all weights, bringing activations takes so much."""
+"""Of multiplying by all weights, bringing activations takes about so much."""
 
 
 def favours_rows(rows: int, step: int, panels: int, threads: int, decodes: bool) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import bind
+from tvm_qfp8.topi.float_contract import bind, lanes_of
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import overlapped_start
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
@@ -35,7 +35,9 @@ class TransposeShape:
         """What ``numpy.transpose(x, axes)`` does to an ``x`` of this shape; None if it is no such transposition."""
         kept = [axis for axis in axes if shape[axis] != 1]
         order = sorted(kept)
-        while order and kept and order[0] == kept[0]:
+        outer = 1
+        while kept and order[0] == kept[0]:
+            outer *= shape[kept[0]]
             del order[0], kept[0]
         if not kept:
             return None
@@ -43,7 +45,7 @@ class TransposeShape:
         if kept != order[turn:] + order[:turn]:
             return None
         rows, columns = (math.prod(shape[axis] for axis in part) for part in (order[:turn], order[turn:]))
-        return cls(math.prod(shape) // (rows * columns), rows, columns)
+        return cls(outer, rows, columns)
 
 
 def can_transpose(isa: InstructionSet, shape: TransposeShape, dtype: str) -> bool:
@@ -86,6 +88,6 @@ def _turned(vectors: list) -> list:
 
 def _interleaved(a, b, start: int):
     """``a[start], b[start], a[start + 1], ...``"""
-    lanes = int(a.ty.dtype.lanes)
+    lanes = lanes_of(a)
     places = [place for i in range(start, start + lanes // 2) for place in (i, lanes + i)]
     return bind(tirx.Shuffle([a, b], [tirx.const(place, "int32") for place in places]))

@@ -75,12 +75,11 @@ class Workload:
         return self.schedules.default(self.isa, self.shape, self.threads).decisions()
 
     def allows(self, decisions: Mapping[str, int]) -> bool:
-        """Whether all decisions are known and among the candidates; one thread shares its work in any way."""
-        space = self.space()
-        return decisions.keys() == space.keys() and all(
-            decisions[name] in candidates or (self.threads == 1 and name in SHARING)
-            for name, candidates in space.items()
-        )
+        """Whether all decisions are known and among the candidates; one thread shares its work in either way."""
+        space: dict[str, tuple[int, ...]] = self.space()
+        if self.threads == 1:
+            space |= {name: (0, 1) for name in SHARING if name in space}
+        return decisions.keys() == space.keys() and all(decisions[name] in space[name] for name in space)
 
     @property
     def key(self) -> str:
