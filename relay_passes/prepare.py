@@ -14,6 +14,7 @@ from tvm_qfp8.relay_passes.canonicalize import Canonicalize
 from tvm_qfp8.relay_passes.choose_layout import ChooseLayout
 from tvm_qfp8.relay_passes.compare_booleans import CompareBooleans
 from tvm_qfp8.relay_passes.drop_taps import DropTaps
+from tvm_qfp8.relay_passes.drop_unread import DropUnread
 from tvm_qfp8.relay_passes.flatten_columns import FlattenColumns
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
@@ -74,6 +75,8 @@ def prepare_passes() -> list:
         # -- what is taken apart behind a dense layer becomes layers
         SplitDense(),
         SimplifyViews(),
+        # -- what no later operator reads
+        DropUnread(),
         # -- scales and shifts of channels, BatchNorm above all, into the linear layer before them
         HoistScales(),
         FoldBatchnorm(),
