@@ -13,7 +13,7 @@ from tvm import relax
 from tvm.relax import op as R
 
 import tvm_qfp8 as q
-from tvm_qfp8.calibration import calibrate, evaluate_quantized
+from tvm_qfp8.calibration import calibrate, evaluate, evaluate_quantized
 from tvm_qfp8.calibration.evaluate import Program
 from tvm_qfp8.calibration.without_samples import IS_INPUT, values_of_inputs
 from tvm_qfp8.config import Config
@@ -259,6 +259,27 @@ def test_skipped_layers_and_those_that_share_a_weight():
     name = matmuls(q.compile(mod).report)[2].name
     report = q.compile(mod, config=Config(skip=(name,))).report
     assert [layer.became for layer in matmuls(report)] == ["QFP8", "QFP8", "float32"]
+
+
+@pytest.mark.parametrize("before, described", [(R.negative, ROTATED), (R.abs, "UE3M5 by row")])
+def test_layers_of_one_weight_are_rotated_if_all_can_be(before, described):
+    """As in ALBERT, whose blocks are the same: weights meet rows that are all turned alike."""
+    weight = constant(ROTATABLE, ROTATABLE, scale=0.2)
+
+    def body(emit, x):
+        first = emit(R.matmul(emit(R.negative(x)), weight))
+        return emit(R.matmul(emit(before(first)), weight))
+
+    mod = build({"x": ((9, ROTATABLE), "float32")}, body)
+    first, second = matmuls(q.compile(mod).report)
+    assert second.activation_layout == described
+    assert first.activation_layout == (ROTATED if before is R.negative else "E3M4 by row")
+    plan = calibrate(mod, None)
+    one, other = plan.linear.values()
+    assert one.weight is other.weight
+    x = {"x": random(9, ROTATABLE)}
+    (expected,), (found,) = evaluate(mod, x), q.compile(mod).run(x)
+    assert np.square(found - expected).sum() < 10**-2.5 * np.square(expected).sum()
 
 
 def test_an_open_batch_of_several_lengths_runs_each_sample_alone():

@@ -40,6 +40,7 @@ def with_scales_at_run_time(
     is_input: bool,
     is_above_zero: bool,
     same: LinearQuantization | None,
+    rotates: bool,
 ) -> LinearQuantization:
     """What becomes of a layer.
 
@@ -52,14 +53,14 @@ def with_scales_at_run_time(
         The layer reads an input of the module; the activation is never negative.
     same : LinearQuantization or None
         Of another layer that has the same weight.
+    rotates : bool
+        The activation may be rotated, and those of all layers with the same weight are then.
     """
-    if layout is None and linear.reads_rows and not (linear.shares or is_input or is_above_zero):
-        order = largest_order(len(linear.matrix))
-        if order > 1:
-            activation = ActivationQuantization(ROTATED, scale=None, rotation=order)
-            return LinearQuantization(
-                quantized_weight(linear.meeting(activation), LINEAR_WEIGHTS), activation
-            )
+    order = largest_order(len(linear.matrix)) if rotates and linear.reads_rows else 1
+    if order > 1:
+        activation = ActivationQuantization(ROTATED, scale=None, rotation=order)
+        meets = quantized_weight(linear.meeting(activation), LINEAR_WEIGHTS) if same is None else same.weight
+        return LinearQuantization(meets, activation)
     weight = quantized_weight(linear, LINEAR_WEIGHTS) if same is None else same.weight
     layouts = _layouts(linear, is_input, is_above_zero) if layout is None else (layout,)
     fits = _first_that_fits(layouts, weight)

@@ -90,16 +90,29 @@ def quantize_without_samples(
     """
     inputs, above_zero, limits = values_of_inputs(program), nonnegative(program), saturated(program)
     specs = program.inputs | {step.name: step.spec for step in program.steps}
+    auto = activations == "auto"
+    reasons = {
+        name: _reason_for_float32(linear, activations, inputs, above_zero, specs[linear.source].shape)
+        for name, linear in found.linear.items()
+    }
+    unrotated = inputs | above_zero | set(limits)
+    straight = {
+        linear.shares or name
+        for name, linear in found.linear.items()
+        if not auto or reasons[name] is not None or linear.source in unrotated
+    }
+    """Layers that read what is not rotated; layers with one weight read all alike."""
     for name, linear in found.linear.items():
-        same = plan.linear.get(linear.shares)
-        reason = _reason_for_float32(linear, activations, inputs, above_zero, specs[linear.source].shape)
-        auto = activations == "auto"
+        same, reason = plan.linear.get(linear.shares), reasons[name]
         if auto and linear.source in limits:
             plan.linear[name] = _with_known_scale(linear, limits[linear.source], same)
         elif reason is None:
             layout = None if auto else activations
             is_input, is_above_zero = linear.source in inputs, linear.source in above_zero
-            plan.linear[name] = with_scales_at_run_time(linear, layout, is_input, is_above_zero, same)
+            rotates = (linear.shares or name) not in straight
+            plan.linear[name] = with_scales_at_run_time(
+                linear, layout, is_input, is_above_zero, same, rotates
+            )
         else:
             weight = quantized_weight(linear) if same is None else same.weight
             plan.linear[name] = LinearQuantization(weight, note=reason)
