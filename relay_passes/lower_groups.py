@@ -48,6 +48,7 @@ from tvm_qfp8.topi.encode_rows import encode_rows_prim_func, inverse_of
 from tvm_qfp8.topi.encode_samples import encode_samples_prim_func
 from tvm_qfp8.topi.float_contract import BFLOAT16_WORDS
 from tvm_qfp8.topi.isa import InstructionSet
+from tvm_qfp8.topi.pad import MODES, pad_prim_func, places
 from tvm_qfp8.topi.prim_func import TensorSpec
 from tvm_qfp8.topi.resize import COORDINATES, ResizeShape, resize_prim_func
 from tvm_qfp8.topi.schedules import ScheduleChooser, default_schedule
@@ -97,6 +98,17 @@ def _linear_resize(value: relax.Expr) -> ResizeShape | None:
     if layout == "NCHW":
         return ResizeShape(x[0] * x[1], x[2], x[3], 1, (y[2], y[3]), coordinates)
     return None
+
+
+def _padded_pixels(value: relax.Expr) -> tuple[int, int, int, int] | None:
+    """Top, left, bottom and right of what pads images in NHWC by their own pixels; None for any other operator."""
+    if op_name(value) != "relax.nn.pad" or str(value.attrs.pad_mode) not in MODES:
+        return None
+    x, widths = static_shape(value.args[0]), [int(width) for width in value.attrs.pad_width]
+    if x is None or len(x) != 4 or 0 in x or any(widths[:2] + widths[6:]) or min(widths) < 0:
+        return None
+    top, bottom, left, right = widths[2:6]
+    return top, left, bottom, right
 
 
 class _Rewriter(MainRewriter):
@@ -194,6 +206,17 @@ class _Rewriter(MainRewriter):
         call = relax.call_tir(self._written[key], arguments, relax.TensorType(sizes[1], "float32"))
         self.variables[var] = self.builder.emit(call, var.name)
 
+    def pad(self, var: relax.Var, value: relax.Call, widths: tuple[int, int, int, int]) -> None:
+        x = self.expression(value.args[0])
+        source, mode = TensorSpec(shape_of(x), storage_dtype(str(x.ty.dtype))), str(value.attrs.pad_mode)
+        key = repr(("pad", source, widths))
+        if key not in self._written:
+            function = pad_prim_func(self.options.isa, self.options.threads, source, widths)
+            self._written[key] = self.builder.add_func(function.without_attr("global_symbol"), "pad")
+        arguments = [x, relax.const(places(source.shape[1:3], widths, mode))]
+        call = relax.call_tir(self._written[key], arguments, relax.TensorType(shape_of(var), source.dtype))
+        self.variables[var] = self.builder.emit(call, var.name)
+
     def encode_rows(self, var: relax.Var, value: relax.Call) -> None:
         x, factors = value.args
         rotation = int(value.attrs["rotation"])
@@ -236,11 +259,15 @@ class _Rewriter(MainRewriter):
 
     def step(self, step: Group | Single) -> None:
         if isinstance(step, Single):
-            resize = None if self.options.isa.name == "cuda" else _linear_resize(step.value)
+            on_cpu = self.options.isa.name != "cuda"
+            resize = _linear_resize(step.value) if on_cpu else None
+            widths = _padded_pixels(step.value) if on_cpu else None
             if _is_plain_concat(step):
                 self.concat(step.var, step.value)
             elif resize is not None:
                 self.resize(step.var, step.value, resize)
+            elif widths is not None:
+                self.pad(step.var, step.value, widths)
             elif op_name(step.value) == "relax.qfp8.look_up":
                 self.look_up(step.var, step.value)
             elif op_name(step.value) == "relax.qfp8.encode_rows":

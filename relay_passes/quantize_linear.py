@@ -94,10 +94,11 @@ def _transposed_attributes(call: relax.Call) -> dict:
     }
 
 
-def _pads_with_zeros(value: Any) -> bool:
-    """Zero has the code 0."""
-    pads = op_name(value) == "relax.nn.pad" and str(value.attrs.pad_mode) == "constant"
-    return pads and float(value.attrs.pad_value) == 0.0
+def _pads_codes(value: Any) -> bool:
+    """Padding with zeros, whose code is 0, or with what the tensor itself holds."""
+    if op_name(value) != "relax.nn.pad":
+        return False
+    return str(value.attrs.pad_mode) != "constant" or float(value.attrs.pad_value) == 0.0
 
 
 def _repeats_pixels(value: Any) -> bool:
@@ -387,7 +388,7 @@ class _Rewriter(MainRewriter):
                 moved = relax.Call(value.op, [relax.Tuple(parts)], value.attrs)
             elif (
                 op_name(value) in KEEPS_ELEMENTS
-                or _pads_with_zeros(value)
+                or _pads_codes(value)
                 or self._is_taken_often(value)
                 or _repeats_pixels(value)
                 and self._is_read_as_codes(expr)

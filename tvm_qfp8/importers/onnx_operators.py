@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from onnx.inliner import inline_local_functions, inline_selected_functions
 
 from tvm_qfp8.errors import UnsupportedOperatorError
+from tvm_qfp8.importers.onnx_pad import check_reflection
 from tvm_qfp8.importers.onnx_qdq import constant_tensors
 from tvm_qfp8.importers.onnx_recurrent import CONVERTERS, check_recurrent
 
@@ -157,6 +158,10 @@ def _resize(node: onnx.NodeProto, shapes: dict, constants: dict) -> str | None:
     return None
 
 
+def _pad(node: onnx.NodeProto, shapes: dict, constants: dict) -> str | None:
+    return check_reflection(node, shapes, constants, attributes(node).get("mode", b"constant"))
+
+
 def _batch_norm(node: onnx.NodeProto, *_) -> str | None:
     return "training_mode=1" if attributes(node).get("training_mode", 0) else None
 
@@ -168,5 +173,6 @@ _VARIANTS: dict[str, Callable] = {
     "RoiAlign": _mode("mode", (b"avg",)),
     "SpaceToDepth": _mode("mode", (b"DCR",)),
     "Resize": _resize,
+    "Pad": _pad,
     **dict.fromkeys(CONVERTERS, check_recurrent),
 }
