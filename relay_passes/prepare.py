@@ -29,6 +29,7 @@ from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
 from tvm_qfp8.relay_passes.recognize import Recognize
 from tvm_qfp8.relay_passes.recognize_group_norm import RecognizeGroupNorm
 from tvm_qfp8.relay_passes.recognize_l2 import RecognizeL2
+from tvm_qfp8.relay_passes.recognize_padding import RecognizePadding
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
 from tvm_qfp8.relay_passes.sink_reshapes import SinkReshapes
@@ -60,6 +61,7 @@ def prepare_passes() -> list:
         FoldLayerNorm(),
         RecognizeSoftmax(),
         RecognizeL2(),
+        RecognizePadding(),
         # -- 3-D convolutions become 2-D ones
         VolumesAsFrames(),
         # -- channels last, without transpositions that cancel

@@ -336,7 +336,8 @@ class _Rewriter(MainRewriter):
     def _keeps_samples(self, expr: relax.Expr) -> bool:
         """Whether this only moves elements within the samples of what it reads, so that bytes may be moved instead."""
         value: Any = self.definition.get(expr) if isinstance(expr, relax.Var) else None
-        if op_name(value) not in ("relax.reshape", "relax.permute_dims"):
+        pads = _pads_codes(value) and min(map(int, value.attrs.pad_width)) >= 0
+        if not pads and op_name(value) not in ("relax.reshape", "relax.permute_dims"):
             return False
         source = value.args[0]
         if not isinstance(source, relax.Var) or not static_shape(source):

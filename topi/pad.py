@@ -5,6 +5,9 @@ TVM's own kernels compute the place of every element that they read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -13,11 +16,15 @@ from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store, vector_runs
 from tvm_qfp8.topi.rows import MIN_PARALLEL_ELEMENTS, for_each_row
 
-MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+MODES: dict[str, Literal["reflect", "edge", "wrap"]] = {
+    "reflect": "reflect",
+    "replicate": "edge",
+    "circular": "wrap",
+}
 """Of ``relax.nn.pad``, as NumPy calls them."""
 
 
-def places(extents: tuple[int, int], widths: tuple[int, int, int, int], mode: str) -> np.ndarray:
+def places(extents: Sequence[int], widths: tuple[int, int, int, int], mode: str) -> np.ndarray:
     """The line of x that each line of the result is, then the column of each column, int32.
 
     Parameters

@@ -1,4 +1,4 @@
-"""ONNX's padding by a tensor's own elements as ``relax.nn.pad``; TVM's converter writes kernels, which no pass follows."""
+"""ONNX's padding by a tensor's own elements as ``relax.nn.pad``: TVM's converter writes kernels, unknown to passes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ class _Converter:
         others = Pad.get_converter(opset)
 
         def convert(builder: relax.BlockBuilder, inputs: list, given: dict, params: Any) -> relax.Expr:
-            constants = [None if x is None else get_constant(x, params) for x in list(inputs)[1:4]]
-            pads, _, axes = (*constants, *[None] * (3 - len(constants)))
-            mode, rank = MODES.get(given.get("mode", b"")), len(inputs[0].ty.shape)
-            known = given.get("pads") if pads is None else _numbers(pads)
-            over = range(rank) if axes is None else _numbers(axes)
+            x, pads, _, axes = [*inputs, None, None, None][:4]
+            mode, rank = MODES.get(given.get("mode", b"")), len(x.ty.shape)
+            known = given.get("pads") if pads is None else _numbers(get_constant(pads, params))
+            over = range(rank) if axes is None else _numbers(get_constant(axes, params))
             if mode is None or known is None or over is None or min(known, default=0) < 0:
                 return others(builder, inputs, given, params)
             widths = np.zeros((rank, 2), int)
             widths[[int(axis) for axis in over]] = np.reshape(known, (2, -1)).T
-            return relax.op.nn.pad(inputs[0], widths.reshape(-1).tolist(), pad_mode=mode)
+            return relax.op.nn.pad(x, widths.reshape(-1).tolist(), pad_mode=mode)
 
         return convert
 
