@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from relax_programs import build, constant, random
+from relax_programs import NHWC, build, constant, random
+from tvm import relax
 from tvm.relax import op as R
 
 from tvm_qfp8.calibration import calibrate
@@ -117,3 +118,19 @@ def test_a_decibel_has_to_save_its_share_unless_it_was_asked_for():
         for loss in (None, 1.5)
     }
     assert in_bytes == {None: [True, False], 1.5: [True, True]}
+
+
+@pytest.mark.parametrize("mean, in_bytes", [(0.0, True), (1000.0, False)])
+def test_decibels_that_nobody_would_notice_are_spent(mean, in_bytes):
+    """What errs is a hundredth of the outputs; a mean of theirs, as of temperatures in Kelvin, is no signal."""
+
+    def body(emit, x):
+        tail = emit(R.multiply(emit(R.multiply(x, x)), x))
+        small = emit(R.nn.conv2d(tail, constant(8, 1, 1, 8, scale=0.001), **NHWC))
+        shift = relax.const(np.float32(mean))
+        return emit(R.add(emit(R.add(small, shift)), emit(R.multiply(x, relax.const(np.float32(mean == 0))))))
+
+    mod = build({"x": ((1, 30, 30, 8), "float32")}, body)
+    plan = calibrate(mod, [{"x": random(1, 30, 30, 8, seed=i)} for i in range(4)])
+    (layer,) = plan.linear.values()
+    assert (layer.activation.layout in LINEAR.activations) == in_bytes

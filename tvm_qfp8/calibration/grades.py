@@ -44,6 +44,10 @@ of MobileNetV2, MiniLM and PP-OCR, 0.02 to 0.04."""
 PASS_COST = 50
 """Of finding the scale of a pixel and encoding it, for each value, in multiply-adds of bytes with VNNI."""
 
+SPARE_DB = 45.0
+"""Of the outputs' signal to error, estimated: who has more loses nothing that anybody would notice by cheaper layouts,
+and has a budget as if it were this. Signal is then what an output's values differ by, not their mean."""
+
 LEAST_DB = 12.0
 """Unless asked to, outputs of more estimated error lose nothing: long chains of layers, as in language models, have
 none to spare."""
@@ -61,15 +65,16 @@ def within_budget(compared: Comparison, byte_loss_db: float | None) -> dict[str,
     byte_loss_db : float or None
         As in ``Config``.
     """
-    alone = compared.of_activations()
+    alone = noticed = compared.of_activations()
     if byte_loss_db is None:
-        most = min(alone * 10 ** (BYTE_LOSS_DB / 10), compared.samples * 10 ** (-LEAST_DB / 10))
+        noticed = max(alone, compared.samples * compared.spread * 10 ** (-SPARE_DB / 10))
+        most = min(noticed * 10 ** (BYTE_LOSS_DB / 10), compared.samples * 10 ** (-LEAST_DB / 10))
     else:
         most = alone * 10 ** (byte_loss_db / 10)
     budget = max(most - alone, 0.0)
     free = {name: LINEAR for name in compared.readers if compared.loss(name, LINEAR) == 0}
     total = sum(_cost(compared, name, ANY) for name in compared.readers)
-    dearest = alone * math.log(10) / 10 / (WORTH * total) if byte_loss_db is None and total else math.inf
+    dearest = noticed * math.log(10) / 10 / (WORTH * total) if byte_loss_db is None and total else math.inf
     chosen = _bought(compared, free, budget, (NARROW, LINEAR_PIXELS, LINEAR), _cost, dearest)
     saved = sum(_cost(compared, name, ANY) - _cost(compared, name, grade) for name, grade in chosen.items())
     if saved < LEAST_SHARE * sum(map(macs_of, compared.readers.values())):

@@ -120,6 +120,8 @@ class Comparison:
         self.roundings: dict[tuple[str, Grade], Rounding] = {}
         self.activation_alone = dict.fromkeys(readers, 0.0)
         self.samples = 0
+        self.spread = 1.0
+        """Least share of an output's energy that lies in differences of its values, not in their mean."""
         self.lost = {
             grade: dict.fromkeys(readers, 0.0) for grade in (ANY, NARROW, BYTES, LINEAR_PIXELS, LINEAR)
         }
@@ -156,6 +158,7 @@ class Comparison:
             values[step.name] = step.run(values)
         mask, wanted = sample.get(self.token_mask), self.compared.names
         exact = self.compared.values(values)
+        self.spread = min([self.spread, *map(_spread, exact)])
 
         def lost_by(changes: Mapping[str, Change]) -> float:
             found = self.compared.values(values_with(self.program, changes, values, wanted))
@@ -222,6 +225,11 @@ def macs_of(readers: Readers) -> int:
     if isinstance(readers, Recurrent):
         return readers.macs
     return sum(linear.macs for linear in readers if not linear.is_depthwise)
+
+
+def _spread(values: np.ndarray) -> float:
+    energy = np.square(values, dtype=np.float64).sum()
+    return float(np.var(values, dtype=np.float64) * values.size / energy) if 0 < energy < np.inf else 0.0
 
 
 def _read(readers: Readers, name: str, values: Mapping[str, Any]) -> np.ndarray:
