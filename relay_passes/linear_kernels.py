@@ -40,6 +40,7 @@ from tvm_qfp8.topi.schedules import (
     default_schedule,
 )
 from tvm_qfp8.topi.static_memory import Filler
+from tvm_qfp8.topi.transposed import Phase, phases_of
 from tvm_qfp8.topi.winograd import emit_winograd, filter_function
 from tvm_qfp8.topi.winograd_plan import (
     WinogradPlan,
@@ -191,16 +192,15 @@ def _conv2d(call, isa: InstructionSet, threads: int, operands: Operands, choose:
         if shape.activation is None:
             isa, choose = _in_floats(isa, choose)
         in_bytes = _in_bytes(isa, pixels, codes, shape.activation, shape.weight, dense=False)
-        tiles = plan_tile_conv(isa, shape, codes)
-        if tiles is not None:
-            merged, tile_plan, packed = tiles
-            emit = functools.partial(emit_tile_conv, isa, merged, tile_plan, threads=threads)
-            return _with_scales(call, operands, packed, emit), (merged, tile_plan)
-        if operands.memory is not None:
+        if operands.memory is not None and plan_tile_conv(isa, shape, codes) is None:
             plan = plan_winograd(shape, codes, isa.rate, in_bytes.rate)
             if plan is not None:
                 return _winograd(call, plan, isa, threads, operands)
-        packed, emit, described = _windowed(isa, in_bytes, shape, codes, threads, choose)
+        phases = phases_of(shape)
+        if phases:
+            packed, emit, described = _in_phases(isa, in_bytes, phases, codes, threads, choose)
+        else:
+            packed, emit, described = _windowed(isa, in_bytes, shape, codes, threads, choose)
     return _with_scales(call, operands, packed, emit), described
 
 
@@ -251,6 +251,11 @@ def _windowed(
     choose: ScheduleChooser,
 ) -> tuple[np.ndarray, Callable, tuple]:
     """As ``dense_kernel``, for convolutions over windows."""
+    tiles = plan_tile_conv(isa, shape, codes)
+    if tiles is not None:
+        merged, tile_plan, packed = tiles
+        emit = functools.partial(emit_tile_conv, isa, merged, tile_plan, threads=threads)
+        return packed, emit, (merged, tile_plan)
     if is_depthwise(isa, shape):
         by_channel = choose(DepthwiseSchedule, isa, shape, threads)
         packed = pack_depthwise_weights(isa, shape, codes, by_channel)
@@ -262,6 +267,31 @@ def _windowed(
     packed = pack_conv_weights(in_bytes, shape, codes, schedule)
     emit = functools.partial(emit_conv2d, in_bytes, shape, threads=threads, schedule=schedule)
     return packed, emit, (shape, in_bytes.label)
+
+
+def _in_phases(
+    isa: InstructionSet,
+    in_bytes: InstructionSet,
+    phases: list[Phase],
+    codes: np.ndarray,
+    threads: int,
+    choose: ScheduleChooser,
+) -> tuple[np.ndarray, Callable, tuple]:
+    """As ``dense_kernel``, for transposed convolutions."""
+    found = [_windowed(isa, in_bytes, phase.shape, phase.codes(codes), threads, choose) for phase in phases]
+    flat = [packed.reshape(-1) for packed, _, _ in found]
+    starts = np.cumsum([0, *(len(part) for part in flat)])
+
+    def emit(x, panels, epilogue: Callable) -> None:
+        for phase, (_, emit_phase, _), part, start in zip(phases, found, flat, starts[:-1], strict=True):
+            own = T.decl_buffer((len(part),), str(panels.dtype), data=panels.data, elem_offset=int(start))
+            emit_phase(x, own, phase.placed(epilogue))
+
+    return (
+        np.concatenate(flat),
+        emit,
+        tuple((phase, described) for phase, (*_, described) in zip(phases, found, strict=True)),
+    )
 
 
 def _winograd(call, plan: WinogradPlan, isa: InstructionSet, threads: int, operands: Operands) -> Emitter:

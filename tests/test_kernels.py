@@ -12,6 +12,7 @@ from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.conv2d import ConvShape, merged_groups
+from tvm_qfp8.topi.transposed import phases_of
 
 
 @pytest.fixture(params=[*TARGETS.values(), TILES], ids=[*TARGETS, "amx"])
@@ -115,13 +116,29 @@ def test_narrow_groups_are_merged(channels, out, groups, depth, width, kept):
     assert np.array_equal(reference.conv2d(x, wide, merged), reference.conv2d(x, codes, shape))
 
 
-@pytest.mark.parametrize("stride, padding, extra, groups", [(2, 1, 1, 1), (3, 0, 0, 2), (1, 1, 0, 1)])
-def test_transposed_convolution_is_exact(target, stride, padding, extra, groups):
+@pytest.mark.parametrize(
+    "kernel, stride, padding, extra, groups, phases",
+    [
+        ((3, 3), (2, 2), (1, 1), 1, 1, 4),
+        ((3, 3), (3, 3), (0, 0), 0, 2, 9),
+        ((3, 3), (1, 1), (1, 1), 0, 1, 0),
+        ((4, 4), (2, 2), (1, 1), 0, 1, 4),
+        ((4, 4), (2, 2), (1, 1), 0, 8, 4),  # depthwise
+        ((5, 4), (2, 1), (2, 1), 1, 4, 2),
+        ((1, 16), (1, 8), (0, 4), 0, 1, 8),
+        ((7, 3), (3, 2), (2, 0), 1, 1, 6),
+        ((3, 3), (2, 2), (2, 2), 0, 1, 0),  # the first pixels are cut off
+        ((2, 2), (3, 3), (0, 0), 0, 1, 0),  # outputs that meet no pixel
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_transposed_convolution_is_exact(target, kernel, stride, padding, extra, groups, phases, batch):
     rng = np.random.default_rng(stride)
-    x = random_codes(rng, (1, 5, 6, 8))
-    weight = random_codes(rng, (6, 3, 3, 8 // groups))
-    a, bias = np.ones(6, np.float32), np.zeros(6, np.float32)
-    reach = 2 - padding
+    out = 8 if groups == 8 else 12
+    x = random_codes(rng, (batch, 5, 6, 8))
+    weight = random_codes(rng, (out, *kernel, 8 // groups))
+    a, bias = np.ones(out, np.float32), np.zeros(out, np.float32)
+    top, left = (extent - 1 - cut for extent, cut in zip(kernel, padding, strict=True))
     shape = None
 
     def emit(builder, q):
@@ -132,15 +149,16 @@ def test_transposed_convolution_is_exact(target, stride, padding, extra, groups)
             relax.const(a),
             relax.const(bias),
             strides=(1, 1),
-            padding=(reach, reach, reach + extra, reach + extra),
+            padding=(top, left, top + extra, left + extra),
             dilation=(1, 1),
             groups=groups,
-            input_dilation=(stride, stride),
+            input_dilation=stride,
         )
         shape = conv_shape(call)
         return call
 
-    quantized = program([((1, 5, 6, 8), "UE2M6")], emit)
+    quantized = program([((batch, 5, 6, 8), "UE2M6")], emit)
+    assert len(phases_of(shape)) == phases
     assert np.array_equal(
         run(build(quantized, target), x)[0], reference.conv2d(x, weight, shape).astype(np.float32)
     )

@@ -37,6 +37,7 @@ from tvm_qfp8.topi.amx.tiles import ROW_BYTES, ROWS
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.conv2d import ConvShape, merged_groups
 from tvm_qfp8.topi.slab import SlabRows, slab_rows
+from tvm_qfp8.topi.transposed import phases_of
 
 ACTIVATIONS = ["E1M6", "UE1M7", "E2M5", "UE2M6", "E3M4", "UE3M5"]
 WEIGHTS = ["E1M6", "E2M5", "E3M4"]
@@ -130,6 +131,32 @@ def test_convolutions_are_exact(case, layouts, batch, threads):
     quantized = program([(x.shape, layouts[0])], emit)
     expected = reference.scale_and_bias(reference.conv2d(x, codes, shape), a, bias)
     assert np.array_equal(run(build(quantized, TILES, threads), x)[0], expected)
+
+
+@pytest.mark.usefixtures("on_tiles")
+@pytest.mark.parametrize("layouts", [("UE2M6", "E2M5"), ("E1M6", "E1M6")])
+@pytest.mark.parametrize("kernel, groups", [((4, 4), 1), ((3, 4), 2), ((4, 3), 24)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_transposed_convolutions_are_exact(layouts, kernel, groups, threads):
+    """A convolution for each place in a stride, all with weights in one constant."""
+    rng = np.random.default_rng(0)
+    codes, x = random_codes(rng, (48, *kernel, 48 // groups)), random_codes(rng, (2, 9, 17, 48))
+    a, bias = rng.random(48, np.float32) * 1e-4, rng.standard_normal(48, np.float32)
+    window = dict(strides=(1, 1), padding=(2, 2, 2, 2), dilation=(1, 1), groups=groups, input_dilation=(2, 2))
+    shape = None
+
+    def emit(_builder, q):
+        nonlocal shape
+        call = qfp8_ops.conv2d(
+            q, codes_constant(codes, layouts[1]), relax.const(a), relax.const(bias), **window
+        )
+        shape = conv_shape(call)
+        return call
+
+    found = run(build(program([(x.shape, layouts[0])], emit), TILES, threads), x)[0]
+    assert len(phases_of(shape)) == 4
+    expected = reference.scale_and_bias(reference.conv2d(x, codes, shape), a, bias)
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.usefixtures("on_tiles")

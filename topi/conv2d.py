@@ -220,7 +220,12 @@ def emit_conv2d(
             parts = isa.split.activation_parts
             decode_operand(isa, activation, parts, codes, 0, slab, 0, slab_size, slab_size)
         group_panels = (
-            T.decl_buffer((group_size,), str(panels.dtype), data=panels.data, elem_offset=group * group_size)
+            T.decl_buffer(
+                (group_size,),
+                str(panels.dtype),
+                data=panels.data,
+                elem_offset=panels.elem_offset + group * group_size,
+            )
             if shape.groups > 1
             else panels
         )

@@ -127,7 +127,9 @@ def emit_tile_conv(
         own = packed
         if shape.groups > 1:
             at = section * weights_of_group
-            own = T.decl_buffer((weights_of_group,), "uint8", data=packed.data, elem_offset=at)
+            own = T.decl_buffer(
+                (weights_of_group,), "uint8", data=packed.data, elem_offset=packed.elem_offset + at
+            )
 
         def rows_of(group, product, part):
             offset = T.bind(part * part_size + section * inputs + run_start(product))
