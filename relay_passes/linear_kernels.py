@@ -21,6 +21,7 @@ from tvm_qfp8.topi.amx.panels import pack_tile_weights
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape, Product, emit_batch_matmul
 from tvm_qfp8.topi.conv2d import ConvShape, emit_conv2d, merged_groups, pack_conv_weights
 from tvm_qfp8.topi.depthwise import emit_depthwise, is_depthwise, pack_depthwise_weights
+from tvm_qfp8.topi.few_outputs import columns_of_taps, emit_in_columns, in_columns
 from tvm_qfp8.topi.few_rows import emit_few_rows, multiplies_magnitudes, pack_few_rows
 from tvm_qfp8.topi.float_contract import LANES, add, bind, dtype_of, lanes_of, mul, to_float
 from tvm_qfp8.topi.gemm import GemmShape, emit_gemm
@@ -263,6 +264,14 @@ def _windowed(
         return packed, emit, (shape, isa.label)
     if shape.groups > 1 and shape.activation is not None:  # zeros meet no infinity
         shape, codes = merged_groups(shape, codes, in_bytes.pair, in_bytes.lanes)
+    by_columns = in_columns(in_bytes, shape)
+    if by_columns is not None:
+        schedule = choose(ConvSchedule, in_bytes, by_columns, threads)
+        packed = pack_conv_weights(in_bytes, by_columns, columns_of_taps(codes), schedule)
+        emit = functools.partial(
+            emit_in_columns, in_bytes, shape, by_columns, threads=threads, schedule=schedule
+        )
+        return packed, emit, (shape, in_bytes.label, "columns")
     schedule = choose(ConvSchedule, in_bytes, shape, threads)
     packed = pack_conv_weights(in_bytes, shape, codes, schedule)
     emit = functools.partial(emit_conv2d, in_bytes, shape, threads=threads, schedule=schedule)

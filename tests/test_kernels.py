@@ -1,5 +1,7 @@
 """Kernels against their NumPy twins, bit for bit, on every instruction set this machine runs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from quantized_programs import TARGETS, TILES, build, machine_runs, program, random_codes, run
@@ -12,6 +14,8 @@ from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.batch_matmul import BatchMatmulShape
 from tvm_qfp8.topi.conv2d import ConvShape, merged_groups
+from tvm_qfp8.topi.few_outputs import in_columns
+from tvm_qfp8.topi.isa import instruction_set
 from tvm_qfp8.topi.transposed import phases_of
 
 
@@ -45,6 +49,13 @@ def test_matmul_is_exact(target, rows, columns, depth, layout):
     assert np.array_equal(got, encode(expected, 0.01, "E2M5"))
 
 
+FEW_OUTPUTS = [
+    (12, 30, 8, 3, (9, 9), (1, 1), (4, 4, 4, 4), (1, 1), 1),
+    (9, 11, 70, 1, (5, 5), (1, 1), (2, 2, 2, 2), (1, 1), 1),
+    (40, 12, 12, 2, (3, 7), (2, 1), (1, 3, 0, 9), (1, 2), 1),
+    (5, 40, 33, 5, (1, 9), (1, 1), (0, 4, 0, 4), (2, 1), 1),
+    (6, 30, 8, 4, (5, 5), (1, 1), (2, 2, 2, 2), (1, 1), 2),
+]
 CONVOLUTIONS = [
     # height, width, channels, out, kernel, stride, padding, dilation, groups
     (9, 11, 3, 8, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1),
@@ -59,6 +70,7 @@ CONVOLUTIONS = [
     (9, 11, 20, 20, (3, 3), (1, 1), (0, 0, 0, 0), (2, 2), 20),
     (1, 40, 18, 18, (1, 7), (1, 1), (0, 3, 0, 3), (1, 1), 18),
     (8, 8, 6, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 6),
+    *FEW_OUTPUTS,
 ]
 
 
@@ -93,6 +105,16 @@ def test_conv2d_is_exact(target, case, batch):
     value = reference.scale_and_bias(reference.conv2d(x, weight, shape), a, bias) + np.float32(0.5)
     expected = np.minimum(np.float32(6), np.maximum(np.float32(0), value))
     assert np.array_equal(run(build(quantized, target), x)[0], expected)
+
+
+@pytest.mark.parametrize("case", FEW_OUTPUTS)
+def test_taps_are_columns_where_outputs_are_few(case):
+    height, width, channels, out, kernel, stride, padding, dilation, _ = case
+    layout = get_layout("E2M5")
+    shape = ConvShape(1, height, width, channels, out, kernel, stride, padding, dilation, 1, layout, layout)
+    by_columns = in_columns(instruction_set("avx512"), shape)
+    assert by_columns.kernel == (kernel[0], 1) and by_columns.out_channels == kernel[1] * out
+    assert in_columns(instruction_set("avx512"), replace(shape, out_channels=64)) is None
 
 
 @pytest.mark.parametrize(

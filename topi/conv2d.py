@@ -143,8 +143,13 @@ def emit_conv2d(
     epilogue: Callable,
     threads: int,
     schedule: ConvSchedule,
+    of_block: Callable | None = None,
 ) -> None:
-    """Emit the loops; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel."""
+    """Emit the loops; ``epilogue(acc, row, column, valid)`` with ``row`` the flattened output pixel.
+
+    ``of_block(first pixel, output rows)``, called before a block of output rows is computed, gives the epilogue of the
+    block instead, and what is emitted after it.
+    """
     tile_rows, vectors = schedule.tile_rows, schedule.vectors
     activation = shape.activation
     kernel_h, kernel_w = shape.kernel
@@ -179,7 +184,7 @@ def emit_conv2d(
 
     fill_slab = slab_filler(isa, shape, x, in_slab, slab_channels, slab_dtype, bring)
 
-    def tile(slab, row_in_block, first_pixel, out_row_at, group, weights: PanelWeights) -> None:
+    def tile(slab, row_in_block, first_pixel, out_row_at, group, weights: PanelWeights, finish) -> None:
         registers = RegisterTile(isa, tile_rows, vectors)
         corner = T.bind((row_in_block * stride_h) * slab_row + first_pixel * (stride_w * slab_channels))
 
@@ -202,16 +207,19 @@ def emit_conv2d(
             for j, valid in enumerate(weights.valid):
                 column = group * out_channels + weights.column(j)
                 total = weights.without_offset(registers.value(i, j), j)
-                epilogue(total, out_row_at + first_pixel + i, column, valid)
+                finish(total, out_row_at + first_pixel + i, column, valid)
 
-    def tiles_of_block(slab, image, first_out_row, group, weights: PanelWeights) -> None:
+    def tiles_of_block(slab, image, first_out_row, group, weights: PanelWeights, finish) -> None:
         with T.serial(0, in_slab.block) as row:
             out_row_at = T.bind((image * out_h + first_out_row + row) * out_w)
             with T.serial(0, -(-out_w // tile_rows)) as t:
-                tile(slab, row, overlapped_start(t, tile_rows, out_w), out_row_at, group, weights)
+                tile(slab, row, overlapped_start(t, tile_rows, out_w), out_row_at, group, weights, finish)
 
     def block(image, index, group) -> None:
         first_out_row = overlapped_start(index, in_slab.block, out_h)
+        finish, after = epilogue, None
+        if of_block is not None:
+            finish, after = of_block(T.bind((image * out_h + first_out_row) * out_w), in_slab.block)
         slab = T.alloc_buffer((slab_size,), slab_dtype, align=64)
         fill_slab(image, first_out_row, group, slab)
         if isa.split is not None and not isa.takes(activation):
@@ -233,9 +241,11 @@ def emit_conv2d(
             isa,
             panel_shape,
             group_panels,
-            lambda weights: tiles_of_block(slab, image, first_out_row, group, weights),
+            lambda weights: tiles_of_block(slab, image, first_out_row, group, weights, finish),
             loop=T.parallel if parallel and not by_rows else T.serial,
         )
+        if after is not None:
+            after()
 
     with T.serial(0, shape.batch) as image:
         with T.serial(0, shape.groups) as group:
