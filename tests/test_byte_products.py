@@ -123,11 +123,16 @@ CONVOLUTIONS = [
     ((6, 5), 20, 40, (1, 1), 1, 0, 1, 1),
     ((12, 13), 6, 9, (3, 2), 2, 1, 2, 3),
     ((9, 11), 32, 32, (3, 3), 1, 1, 1, 8),  # groups of 4 channels, merged
+    ((9, 30), 12, 2, (5, 9), 1, 4, 1, 1),  # taps are columns
+    ((5, 9), 20, 20, (4, 4), 1, 2, 1, 1, 2),  # transposed: a convolution for each place in a stride
+    ((5, 9), 24, 24, (4, 4), 1, 2, 1, 24, 2),
 ]
 LAYOUTS = [("UE2M6", "E2M5"), ("E1M6", "E1M6"), ("UE1M7", "E1M6")]
 
 
-def _convolution(size, channels, out, kernel, stride, padding, dilation, groups, layout, weight_layout):
+def _convolution(
+    layout, weight_layout, size, channels, out, kernel, stride, padding, dilation, groups, spread=1
+):
     rng = np.random.default_rng(channels)
     weight = random_codes(rng, (out, *kernel, channels // groups))
     x = random_codes(rng, (2, *size, channels))
@@ -144,6 +149,7 @@ def _convolution(size, channels, out, kernel, stride, padding, dilation, groups,
             padding=(padding,) * 4,
             dilation=(dilation, dilation),
             groups=groups,
+            input_dilation=(spread, spread),
         )
         shapes.append(conv_shape(call))
         return call
@@ -157,7 +163,7 @@ def _convolution(size, channels, out, kernel, stride, padding, dilation, groups,
 @pytest.mark.parametrize("layout, weight", LAYOUTS)
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
 def test_conv2d(run_aarch64, target, shape, layout, weight):
-    mod, x, expected = _convolution(*shape, layout, weight)
+    mod, x, expected = _convolution(layout, weight, *shape)
     assert np.array_equal(run_aarch64(build(mod, target), [x])[0], expected)
 
 
@@ -201,7 +207,7 @@ def test_matmul_vnni(lanes, rows, columns, depth, layout, weight):
 @pytest.mark.parametrize("layout, weight", LAYOUTS[1:])
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
 def test_conv2d_vnni(lanes, shape, layout, weight):
-    mod, x, expected = _convolution(*shape, layout, weight)
+    mod, x, expected = _convolution(layout, weight, *shape)
     assert np.array_equal(run(_build_vnni(mod, lanes), x)[0], expected)
 
 
