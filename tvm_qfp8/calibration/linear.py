@@ -84,9 +84,11 @@ class Linear:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of one call."""
+        """Multiply-adds of one call, in a transposed convolution those of pixels."""
         outputs = int(np.prod(self.step.spec.shape))  # type: ignore[union-attr]
-        return outputs * self.weight.size // self.weight.shape[self.weight_axis]
+        transposed = self.step.operator == "relax.nn.conv2d_transpose"
+        apart = int(np.prod([int(s) for s in self.step.attrs.strides])) if transposed else 1
+        return outputs * self.weight.size // (self.weight.shape[self.weight_axis] * apart)
 
     def output(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """The operator's float32 result for an activation and a weight."""
