@@ -9,9 +9,11 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from tvm_qfp8.relay_passes.conv_kernels import conv_shape
+from tvm_qfp8.relay_passes.dense_kernels import scaled_by
 from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
-from tvm_qfp8.relay_passes.linear_kernels import conv_shape, product_of, product_scale, scaled_by
+from tvm_qfp8.relay_passes.linear_kernels import product_of, product_scale
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, concat_operands, emit_row_operator, pool_shape
 from tvm_qfp8.topi.codec import decode_expr

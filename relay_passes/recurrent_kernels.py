@@ -9,9 +9,9 @@ from tvm import relax, tirx
 
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.recurrent_cell import Cell
+from tvm_qfp8.relay_passes.dense_kernels import dense_kernel, scaled
 from tvm_qfp8.relay_passes.fuse import shape_of
 from tvm_qfp8.relay_passes.kernels import Kernel
-from tvm_qfp8.relay_passes.linear_kernels import dense_kernel, scaled
 from tvm_qfp8.relay_passes.operands import Operands, array_of, layout_of
 from tvm_qfp8.topi.cuda.recurrent import emit_recurrent as emit_on_gpu
 from tvm_qfp8.topi.isa import InstructionSet

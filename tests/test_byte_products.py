@@ -11,7 +11,7 @@ from tvm_qfp8.code_generation import generate_code
 from tvm_qfp8.cpu_features import cpuinfo_flags
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
-from tvm_qfp8.relay_passes.linear_kernels import conv_shape
+from tvm_qfp8.relay_passes.conv_kernels import conv_shape
 from tvm_qfp8.relay_passes.lower_groups import LowerGroups
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.relay_passes.schedule_rest import ScheduleRest

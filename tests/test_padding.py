@@ -108,8 +108,15 @@ def test_files(mode, name, opset):
 
 
 def test_a_reflection_behind_the_other_edge_is_refused():
-    with pytest.raises(UnsupportedOperatorError, match="reflections of .* on a shape of"):
-        tvm_qfp8.compile(onnx_network("reflect", [0, 0, 6, 0, 0, 0, 0, 0]))
+    of_axes = onnx_network("reflect", [6, 0])
+    of_axes.graph.node[0].input.extend(["", "axes"])
+    of_axes.graph.initializer.append(helper.make_tensor("axes", onnx.TensorProto.INT64, [1], [-2]))
+    of_attribute = onnx_network("reflect", [0, 0, 6, 0, 0, 0, 0, 0], opset=10)
+    of_attribute.graph.node[0].input.pop()
+    of_attribute.graph.node[0].attribute.append(helper.make_attribute("pads", [0, 0, 6, 0, 0, 0, 0, 0]))
+    for file in (onnx_network("reflect", [0, 0, 6, 0, 0, 0, 0, 0]), of_axes, of_attribute):
+        with pytest.raises(UnsupportedOperatorError, match="reflections of .* on a shape of"):
+            tvm_qfp8.compile(file)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -19,7 +19,7 @@ from tvm import relax
 
 from tvm_qfp8.format import decode_grid, get_layout
 from tvm_qfp8.relay_passes import qfp8_ops
-from tvm_qfp8.relay_passes.linear_kernels import conv_shape
+from tvm_qfp8.relay_passes.conv_kernels import conv_shape
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.topi import reference
 from tvm_qfp8.topi.amx import tiles

@@ -46,12 +46,17 @@ def _runs(shape: ConvShape, codes: np.ndarray) -> np.ndarray:
     return padded.reshape(shape.out_channels, runs, -1)
 
 
+def takes_tiles(isa: InstructionSet, shape: ConvShape) -> bool:
+    """Whether no other kernel is better."""
+    operands, extents = (shape.activation, shape.weight), (shape.batch, shape.channels, shape.out_channels)
+    return not is_depthwise(isa, shape) and fits_tiles(isa, operands, *extents)
+
+
 def plan_tile_conv(
     isa: InstructionSet, shape: ConvShape, codes: np.ndarray
 ) -> tuple[ConvShape, TilePlan, np.ndarray] | None:
     """The convolution, with groups merged, its plan and packed weights; None where other kernels are better."""
-    operands, extents = (shape.activation, shape.weight), (shape.batch, shape.channels, shape.out_channels)
-    if is_depthwise(isa, shape) or not fits_tiles(isa, operands, *extents):
+    if not takes_tiles(isa, shape):
         return None
     if shape.groups > 1:
         shape, codes = merged_groups(shape, codes, ROW_BYTES, ROWS, most_inputs=ROW_BYTES)

@@ -96,12 +96,12 @@ def quantize_without_samples(
         for name, linear in found.linear.items()
     }
     unrotated = inputs | above_zero | set(limits)
+    # Layers that read what is not rotated; layers with one weight read all alike.
     straight = {
         linear.shares or name
         for name, linear in found.linear.items()
         if not auto or reasons[name] is not None or linear.source in unrotated
     }
-    """Layers that read what is not rotated; layers with one weight read all alike."""
     for name, linear in found.linear.items():
         same, reason = plan.linear.get(linear.shares), reasons[name]
         if auto and linear.source in limits:

@@ -158,10 +158,6 @@ def _resize(node: onnx.NodeProto, shapes: dict, constants: dict) -> str | None:
     return None
 
 
-def _pad(node: onnx.NodeProto, shapes: dict, constants: dict) -> str | None:
-    return check_reflection(node, shapes, constants, attributes(node).get("mode", b"constant"))
-
-
 def _batch_norm(node: onnx.NodeProto, *_) -> str | None:
     return "training_mode=1" if attributes(node).get("training_mode", 0) else None
 
@@ -173,6 +169,6 @@ _VARIANTS: dict[str, Callable] = {
     "RoiAlign": _mode("mode", (b"avg",)),
     "SpaceToDepth": _mode("mode", (b"DCR",)),
     "Resize": _resize,
-    "Pad": _pad,
+    "Pad": check_reflection,
     **dict.fromkeys(CONVERTERS, check_recurrent),
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 from tvm import relax
 from tvm.ir import GenericConst
 
@@ -28,11 +28,16 @@ class _Converter:
             over = range(rank) if axes is None else _numbers(get_constant(axes, params))
             if mode is None or known is None or over is None or min(known, default=0) < 0:
                 return others(builder, inputs, given, params)
-            widths = np.zeros((rank, 2), int)
-            widths[[int(axis) for axis in over]] = np.reshape(known, (2, -1)).T
-            return relax.op.nn.pad(x, widths.reshape(-1).tolist(), pad_mode=mode)
+            return relax.op.nn.pad(x, _widths(rank, known, over).reshape(-1).tolist(), pad_mode=mode)
 
         return convert
+
+
+def _widths(rank: int, pads: Sequence[int], axes: Sequence[int]) -> np.ndarray:
+    """Before and after each axis, ``(rank, 2)``."""
+    widths = np.zeros((rank, 2), int)
+    widths[list(axes)] = np.reshape(pads, (2, -1)).T
+    return widths
 
 
 def _numbers(constant: Any) -> list[int] | None:
@@ -44,13 +49,16 @@ CONVERTERS = {"Pad": _Converter()}
 
 
 def check_reflection(
-    node: NodeProto, shapes: dict[str, list[int]], constants: dict[str, TensorProto], mode: bytes
+    node: NodeProto, shapes: Mapping[str, list[int]], constants: Mapping[str, TensorProto]
 ) -> str | None:
     """Why a reflection cannot be computed: it may not reach behind the other edge."""
-    pads = constants.get(node.input[1]) if len(node.input) > 1 else None
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    _, pads, _, axes = [constants.get(name) for name in (*node.input, "", "", "")][:4]
     shape = shapes.get(node.input[0], [])
-    if mode != b"reflect" or pads is None or len(node.input) > 3 or not all(shape):
+    known = given.get("pads") if pads is None else numpy_helper.to_array(pads)
+    over = range(len(shape)) if axes is None else numpy_helper.to_array(axes)
+    if given.get("mode") != b"reflect" or known is None or not shape or not all(shape):
         return None
-    widths = numpy_helper.to_array(pads).reshape(2, -1)
-    reaches = len(shape) == widths.shape[1] and (widths >= np.array(shape)).any()
+    widths = _widths(len(shape), known, over)
+    reaches = (widths >= np.array(shape)[:, None]).any()
     return f"reflections of {widths.tolist()} places on a shape of {shape}" if reaches else None
