@@ -72,7 +72,7 @@ def measure(
     from kernel_bench import ours
     from kernel_bench.cases import Convolution
     from kernel_bench.clock import medians
-    from tvm_qfp8.relay_passes import linear_kernels
+    from tvm_qfp8.relay_passes import conv_kernels
     from tvm_qfp8.topi.winograd_plan import plan_tiling, plan_winograd
     from tvm_qfp8.topi.winograd_tiling import F2, F4
 
@@ -84,7 +84,7 @@ def measure(
         return chosen[-1]
 
     def runner(plan: Callable) -> ours.Run:
-        with mock.patch.object(linear_kernels, "plan_winograd", plan):
+        with mock.patch.object(conv_kernels, "plan_winograd", plan):
             return ours.runner(case, target=target, layouts={Convolution: layouts})
 
     runner(asked)
