@@ -12,7 +12,7 @@ from tvm import relax
 
 import tvm_qfp8
 from tvm_qfp8.format import LAYOUTS, encode, get_layout
-from tvm_qfp8.relay_passes import linear_kernels, qfp8_ops
+from tvm_qfp8.relay_passes import conv_kernels, qfp8_ops
 from tvm_qfp8.relay_passes.quantize_linear import codes_constant
 from tvm_qfp8.runtime import LOADED
 from tvm_qfp8.topi import reference
@@ -82,7 +82,7 @@ def planned(monkeypatch):
 
     def take(tiling) -> None:
         monkeypatch.setattr(
-            linear_kernels, "plan_winograd", lambda shape, codes, *rates: plan_tiling(tiling, shape, codes)
+            conv_kernels, "plan_winograd", lambda shape, codes, *rates: plan_tiling(tiling, shape, codes)
         )
 
     return take
