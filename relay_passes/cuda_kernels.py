@@ -15,11 +15,19 @@ from tvm_qfp8.relay_passes.epilogue import Epilogue
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import product_of, product_scale
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
-from tvm_qfp8.relay_passes.row_kernels import Rows, RowWalk, concat_operands, emit_row_operator, pool_shape
+from tvm_qfp8.relay_passes.row_kernels import (
+    Rows,
+    RowWalk,
+    concat_operands,
+    emit_group_norm_operator,
+    emit_row_operator,
+    pool_shape,
+)
 from tvm_qfp8.topi.codec import decode_expr
 from tvm_qfp8.topi.conv2d import ConvShape
 from tvm_qfp8.topi.cuda.batch_matmul import emit_batch_matmul
 from tvm_qfp8.topi.cuda.direct_conv import emit_float_conv, pack_direct_weights
+from tvm_qfp8.topi.cuda.group_norm import emit_group_norm
 from tvm_qfp8.topi.cuda.isa import HOPPER, INSTRUCTION_SET
 from tvm_qfp8.topi.cuda.launch import BUSY, for_each
 from tvm_qfp8.topi.cuda.linear import Described, linear_kernel
@@ -125,6 +133,10 @@ def emit_rows(
     return emit_row_operator(call, INSTRUCTION_SET, operands, max_error, RowWalk(each, softmax))
 
 
+def _group_norm(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
+    return emit_group_norm_operator(call, operands, emit_group_norm)
+
+
 def _pool(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
     at = operands.tensor(call.args[0])
     if op_name(call) == "relax.mean":
@@ -222,6 +234,7 @@ CUDA_ANCHORS: dict[str, Callable[..., Emitter]] = {
     "relax.nn.log_softmax": emit_rows,
     "relax.nn.layer_norm": emit_rows,
     "relax.nn.rms_norm": emit_rows,
+    "relax.nn.group_norm": _group_norm,
     "relax.qfp8.l2_normalize": emit_rows,
     "relax.mean": _pool,
     "relax.nn.max_pool2d": _pool,

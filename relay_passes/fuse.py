@@ -28,6 +28,7 @@ ROW = (
     "relax.nn.log_softmax",
     "relax.nn.layer_norm",
     "relax.nn.rms_norm",
+    "relax.nn.group_norm",
     "relax.qfp8.l2_normalize",
 )
 POOL = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
@@ -107,11 +108,9 @@ def _pointwise(value: relax.Expr) -> bool:
 
 def normalized_axis(value: relax.Expr) -> int | None:
     """The one axis of a float32 tensor that softmax, log-softmax, LayerNorm, RMSNorm or L2 normalisation goes over."""
-    if op_name(value) not in ROW or str(value.args[0].ty.dtype) != "float32":
+    if op_name(value) not in ROW or op_name(value) == "relax.nn.group_norm" or not _has_floats(value.args[0]):
         return None
-    shape = static_shape(value.args[0])
-    if not shape or 0 in shape:
-        return None
+    shape = shape_of(value.args[0])
     if op_name(value) == "relax.qfp8.l2_normalize":
         axes = [int(value.args[2].value)]
     elif op_name(value) in ("relax.nn.layer_norm", "relax.nn.rms_norm"):
@@ -121,8 +120,24 @@ def normalized_axis(value: relax.Expr) -> int | None:
     return axes[0] % len(shape) if len(axes) == 1 else None
 
 
+def _has_floats(x: relax.Expr) -> bool:
+    """A float32 tensor of known shape, not empty."""
+    return str(x.ty.dtype) == "float32" and bool(static_shape(x)) and 0 not in shape_of(x)
+
+
+def is_group_norm(value: relax.Expr) -> bool:
+    """GroupNorm as its kernel takes it: in NHWC, without scale and shift."""
+    if op_name(value) != "relax.nn.group_norm" or not _has_floats(value.args[0]):
+        return False
+    attrs = value.attrs
+    layout = int(attrs.channel_axis), [int(axis) for axis in attrs.axes]
+    return layout == (3, [1, 2]) and not attrs.scale and not attrs.center
+
+
 def is_row_operator(value: relax.Expr) -> bool:
-    """Softmax or a norm as the row kernels take it: over the last axis, or the one before it."""
+    """Softmax or a norm as the row kernels take it: over the last axis, or the one before it, or GroupNorm's."""
+    if is_group_norm(value):
+        return True
     axis = normalized_axis(value)
     return axis is not None and axis >= len(shape_of(value.args[0])) - 2
 

@@ -227,28 +227,40 @@ def along_axis(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.
 
 
 def group_norm(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
-    """GroupNorm of one group or of a group per channel (InstanceNorm): rows or columns of what is in NHWC.
+    """GroupNorm, and InstanceNorm, which has a channel in each group; of one group, rows of what is in NHWC.
 
-    Other groups of channels lie apart there: they are normalised in the file's own layout.
+    Scale and shift are put behind it.
     """
     x, attrs = value.args[0], value.attrs
     shape = static_shape(x)
-    instance = op_name(value) == "relax.nn.instance_norm"
     constants = [rewriter.constant(operand) for operand in value.args[1:]]
     if not shape or any(constant is None for constant in constants) or not normalises_channels(value):
         return None
-    channels, pixels = shape[1], math.prod(shape[2:])
-    groups = channels if instance else int(attrs.num_groups)
-    if groups not in (1, channels):
-        return None
-    rows, axis = ((shape[0], 1, pixels * channels), 2) if groups == 1 else ((shape[0], pixels, channels), 1)
+    channels, epsilon = shape[1], float(attrs.epsilon)
+    groups = channels if op_name(value) == "relax.nn.instance_norm" else int(attrs.num_groups)
     emit = rewriter.builder.emit
     turned = rewriter.channels_last(x, len(shape))
     image = [int(extent) for extent in turned.ty.shape]
-    one, zero = (relax.const(np.full(rows[axis], number, np.float32)) for number in (1.0, 0.0))
-    flat = emit(relax.op.reshape(turned, rows))
-    flat = emit(relax.op.nn.layer_norm(flat, one, zero, axes=axis, epsilon=float(attrs.epsilon)))
-    y = relax.op.reshape(flat, image)
+
+    def without_scale(length: int) -> list[relax.Expr]:
+        return [relax.const(np.full(length, number, np.float32)) for number in (1.0, 0.0)]
+
+    if groups == 1:
+        pixels = math.prod(image[1:])
+        rows = emit(relax.op.reshape(turned, (image[0], 1, pixels)))
+        rows = emit(relax.op.nn.layer_norm(rows, *without_scale(pixels), axes=2, epsilon=epsilon))
+        y = relax.op.reshape(rows, image)
+    else:
+        y = relax.op.nn.group_norm(
+            turned,
+            *without_scale(channels),
+            num_groups=groups,
+            channel_axis=3,
+            axes=[1, 2],
+            epsilon=epsilon,
+            center=False,
+            scale=False,
+        )
     for constant, operator, used in zip(
         constants, (relax.op.multiply, relax.op.add), (attrs.scale, attrs.center), strict=True
     ):

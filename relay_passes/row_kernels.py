@@ -19,6 +19,7 @@ from tvm_qfp8.topi.columns import Column, emit_column_softmax, for_each_columns
 from tvm_qfp8.topi.concat import emit_concat_of_floats
 from tvm_qfp8.topi.embedding import emit_embedding
 from tvm_qfp8.topi.float_contract import add, bind, mul
+from tvm_qfp8.topi.group_norm import GroupNormShape, emit_group_norm
 from tvm_qfp8.topi.interpolate import emit_table, lanes_from
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
@@ -272,6 +273,25 @@ def _l2_normalize(call, operands: Operands, isa: InstructionSet, walk: RowWalk) 
     return body, (op_name(call), rows, floor)
 
 
+def emit_group_norm_operator(call, operands: Operands, emit: Callable) -> Emitter:
+    """GroupNorm by ``emit(shape, read, finish)``."""
+    at, (batch, height, width, channels) = operands.tensor(call.args[0]), shape_of(call.args[0])
+    groups = int(call.attrs.num_groups)
+    shape = GroupNormShape(batch, height * width, groups, channels // groups, float(call.attrs.epsilon))
+
+    def body(inputs, finish) -> None:
+        def read(row, column, lanes: int):
+            return load(inputs[at], row * channels + column, lanes)
+
+        emit(shape, read, lambda value, row, column, lanes: finish(value, row, column, lanes, lanes))
+
+    return body, shape
+
+
+def _group_norm(call, isa: InstructionSet, threads: int, operands: Operands, _max_error: float) -> Emitter:
+    return emit_group_norm_operator(call, operands, functools.partial(emit_group_norm, isa, threads))
+
+
 def pool_shape(call) -> PoolShape:
     """The static description of a max_pool2d or avg_pool2d call."""
     attrs = call.attrs
@@ -347,6 +367,7 @@ ROW_ANCHORS: dict[str, Callable] = {
     "relax.nn.log_softmax": _on_cpu,
     "relax.nn.layer_norm": _on_cpu,
     "relax.nn.rms_norm": _on_cpu,
+    "relax.nn.group_norm": _group_norm,
     "relax.qfp8.l2_normalize": _on_cpu,
     "relax.mean": _pool,
     "relax.nn.max_pool2d": _pool,

@@ -64,6 +64,28 @@ def attention() -> onnx.ModelProto:
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
 
 
+@pytest.mark.slow
+@NEEDS_COMPILER
+@pytest.mark.parametrize("groups", [2, 4, 20])
+def test_groups_of_channels_give_the_bits_of_the_cpu(groups, tmp_path):
+    rng = np.random.default_rng(5)
+    shapes = {"first": (20, 3, 3, 3), "last": (4, 20, 1, 1), "scale": (20,), "shift": (20,)}
+    text = f"""agraph (float[2, 3, 7, 6] x) => (float[2, 4, 5, 4] y) {{
+        c = Conv (x, first)
+        n = GroupNormalization <num_groups = {groups}> (c, scale, shift)
+        r = Relu (n)
+        y = Conv (r, last)
+    }}"""
+    graph = onnx.parser.parse_graph(text)
+    for name, shape in shapes.items():
+        graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(shape, np.float32), name))
+    network = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    calibration = [{"x": rng.standard_normal((2, 3, 7, 6), np.float32)} for _ in range(2)]
+    here = tvm_qfp8.compile(network, "native", calibration=calibration)
+    found = run_program(lowered_for_cuda(network, calibration), [calibration[0]["x"]], tmp_path)
+    np.testing.assert_array_equal(found[0], here.run(calibration[0])[0])
+
+
 def lowered_for_cuda(network, calibration, config=None) -> tvm.IRModule:
     """What ``compile`` hands to TVM."""
     found, tvm_compile = [], tvm.compile

@@ -1,4 +1,4 @@
-"""GroupNorm and InstanceNorm between convolutions stay in the layout of these, from torch's programs and from files."""
+"""GroupNorm and InstanceNorm: between convolutions in the layout of these, from torch's programs and from files."""
 
 import io
 
@@ -7,12 +7,15 @@ import onnx
 import pytest
 from models import model
 from onnx import helper
+from quantized_programs import TARGETS, build, machine_runs, program, run
 from test_norms import operators
+from tvm import relax
 
 import tvm_qfp8
 from tvm_qfp8.calibration import evaluate
 from tvm_qfp8.importers import load_model
 from tvm_qfp8.relay_passes.prepare import prepare
+from tvm_qfp8.topi import reference
 
 torch = pytest.importorskip("torch", reason="torch is an extra")
 nn = torch.nn
@@ -21,6 +24,8 @@ NORMS = {
     "instance norm": lambda: nn.InstanceNorm2d(12, affine=True),
     "instance norm without scales": lambda: nn.InstanceNorm2d(12),
     "one group": lambda: nn.GroupNorm(1, 12),
+    "groups": lambda: nn.GroupNorm(4, 12),
+    "groups without scales": lambda: nn.GroupNorm(3, 12, affine=False),
 }
 
 
@@ -54,10 +59,56 @@ def test_channels_stay_last(name, form):
     names = operators(mod)
     convolutions = [place for place, found in enumerate(names) if found == "relax.nn.conv2d"]
     assert "relax.permute_dims" not in names[convolutions[0] : convolutions[-1]]
-    assert names.count("relax.nn.layer_norm") == 1
+    assert names.count("relax.nn.layer_norm" if name == "one group" else "relax.nn.group_norm") == 1
     (parameter,) = mod["main"].params
     (got,) = evaluate(prepare(mod), {parameter.name: x.numpy()})
     np.testing.assert_allclose(got, network(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+SHAPES = {
+    "vectors": ((2, 9, 11, 64), 2),
+    "parts of vectors": ((1, 13, 10, 32), 8),
+    "groups across vectors": ((1, 5, 7, 80), 8),
+    "no whole vector": ((3, 4, 9, 15), 3),
+    "vectors and a rest": ((1, 3, 3, 44), 2),
+    "a channel each": ((2, 17, 5, 23), 23),
+    "a pixel": ((1, 1, 1, 24), 4),
+    "many pixels": ((1, 40, 41, 16), 4),
+}
+
+
+def norm(shape, groups):
+    """A program of GroupNorm, and of a residual after it in the same kernel."""
+    ones, zeros = relax.const(np.ones(shape[-1], np.float32)), relax.const(np.zeros(shape[-1], np.float32))
+
+    def body(builder, x):
+        y = relax.op.nn.group_norm(x, ones, zeros, groups, 3, [1, 2], 1e-5, center=False, scale=False)
+        return relax.op.add(builder.emit(y), x)
+
+    return program([(shape, None)], body)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_groups_follow_the_contract(target, name):
+    if not machine_runs(target):
+        pytest.skip(f"this CPU does not run {target}")
+    shape, groups = SHAPES[name]
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32) * 3 + 1
+    expected = reference.group_norm(x, groups, 1e-5) + x
+    (got,) = run(build(norm(shape, groups), TARGETS[target], threads=2), x)
+    assert np.array_equal(got, expected)
+    exact = nn.functional.group_norm(torch.tensor(x.transpose(0, 3, 1, 2)).double(), groups)
+    np.testing.assert_allclose(expected - x, exact.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_not_a_number_spoils_its_group_alone():
+    shape, groups = SHAPES["groups across vectors"]
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x[0, 2, 3, 11] = np.nan
+    (got,) = run(build(norm(shape, groups), "native", threads=1), x)
+    assert np.isnan(got[..., 10:20]).all()
+    assert np.isfinite(got[..., :10]).all() and np.isfinite(got[..., 20:]).all()
 
 
 @pytest.mark.parametrize("groups", [1, 3, 12])

@@ -87,6 +87,8 @@ def elementwise(emit, x):
     image = emit(R.reshape(x, (2, 5, 80)))
     results.append(emit(R.nn.instance_norm(image, constant(5), constant(5, seed=1), 1, [2])))
     results.append(emit(R.nn.instance_norm(image, constant(5), constant(5, seed=1), 1, [0, 2])))
+    results.append(emit(R.nn.group_norm(image, constant(5), constant(5, seed=1), 5, 1, [2])))
+    results.append(emit(R.nn.group_norm(image, constant(80), constant(80, seed=1), 4, 2, [1])))
     return relax.Tuple(results)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, inverse_sum, mul, sub, with_lanes
+from tvm_qfp8.topi.float_contract import LANES, LOWEST, add, bind, inverse_sum, mul, sub, tree_sum, with_lanes
 from tvm_qfp8.topi.panels import overlapped_start
 from tvm_qfp8.topi.prim_func import load, store
 from tvm_qfp8.topi.rows import MIN_PARALLEL_ROW_ELEMENTS
@@ -64,10 +64,7 @@ class Column:
             place = T.bind(i % LANES * self.lanes)
             store(sums, place, add(load(sums, place, self.lanes), value), self.lanes)
         parts = [bind(load(sums, lane * self.lanes, self.lanes)) for lane in range(LANES)]
-        while len(parts) > 1:
-            half = len(parts) // 2
-            parts = [bind(add(parts[i], parts[i + half])) for i in range(half)]
-        return parts[0]
+        return tree_sum(parts)
 
     def finish(self, function: Callable, emit: Callable) -> None:
         """``emit(function(vector), i, lanes)`` down the columns."""

@@ -190,7 +190,7 @@ def to_float(x):
 
 
 def tree_sum(vector_parts: list):
-    """Combine 16 lane accumulators, given as scalars, in the fixed tree 8-4-2-1."""
+    """Combine 16 accumulators, scalars or vectors of such, in the fixed tree 8-4-2-1."""
     parts = list(vector_parts)
     while len(parts) > 1:
         half = len(parts) // 2

@@ -186,6 +186,19 @@ def layer_norm(x: Array, gamma: Array, beta: Array, epsilon: float) -> Array:
     return (centred * factor[..., None]) * gamma + beta
 
 
+def group_norm(x: Array, groups: int, epsilon: float) -> Array:
+    """GroupNorm of NHWC, without scale and shift, with the kernel's order of operations."""
+    pixels = x.reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+
+    def mean(values: Array) -> Array:
+        total = lane_sum(lane_sum(values.transpose(0, 2, 3, 1)))
+        return (total * np.float32(1.0 / (values.shape[1] * values.shape[3])))[:, None, :, None]
+
+    centred = pixels - mean(pixels)
+    factor = np.float32(1.0) / np.sqrt(mean(centred * centred) + np.float32(epsilon))
+    return (centred * factor).reshape(x.shape)
+
+
 def rms_norm(x: Array, gamma: Array, epsilon: float) -> Array:
     """RMSNorm over the last axis with the kernel's order of operations."""
     square = lane_sum(x * x) * np.float32(1.0 / x.shape[-1])

@@ -7,6 +7,7 @@ tree, so that every target gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -229,10 +230,11 @@ def for_each_row(rows: int, length: int, threads: int, finish: Callable) -> None
     for_rows_together(rows, length, threads, lambda first, _count: finish(first), most=1)
 
 
-def emit_layer_norm(row: Row, epsilon: float, finish: Callable) -> None:
+def emit_layer_norm(row: Any, epsilon: float, finish: Callable) -> None:
     """(x - mean) / sqrt(var + epsilon); scale and shift belong to ``finish``. Padding is 0.
 
-    Before the squares are summed the padding becomes the mean, so that it adds nothing.
+    ``row`` is a ``Row``, or what stands for one: columns, or a GPU's threads. Before the squares are summed the padding
+    becomes the mean, so that it adds nothing.
     """
     total = row.sum()
     inverse = like(1.0 / row.length, total)

@@ -70,7 +70,7 @@ class ThreadRow:
             inside = group * LANES + self._lane < self.length
             body(bind(self._get(group)), self.offset(group), inside)
 
-    def _shared(self, value) -> list:
+    def shared(self, value) -> list:
         """The values that the row's 16 threads have."""
         buffer = T.alloc_buffer((THREADS,), "float32", scope="shared")
         store(buffer, self._place * LANES + self._lane, value, 1)
@@ -80,7 +80,7 @@ class ThreadRow:
         found = T.alloc_buffer((1,), "float32", scope="local")
         store(found, 0, tirx.const(LOWEST, "float32"), 1)
         self._each(lambda value, _offset, _inside: store(found, 0, tirx.max(load(found, 0, 1), value), 1))
-        values = self._shared(load(found, 0, 1))
+        values = self.shared(load(found, 0, 1))
         while len(values) > 1:
             values = [bind(tirx.max(a, b)) for a, b in zip(values[::2], values[1::2], strict=True)]
         return values[0]
@@ -94,7 +94,7 @@ class ThreadRow:
             store(total, 0, add(load(total, 0, 1), part), 1)
 
         self._each(take)
-        return tree_sum(self._shared(load(total, 0, 1)))
+        return tree_sum(self.shared(load(total, 0, 1)))
 
     def finish(self, function: Callable, emit: Callable) -> None:
         self._each(lambda value, offset, _inside: emit(bind(function(value)), offset, 1))
@@ -102,16 +102,20 @@ class ThreadRow:
 
 def for_each_row(rows: int, length: int, read: Callable, body: Callable) -> None:
     """``body(row, index)`` with a ``ThreadRow`` for each row; ``read(index, offset, lanes)`` loads."""
+
+    def one(index, place, lane) -> None:
+        body(ThreadRow.loaded(length, lambda *position: read(index, *position), place, lane), index)
+
+    for_each_lane(rows, one)
+
+
+def for_each_lane(rows: int, body: Callable) -> None:
+    """``body(index, place, lane)`` for the 16 threads of each row, the ``place``-th of its block."""
     per_block = next((n for n in ROWS_TOGETHER if -(-rows // n) >= MANY_BLOCKS), ROWS_TOGETHER[-1])
     with T.launch_thread("blockIdx.x", -(-rows // per_block)) as block:
         with T.launch_thread("threadIdx.x", per_block * LANES) as thread:
             place, lane = T.bind(thread // LANES), T.bind(thread % LANES)
-            index = T.bind(tirx.min(block * per_block + place, rows - 1))
-
-            def read_row(offset, lanes):
-                return read(index, offset, lanes)
-
-            body(ThreadRow.loaded(length, read_row, place, lane), index)
+            body(T.bind(tirx.min(block * per_block + place, rows - 1)), place, lane)
 
 
 def emit_softmax(rows: int, length: int, read: Callable, exp: Callable, finish: Callable) -> None:

@@ -133,6 +133,22 @@ def instance_norm(attrs: SimpleNamespace, x: np.ndarray, gamma: np.ndarray, beta
     return out
 
 
+def group_norm(attrs: SimpleNamespace, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
+    """(x - mean) / sqrt(variance + epsilon) over ``attrs.axes`` and the channels of each group."""
+    channel, groups = attrs.channel_axis % x.ndim, attrs.num_groups
+    shape = (*x.shape[:channel], groups, x.shape[channel] // groups, *x.shape[channel + 1 :])
+    axes = tuple(axis + (axis > channel) for axis in (axis % x.ndim for axis in attrs.axes))
+    parts = x.reshape(shape)
+    out = parts - parts.mean(axis=(*axes, channel + 1), keepdims=True)
+    out /= np.sqrt(np.square(out).mean(axis=(*axes, channel + 1), keepdims=True) + np.float32(attrs.epsilon))
+    out = out.reshape(x.shape)
+    if attrs.scale:
+        out *= _over_axes(x, (attrs.channel_axis,), gamma)
+    if attrs.center:
+        out += _over_axes(x, (attrs.channel_axis,), beta)
+    return out
+
+
 def rms_norm(attrs: SimpleNamespace, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """x / sqrt(mean(x^2) + epsilon) * weight over ``attrs.axes``."""
     axes = tuple(attrs.axes)

@@ -209,6 +209,7 @@ TABLE: dict[str, Operator] = {
     "relax.nn.softmax": lambda attrs, x: nonlinear.softmax(x, attrs.axis),
     "relax.nn.log_softmax": lambda attrs, x: nonlinear.log_softmax(x, attrs.axis),
     "relax.nn.layer_norm": lambda attrs, x, *scale_shift: nonlinear.layer_norm(attrs, x, *scale_shift),
+    "relax.nn.group_norm": lambda attrs, x, *scale_shift: nonlinear.group_norm(attrs, x, *scale_shift),
     "relax.nn.instance_norm": lambda attrs, x, *scale_shift: nonlinear.instance_norm(attrs, x, *scale_shift),
     "relax.qfp8.l2_normalize": lambda attrs, x, floor, axis: nonlinear.l2_normalize(x, floor, axis),
     "relax.qfp8.batchnorm_input": lambda attrs, x, number, axis: x,

@@ -114,11 +114,11 @@ def energy(arrays: Sequence[np.ndarray], mask: np.ndarray | None) -> float:
 def relative_energy(
     changes: Sequence[np.ndarray], arrays: Sequence[np.ndarray], mask: np.ndarray | None
 ) -> float:
-    """Energy of ``changes`` over that of ``arrays``, row by row (tokens, or vectors of logits), summed.
+    """Energy of ``changes`` over that of ``arrays``: the mean of rows (tokens, or vectors of logits), and of arrays.
 
     Of images, ``(batch, channels, height, width)``, each is one row.
     """
-    total = 0.0
+    found = []
     for change, array in zip(changes, arrays, strict=True):
         if array.dtype.kind != "f" or not array.size:
             continue
@@ -128,8 +128,9 @@ def relative_energy(
             else part.reshape(-1, part.shape[-1] if part.ndim else 1)
             for part in (_valid(change, mask), _valid(array, mask))
         ]
-        total += float(np.square(rows[0], dtype=np.float64).sum(axis=1) @ row_weights(rows[1]))
-    return total
+        energies = np.square(rows[0], dtype=np.float64).sum(axis=1)
+        found.append(float(energies @ row_weights(rows[1])) / len(energies))
+    return float(np.mean(found)) if found else 0.0
 
 
 def _valid(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
