@@ -12,6 +12,7 @@ from tvm_qfp8.calibration import calibrate
 from tvm_qfp8.calibration.choose_activation import LINEAR
 from tvm_qfp8.calibration.linear import Linear
 from tvm_qfp8.calibration.product_time import product_time
+from tvm_qfp8.calibration.propagate import relative_energy
 from tvm_qfp8.config import Config
 
 LOSSES = [0.0, 0.3, 1.0, 3.0, 10.0, 60.0]
@@ -134,3 +135,10 @@ def test_decibels_that_nobody_would_notice_are_spent(mean, in_bytes):
     plan = calibrate(mod, [{"x": random(1, 30, 30, 8, seed=i)} for i in range(4)])
     (layer,) = plan.linear.values()
     assert (layer.activation.layout in LINEAR.activations) == in_bytes
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_many_rows_or_outputs_lose_no_more_than_one(rows, outputs):
+    exact, change = np.full((1, rows, 8), 2.0), np.full((1, rows, 8), 0.1)
+    assert relative_energy([change] * outputs, [exact] * outputs, None) == pytest.approx(0.05**2)
