@@ -16,7 +16,7 @@ from zoo.task import Run, Task, mean_of
 NAME = "ppocrv6"
 HEIGHT, WIDTH = 48, 320
 SEED = 6061
-LINES = 1000
+LINES = 4000
 FACES = [
     "DejaVuSans",
     "DejaVuSans-Bold",
