@@ -23,6 +23,9 @@ from tvm_qfp8.topi.panels import decode_run, operand_expr, overlapped_start, rou
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
 from tvm_qfp8.topi.schedules import BatchMatmulSchedule
 
+TOGETHER_ELEMENTS = 16_384
+"""Of the result, whose rows are finished together: as many as the second cache holds until they are read."""
+
 
 @dataclass(frozen=True)
 class BatchMatmulShape:
@@ -223,8 +226,13 @@ def emit_batch_matmul(
         if shape.columns < width:
             zero_run(isa, panels, 0, panel_count * depth * width)
         (decode_transposed if shape.transpose_y else decode_straight)(batch, panels)
-        with T.serial(0, panel_count) as panel:
-            first_column = overlapped_start(panel, width, shape.columns)
-            with T.serial(0, -(-shape.rows // tile_rows)) as t:
-                first_row = overlapped_start(t, tile_rows, shape.rows)
-                tile(scratch, panels, batch, first_row, panel, first_column)
+        tiles = -(-shape.rows // tile_rows)
+        together = min(tiles, max(1, TOGETHER_ELEMENTS // (tile_rows * shape.columns)))
+        with T.serial(0, -(-tiles // together)) as block:
+            first_tile = T.bind(block * together)
+            left = together if tiles % together == 0 else T.bind(tirx.min(together, tiles - first_tile))
+            with T.serial(0, panel_count) as panel:
+                first_column = overlapped_start(panel, width, shape.columns)
+                with T.serial(0, left) as index:
+                    first_row = overlapped_start(T.bind(first_tile + index), tile_rows, shape.rows)
+                    tile(scratch, panels, batch, first_row, panel, first_column)
