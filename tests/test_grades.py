@@ -68,7 +68,8 @@ def dense(rows, depth):
 
 
 @pytest.mark.parametrize("rows, depth, in_bytes", [(32, 700, True), (1024, 36, False)])
-def test_weights_are_bytes_where_decoding_others_takes_long(rows, depth, in_bytes):
+def test_weights_are_bytes_where_decoding_others_takes_long(rows, depth, in_bytes, monkeypatch):
+    monkeypatch.setattr("tvm_qfp8.calibration.grades.BARGAIN_LOSS_DB", 0.0)
     samples = [{"x": random(rows, depth, seed=i)} for i in range(4)]
     plans = [calibrate(dense(rows, depth), samples, Config(byte_loss_db=loss)) for loss in (0.0, None)]
     exact, chosen = ([(one.activation.layout, one.weight.layout) for one in p.linear.values()] for p in plans)
@@ -135,6 +136,22 @@ def test_decibels_that_nobody_would_notice_are_spent(mean, in_bytes):
     plan = calibrate(mod, [{"x": random(1, 30, 30, 8, seed=i)} for i in range(4)])
     (layer,) = plan.linear.values()
     assert (layer.activation.layout in LINEAR.activations) == in_bytes
+
+
+@pytest.mark.parametrize("tails, linear", [(1, 1), (3, 0)])
+def test_what_saves_much_may_cost_more(tails, linear, monkeypatch):
+    """The longer an activation's tails are, the more does a linear layout cost."""
+    monkeypatch.setattr("tvm_qfp8.calibration.grades.BYTE_LOSS_DB", 0.0)
+
+    def body(emit, x):
+        y = x
+        for _ in range(tails):
+            y = emit(R.multiply(y, emit(R.abs(x))))
+        return emit(R.matmul(y, constant(36, 96, scale=0.1)))
+
+    samples = [{"x": random(1024, 36, seed=i)} for i in range(4)]
+    (layer,) = calibrate(build({"x": ((1024, 36), "float32")}, body), samples, Config()).linear.values()
+    assert (layer.activation.layout in LINEAR.activations) == linear
 
 
 @pytest.mark.parametrize("outputs", [1, 3])

@@ -31,6 +31,9 @@ WORTH = 0.05
 """Of the multiply-adds' time that a decibel has to save, unless it was asked for: the last tensors that a budget buys
 lose much for the little that they save."""
 
+BARGAIN_LOSS_DB, BARGAIN = 3.0, 0.06
+"""The same where a decibel saves more: of two convolutions with most of a network's multiply-adds, for example."""
+
 WEIGHT_LOSS_DB = 1.5
 """The same of weights in bytes, of all estimated error, where they save ``WEIGHT_SHARE`` of a call's time."""
 
@@ -68,14 +71,18 @@ def within_budget(compared: Comparison, byte_loss_db: float | None) -> dict[str,
     alone = noticed = compared.of_activations()
     if byte_loss_db is None:
         noticed = max(alone, compared.samples * compared.spread * 10 ** (-SPARE_DB / 10))
-        most = min(noticed * 10 ** (BYTE_LOSS_DB / 10), compared.samples * 10 ** (-LEAST_DB / 10))
+        offers = [(BYTE_LOSS_DB, WORTH), (BARGAIN_LOSS_DB, BARGAIN)]
+        limit = compared.samples * 10 ** (-LEAST_DB / 10)
     else:
-        most = alone * 10 ** (byte_loss_db / 10)
-    budget = max(most - alone, 0.0)
-    free = {name: LINEAR for name in compared.readers if compared.loss(name, LINEAR) == 0}
+        offers, limit = [(byte_loss_db, 0.0)], math.inf
+    chosen = {name: LINEAR for name in compared.readers if compared.loss(name, LINEAR) == 0}
+    free = dict(chosen)
     total = sum(_cost(compared, name, ANY) for name in compared.readers)
-    dearest = noticed * math.log(10) / 10 / (WORTH * total) if byte_loss_db is None and total else math.inf
-    chosen = _bought(compared, free, budget, (NARROW, LINEAR_PIXELS, LINEAR), _cost, dearest)
+    for loss_db, worth in offers:
+        most = min(noticed * 10 ** (loss_db / 10), limit)
+        budget = most - alone - sum(compared.loss(name, grade) for name, grade in chosen.items())
+        dearest = noticed * math.log(10) / 10 / (worth * total) if worth * total else math.inf
+        chosen = _bought(compared, chosen, budget, (NARROW, LINEAR_PIXELS, LINEAR), _cost, dearest)
     saved = sum(_cost(compared, name, ANY) - _cost(compared, name, grade) for name, grade in chosen.items())
     if saved < LEAST_SHARE * sum(map(macs_of, compared.readers.values())):
         chosen = free
