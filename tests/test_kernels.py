@@ -223,8 +223,11 @@ def test_transposed_convolution_of_windows_apart_is_exact(target, kernel, out, s
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("rows, columns, depth", [(5, 7, 9), (20, 33, 16), (3, 16, 700)])
-def test_batch_matmul_is_exact(target, rows, columns, depth, transpose):
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("rows, columns, depth", [(5, 7, 9), (20, 33, 16), (3, 16, 700), (59, 20, 4)])
+def test_batch_matmul_is_exact(target, rows, columns, depth, cached, transpose, monkeypatch):
+    if not cached:
+        monkeypatch.setattr("tvm_qfp8.topi.batch_matmul.CACHED_ELEMENTS", 0)
     rng = np.random.default_rng(depth)
     y_shape = (2, columns, depth) if transpose else (2, depth, columns)
     x, y = random_codes(rng, (2, rows, depth)), random_codes(rng, y_shape)

@@ -23,8 +23,9 @@ from tvm_qfp8.topi.panels import decode_run, operand_expr, overlapped_start, rou
 from tvm_qfp8.topi.prim_func import load, store, vector_runs
 from tvm_qfp8.topi.schedules import BatchMatmulSchedule
 
-TOGETHER_ELEMENTS = 16_384
-"""Of the result, whose rows are finished together: as many as the second cache holds until they are read."""
+CACHED_ELEMENTS, TOGETHER_ROWS = 2**17, 12
+"""A result that the second cache holds is written panel by panel of columns. Of a larger one a few rows are finished
+together: its rows lie on pages of their own, and of a dozen pages the first cache keeps track."""
 
 
 @dataclass(frozen=True)
@@ -226,13 +227,20 @@ def emit_batch_matmul(
         if shape.columns < width:
             zero_run(isa, panels, 0, panel_count * depth * width)
         (decode_transposed if shape.transpose_y else decode_straight)(batch, panels)
-        tiles = -(-shape.rows // tile_rows)
-        together = min(tiles, max(1, TOGETHER_ELEMENTS // (tile_rows * shape.columns)))
-        with T.serial(0, -(-tiles // together)) as block:
-            first_tile = T.bind(block * together)
-            left = together if tiles % together == 0 else T.bind(tirx.min(together, tiles - first_tile))
+
+        def finish_tiles(first, count) -> None:
             with T.serial(0, panel_count) as panel:
                 first_column = overlapped_start(panel, width, shape.columns)
-                with T.serial(0, left) as index:
-                    first_row = overlapped_start(T.bind(first_tile + index), tile_rows, shape.rows)
+                with T.serial(0, count) as t:
+                    first_row = overlapped_start(first + t, tile_rows, shape.rows)
                     tile(scratch, panels, batch, first_row, panel, first_column)
+
+        tiles = -(-shape.rows // tile_rows)
+        if shape.rows * shape.columns <= CACHED_ELEMENTS:
+            finish_tiles(0, tiles)
+        else:
+            together = min(tiles, max(1, TOGETHER_ROWS // tile_rows))
+            with T.serial(0, tiles // together) as block:
+                finish_tiles(T.bind(block * together), together)
+            if tiles % together:
+                finish_tiles(tiles - tiles % together, tiles % together)
