@@ -10,8 +10,9 @@ After::
 
     lv2 = R.nn.group_norm(x, ones, zeros, num_groups=4, channel_axis=1, axes=[2, 3], center=False, scale=False)
 
-Normalisation over height and width, ``R.nn.layer_norm(x, ones, zeros, axes=[-2, -1])``, is one with a group per
-channel. So ``ChooseLayout`` sees what is normalised; scale and shift stay behind it.
+Normalisation over height and width, ``R.nn.layer_norm(x, ones, zeros, axes=[-2, -1])``, or over the width of what a
+1-D convolution gives, is one with a group per channel. So ``ChooseLayout`` sees what is normalised; scale and shift
+stay behind it.
 """
 
 from __future__ import annotations
@@ -78,10 +79,19 @@ class _Rewriter(MainRewriter):
         return x, groups, float(norm.attrs.epsilon)
 
     def _image(self, value: relax.Call) -> tuple[relax.Expr, int, float] | None:
-        shape = static_shape(value)
-        if not shape or len(shape) != 4 or not self._plain(value, 2):
+        """The same where height and width are normalised, or the width of what a 1-D convolution gives."""
+        x, shape = value.args[0], static_shape(value) or ()
+        is_image = len(shape) == 4 and self._plain(value, 2)
+        if not is_image and not (len(shape) == 3 and self._plain(value, 1) and self._is_conv1d(x)):
             return None
-        return value.args[0], shape[1], float(value.attrs.epsilon)
+        return x, shape[1], float(value.attrs.epsilon)
+
+    def _is_conv1d(self, x: relax.Expr) -> bool:
+        """Without a bias or with one."""
+        made: Any = self.definition.get(x)
+        if op_name(made) == "relax.add" and self.constant(made.args[1]) is not None:
+            made = self.definition.get(made.args[0])
+        return op_name(made) == "relax.nn.conv1d"
 
     def _plain(self, norm: relax.Call, count: int) -> bool:
         """Whether a LayerNorm of float32 is over the ``count`` last axes, without scale and shift."""

@@ -65,10 +65,29 @@ def test_channels_stay_last(name, form):
     np.testing.assert_allclose(got, network(x).detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("form", ["program", "file"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_of_sounds_follows_its_convolution(bias, form):
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(12, 12)
+    network = nn.Sequential(nn.Conv1d(2, 12, 5, 2, bias=bias), norm, nn.GELU(), nn.Conv1d(12, 4, 3)).eval()
+    nn.init.normal_(norm.weight)
+    x = torch.randn(1, 2, 70)
+    mod = load_model(source(network, x, form)).mod
+    names = operators(mod)
+    convolutions = [place for place, found in enumerate(names) if found == "relax.nn.conv2d"]
+    assert "relax.permute_dims" not in names[convolutions[0] : convolutions[-1]]
+    (parameter,) = mod["main"].params
+    (got,) = evaluate(prepare(mod), {parameter.name: x.numpy()})
+    np.testing.assert_allclose(got, network(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
 SHAPES = {
     "vectors": ((2, 9, 11, 64), 2),
     "parts of vectors": ((1, 13, 10, 32), 8),
     "groups across vectors": ((1, 5, 7, 80), 8),
+    "several blocks": ((1, 6, 5, 320), 20),
     "no whole vector": ((3, 4, 9, 15), 3),
     "vectors and a rest": ((1, 3, 3, 44), 2),
     "a channel each": ((2, 17, 5, 23), 23),

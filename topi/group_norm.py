@@ -22,6 +22,10 @@ from tvm_qfp8.topi.rows import MIN_PARALLEL_ROW_ELEMENTS, Row, like_scalar
 TURNS = 4
 """Pixels that are added to one of a channel's 16 sums between its load and its store."""
 
+BLOCK = 128
+"""Channels of a block, at most: two cache lines and more of every pixel come together, sums of all stay in the first
+cache."""
+
 
 @dataclass(frozen=True)
 class GroupNormShape:
@@ -37,11 +41,15 @@ class GroupNormShape:
     def channels(self) -> int:
         return self.groups * self.size
 
-    @property
-    def block(self) -> int:
+    def block(self, threads: int) -> int:
         """Neighbouring channels that are normalised together: whole groups in whole vectors, or all there are."""
         whole = math.lcm(self.size, LANES)
-        return whole if self.channels % whole == 0 else self.channels
+        if self.channels % whole:
+            return self.channels
+        most = min(BLOCK, self.channels * self.outer // threads) // whole
+        return whole * max(
+            count for count in range(1, max(1, most) + 1) if self.channels // whole % count == 0
+        )
 
 
 def emit_group_norm(
@@ -60,41 +68,42 @@ def emit_group_norm(
     finish : callable
         ``finish(value, pixel, channel, lanes)`` stores one.
     """
-    blocks = shape.channels // shape.block
+    width = shape.block(threads)
+    blocks = shape.channels // width
     turns = shape.outer * blocks
 
     def one(index) -> None:
-        first, start = T.bind(index // blocks * shape.pixels), T.bind(index % blocks * shape.block)
-        block = _Block(isa, shape, lambda pixel, at, lanes: read(first + pixel, start + at, lanes))
+        first, start = T.bind(index // blocks * shape.pixels), T.bind(index % blocks * width)
+        block = _Block(isa, shape, width, lambda pixel, at, lanes: read(first + pixel, start + at, lanes))
         block.normalize(lambda value, pixel, at, lanes: finish(value, first + pixel, start + at, lanes))
 
-    large = turns * shape.pixels * shape.block >= MIN_PARALLEL_ROW_ELEMENTS
+    large = turns * shape.pixels * width >= MIN_PARALLEL_ROW_ELEMENTS
     with (T.parallel if threads > 1 and turns > 1 and large else T.serial)(0, turns) as index:
         one(index)
 
 
 class _Block:
-    """Whole groups of an image's channels; ``read(pixel, channel, lanes)`` loads of them."""
+    """``width`` channels of an image, whole groups; ``read(pixel, channel, lanes)`` loads of them."""
 
-    def __init__(self, isa: InstructionSet, shape: GroupNormShape, read: Callable) -> None:
-        self._isa, self._shape, self._read = isa, shape, read
-        self._sums = T.alloc_buffer((LANES * shape.block,), "float32", align=64)
+    def __init__(self, isa: InstructionSet, shape: GroupNormShape, width: int, read: Callable) -> None:
+        self._isa, self._shape, self._width, self._read = isa, shape, width, read
+        self._sums = T.alloc_buffer((LANES * width,), "float32", align=64)
 
     def _each_vector(self, emit: Callable) -> None:
         """``emit(channel, lanes)`` over the block's channels."""
         lanes = min(self._isa.lanes, LANES)
-        whole = self._shape.block // lanes
+        whole = self._width // lanes
         if whole == 1:
             emit(0, lanes)
         elif whole:
             with T.serial(0, whole) as index:
                 emit(T.bind(index * lanes), lanes)
-        for at, part in powers_of_two(self._shape.block - whole * lanes):
+        for at, part in powers_of_two(self._width - whole * lanes):
             emit(whole * lanes + at, part)
 
     def normalize(self, finish: Callable) -> None:
         """``finish(value, pixel, channel, lanes)`` stores."""
-        mean, factor = (T.alloc_buffer((self._shape.block,), "float32", align=64) for _ in range(2))
+        mean, factor = (T.alloc_buffer((self._width,), "float32", align=64) for _ in range(2))
         inverse = 1.0 / (self._shape.pixels * self._shape.size)
 
         def factor_of(total):
@@ -122,7 +131,7 @@ class _Block:
 
     def _sum_channels(self, value: Callable, target) -> None:
         """``target[channel]`` becomes the sum of ``value(pixel, channel, lanes)`` over the pixels."""
-        width, pixels = self._shape.block, self._shape.pixels
+        width, pixels = self._width, self._shape.pixels
 
         def begin(at, lanes: int) -> None:
             for row in range(LANES):
@@ -160,7 +169,7 @@ class _Block:
         if size == 1:
             self._each_vector(lambda at, lanes: store(sums, at, function(bind(load(sums, at, lanes))), lanes))
             return
-        with T.serial(0, self._shape.block // size) as group:
+        with T.serial(0, self._width // size) as group:
             first = T.bind(group * size)
             row = Row(self._isa, size, lambda offset, lanes: load(sums, first + offset, lanes), pad=0.0)
             value = function(row.sum())
