@@ -84,7 +84,7 @@ def test_a_norm_of_sounds_follows_its_convolution(bias, form):
 
 
 SHAPES = {
-    "vectors": ((2, 9, 11, 64), 2),
+    "vectors": ((2, 19, 21, 64), 2),
     "parts of vectors": ((1, 13, 10, 32), 8),
     "groups across vectors": ((1, 5, 7, 80), 8),
     "several blocks": ((1, 6, 5, 320), 20),

@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from tvm_qfp8.topi.float_contract import LANES, add, bind, like, mul, sub, tree_sum, with_lanes
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.prim_func import load, powers_of_two, store
-from tvm_qfp8.topi.rows import MIN_PARALLEL_ROW_ELEMENTS, Row, like_scalar
+from tvm_qfp8.topi.rows import MIN_PARALLEL_ROW_ELEMENTS, Row, inverse_root, like_scalar
 
 TURNS = 4
 """Pixels that are added to one of a channel's 16 sums between its load and its store."""
@@ -106,10 +106,8 @@ class _Block:
         mean, factor = (T.alloc_buffer((self._width,), "float32", align=64) for _ in range(2))
         inverse = 1.0 / (self._shape.pixels * self._shape.size)
 
-        def factor_of(total):
-            variance = T.bind(mul(total, like(inverse, total)))
-            deviation = T.bind(tirx.sqrt(add(variance, like(self._shape.epsilon, variance))))
-            return T.bind(like(1.0, deviation) / deviation)
+        def mean_of(total):
+            return T.bind(mul(total, like(inverse, total)))
 
         def centred(pixel, at: int, lanes: int):
             return bind(sub(bind(self._read(pixel, at, lanes)), load(mean, at, lanes)))
@@ -119,9 +117,9 @@ class _Block:
             return bind(mul(value, value))
 
         self._sum_channels(lambda *place: bind(self._read(*place)), mean)
-        self._join_groups(mean, lambda total: T.bind(mul(total, like(inverse, total))))
+        self._join_groups(mean, mean_of)
         self._sum_channels(square, factor)
-        self._join_groups(factor, factor_of)
+        self._join_groups(factor, lambda total: inverse_root(mean_of(total), self._shape.epsilon))
         with T.serial(0, self._shape.pixels) as pixel:
             self._each_vector(
                 lambda at, lanes: finish(

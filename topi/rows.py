@@ -230,6 +230,12 @@ def for_each_row(rows: int, length: int, threads: int, finish: Callable) -> None
     for_rows_together(rows, length, threads, lambda first, _count: finish(first), most=1)
 
 
+def inverse_root(mean_square, epsilon: float):
+    """1 / sqrt(mean_square + epsilon)."""
+    root = T.bind(tirx.sqrt(add(mean_square, like(epsilon, mean_square))))
+    return T.bind(like(1.0, root) / root)
+
+
 def emit_layer_norm(row: Any, epsilon: float, finish: Callable) -> None:
     """(x - mean) / sqrt(var + epsilon); scale and shift belong to ``finish``. Padding is 0.
 
@@ -247,8 +253,7 @@ def emit_layer_norm(row: Any, epsilon: float, finish: Callable) -> None:
         return mul(centred, centred)
 
     variance = T.bind(mul(row.sum(square), inverse))
-    deviation = T.bind(tirx.sqrt(add(variance, like(epsilon, variance))))
-    factor = T.bind(like(1.0, deviation) / deviation)
+    factor = inverse_root(variance, epsilon)
     row.finish(
         lambda v: mul(bind(sub(v, like_scalar(mean, lanes_of(v)))), like_scalar(factor, lanes_of(v))), finish
     )
@@ -258,8 +263,7 @@ def emit_rms_norm(row: Row, epsilon: float, finish: Callable) -> None:
     """x / sqrt(mean(x^2) + epsilon); the scale belongs to ``finish``. Padding is 0."""
     total = row.sum(lambda v: mul(v, v))
     square = T.bind(mul(total, like(1.0 / row.length, total)))
-    deviation = T.bind(tirx.sqrt(add(square, like(epsilon, square))))
-    factor = T.bind(like(1.0, deviation) / deviation)
+    factor = inverse_root(square, epsilon)
     row.finish(lambda v: mul(v, like_scalar(factor, lanes_of(v))), finish)
 
 
