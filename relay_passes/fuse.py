@@ -28,7 +28,6 @@ ROW = (
     "relax.nn.log_softmax",
     "relax.nn.layer_norm",
     "relax.nn.rms_norm",
-    "relax.nn.group_norm",
     "relax.qfp8.l2_normalize",
 )
 POOL = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
@@ -108,7 +107,7 @@ def _pointwise(value: relax.Expr) -> bool:
 
 def normalized_axis(value: relax.Expr) -> int | None:
     """The one axis of a float32 tensor that softmax, log-softmax, LayerNorm, RMSNorm or L2 normalisation goes over."""
-    if op_name(value) not in ROW or op_name(value) == "relax.nn.group_norm" or not _has_floats(value.args[0]):
+    if op_name(value) not in ROW or not _has_floats(value.args[0]):
         return None
     shape = shape_of(value.args[0])
     if op_name(value) == "relax.qfp8.l2_normalize":

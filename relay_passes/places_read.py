@@ -70,7 +70,6 @@ def _rows(call: relax.Call, places: Places) -> list[Places | None]:
     x, *others = call.args
     if hasattr(call.attrs, "axes"):
         axes = [int(axis) for axis in call.attrs.axes]
-        axes += [int(call.attrs.channel_axis)] if hasattr(call.attrs, "channel_axis") else []  # GroupNorm
     elif hasattr(call.attrs, "axis"):
         axes = [int(call.attrs.axis)]
     else:  # qfp8.l2_normalize

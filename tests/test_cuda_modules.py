@@ -82,7 +82,9 @@ def test_groups_of_channels_give_the_bits_of_the_cpu(groups, tmp_path):
     network = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     calibration = [{"x": rng.standard_normal((2, 3, 7, 6), np.float32)} for _ in range(2)]
     here = tvm_qfp8.compile(network, "native", calibration=calibration)
-    found = run_program(lowered_for_cuda(network, calibration), [calibration[0]["x"]], tmp_path)
+    lowered = lowered_for_cuda(network, calibration)
+    assert any(var.name_hint.startswith("group_norm") for var in lowered.get_global_vars())
+    found = run_program(lowered, [calibration[0]["x"]], tmp_path)
     np.testing.assert_array_equal(found[0], here.run(calibration[0])[0])
 
 

@@ -78,6 +78,7 @@ def test_a_norm_of_sounds_follows_its_convolution(bias, form):
     names = operators(mod)
     convolutions = [place for place, found in enumerate(names) if found == "relax.nn.conv2d"]
     assert "relax.permute_dims" not in names[convolutions[0] : convolutions[-1]]
+    assert names.count("relax.nn.group_norm") == 1
     (parameter,) = mod["main"].params
     (got,) = evaluate(prepare(mod), {parameter.name: x.numpy()})
     np.testing.assert_allclose(got, network(x).detach().numpy(), rtol=1e-4, atol=1e-4)

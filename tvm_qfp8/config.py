@@ -28,9 +28,9 @@ class Config:
     byte_loss_db : float or None
         How many decibels of the outputs' signal to error faster layouts than the best may cost, estimated: linear ones,
         whose bytes are multiplied twice as fast, those of two exponent bits instead of three, and weights in bytes. 0:
-        none, 6: the fastest module that is of use. None: 1.5, and another 1.5 for weights in bytes where these save
-        15 % of a call's estimated time, but 0 for outputs whose estimated signal to error is below 12 dB, and down to
-        43.5 dB for those that have more.
+        none, 6: the fastest module that is of use. None: 1.5, or 3 where each decibel saves 6 % of the multiply-adds'
+        estimated time, and another 1.5 for weights in bytes where these save 15 % of a call's; but 0 for outputs whose
+        estimated signal to error is below 12 dB, and as if they had 45 dB for those that have more.
         Unless it is none, another 0.3 may go for sums of large images that are kept as codes.
     recalibrate_batchnorm : bool
         Estimate BatchNorm's statistics anew on the calibration data before folding, layer by layer where that serves

@@ -17,7 +17,7 @@ from tvm_qfp8.calibration.recurrent_layer import RECURRENT
 from tvm_qfp8.config import Config
 from tvm_qfp8.distribution import distribution_of
 from tvm_qfp8.layer_names import layer_name
-from tvm_qfp8.relay_passes.fuse import ROW, is_row_operator, op_name
+from tvm_qfp8.relay_passes.fuse import is_row_operator, op_name
 from tvm_qfp8.relay_passes.interpolate import called_function
 from tvm_qfp8.relay_passes.tabulate_codes import code_chains, is_tabulated
 from tvm_qfp8.report import LayerReport, Report
@@ -120,7 +120,7 @@ def _layer(var: relax.Var, value: relax.Expr, plan: QuantizationPlan, config: Co
         kind = "relative error" if table.relative else "error"
         became = f"table {function}, {kind} <= {table.max_error:.1e}"
         return LayerReport(layer, short, became, function=function)
-    if name in ROW and is_row_operator(value):
+    if is_row_operator(value):
         inside = "exact root inside"
         if "softmax" in name:
             inside = f"exp table inside, error <= {config.max_error:.1e}"

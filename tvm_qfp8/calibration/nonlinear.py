@@ -109,44 +109,43 @@ def _over_axes(x: np.ndarray, axes: tuple[int, ...], vector: np.ndarray) -> np.n
     return vector.reshape([extent if i in normal else 1 for i, extent in enumerate(x.shape)])
 
 
+def _standardized(x: np.ndarray, axes: tuple[int, ...], epsilon: float) -> np.ndarray:
+    """(x - mean) / sqrt(variance + epsilon) over ``axes``."""
+    out = x - x.mean(axis=axes, keepdims=True)
+    out /= np.sqrt(np.square(out).mean(axis=axes, keepdims=True) + np.float32(epsilon))
+    return out
+
+
+def _scaled(
+    attrs: SimpleNamespace, out: np.ndarray, axes: tuple[int, ...], gamma: np.ndarray, beta: np.ndarray
+) -> np.ndarray:
+    """``out`` with the scale and the shift that ``attrs`` ask for, which lie along ``axes``; in place."""
+    if attrs.scale:
+        out *= _over_axes(out, axes, gamma)
+    if attrs.center:
+        out += _over_axes(out, axes, beta)
+    return out
+
+
 def layer_norm(attrs: SimpleNamespace, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """(x - mean) / sqrt(variance + epsilon) * gamma + beta over ``attrs.axes``."""
     axes = tuple(attrs.axes)
-    out = x - x.mean(axis=axes, keepdims=True)
-    out /= np.sqrt(np.square(out).mean(axis=axes, keepdims=True) + np.float32(attrs.epsilon))
-    if attrs.scale:
-        out *= _over_axes(x, axes, gamma)
-    if attrs.center:
-        out += _over_axes(x, axes, beta)
-    return out
+    return _scaled(attrs, _standardized(x, axes, attrs.epsilon), axes, gamma, beta)
 
 
 def instance_norm(attrs: SimpleNamespace, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """(x - mean) / sqrt(variance + epsilon) over ``attrs.axes``, scale and shift for each channel."""
-    axes = tuple(attrs.axes)
-    out = x - x.mean(axis=axes, keepdims=True)
-    out /= np.sqrt(np.square(out).mean(axis=axes, keepdims=True) + np.float32(attrs.epsilon))
-    if attrs.scale:
-        out *= _over_axes(x, (attrs.channel_axis,), gamma)
-    if attrs.center:
-        out += _over_axes(x, (attrs.channel_axis,), beta)
-    return out
+    out = _standardized(x, tuple(attrs.axes), attrs.epsilon)
+    return _scaled(attrs, out, (attrs.channel_axis,), gamma, beta)
 
 
 def group_norm(attrs: SimpleNamespace, x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """(x - mean) / sqrt(variance + epsilon) over ``attrs.axes`` and the channels of each group."""
     channel, groups = attrs.channel_axis % x.ndim, attrs.num_groups
     shape = (*x.shape[:channel], groups, x.shape[channel] // groups, *x.shape[channel + 1 :])
-    axes = tuple(axis + (axis > channel) for axis in (axis % x.ndim for axis in attrs.axes))
-    parts = x.reshape(shape)
-    out = parts - parts.mean(axis=(*axes, channel + 1), keepdims=True)
-    out /= np.sqrt(np.square(out).mean(axis=(*axes, channel + 1), keepdims=True) + np.float32(attrs.epsilon))
-    out = out.reshape(x.shape)
-    if attrs.scale:
-        out *= _over_axes(x, (attrs.channel_axis,), gamma)
-    if attrs.center:
-        out += _over_axes(x, (attrs.channel_axis,), beta)
-    return out
+    axes = [axis + (axis > channel) for axis in (axis % x.ndim for axis in attrs.axes)]
+    out = _standardized(x.reshape(shape), (*axes, channel + 1), attrs.epsilon).reshape(x.shape)
+    return _scaled(attrs, out, (channel,), gamma, beta)
 
 
 def rms_norm(attrs: SimpleNamespace, x: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def compile_model(
             min=0.0,
             help="Decibels of the outputs' accuracy that faster layouts may cost: 0 for the most accurate module, "
             "6 for the fastest.",
-            show_default="1.5 to 3, where outputs have them to spare",
+            show_default="1.5 to 4.5, where outputs have them to spare",
         ),
     ] = None,
     recalibrate_batchnorm: Annotated[
