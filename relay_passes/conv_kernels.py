@@ -56,7 +56,7 @@ def conv_shape(call) -> ConvShape:
         return int(attrs[name][0]), int(attrs[name][1])
 
     top, left, bottom, right = (int(p) for p in attrs["padding"])
-    return ConvShape(
+    shape = ConvShape(
         batch,
         height,
         width,
@@ -72,6 +72,13 @@ def conv_shape(call) -> ConvShape:
         input_dilation=pair("input_dilation"),
         channels_first=channels_first,
     )
+    return shape.column_as_row() if shape.is_column else shape
+
+
+def conv_weights(weight, shape: ConvShape) -> np.ndarray:
+    """Constant weights, OHWI ``(out_channels, *shape.kernel, channels / groups)``."""
+    array = array_of(weight)
+    return array.reshape(len(array), *shape.kernel, array.shape[3])
 
 
 def conv2d_kernel(
@@ -79,7 +86,7 @@ def conv2d_kernel(
 ) -> Emitter:
     shape = conv_shape(call)
     x, weight, a, bias = call.args[:4]
-    codes = array_of(weight)
+    codes = conv_weights(weight, shape)
     operands.tensor(x)
     pixels = shape.batch * shape.out_height * shape.out_width
     described: object

@@ -9,10 +9,10 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from tvm_qfp8.relay_passes.conv_kernels import conv_shape
+from tvm_qfp8.relay_passes.conv_kernels import conv_shape, conv_weights
 from tvm_qfp8.relay_passes.dense_kernels import scaled_by
 from tvm_qfp8.relay_passes.epilogue import Epilogue
-from tvm_qfp8.relay_passes.fuse import op_name, shape_of
+from tvm_qfp8.relay_passes.fuse import GLOBAL_POOL, op_name, shape_of
 from tvm_qfp8.relay_passes.linear_kernels import product_of, product_scale
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.relay_passes.row_kernels import (
@@ -35,7 +35,7 @@ from tvm_qfp8.topi.cuda.rows import emit_softmax, for_each_row
 from tvm_qfp8.topi.float_contract import bind, mul, to_float
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
-from tvm_qfp8.topi.pooling import pixel_mean, pooled
+from tvm_qfp8.topi.pooling import pooled, whole_image
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, store
 
 
@@ -50,7 +50,8 @@ def _matmul(call, isa: InstructionSet, operands: Operands, _max_error: float) ->
 
 
 def _conv2d(call, isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
-    return _conv(call, isa, operands, conv_shape(call), array_of(call.args[1]))
+    shape = conv_shape(call)
+    return _conv(call, isa, operands, shape, conv_weights(call.args[1], shape))
 
 
 def _conv(call, isa: InstructionSet, operands: Operands, shape: ConvShape, weights: np.ndarray) -> Emitter:
@@ -139,20 +140,20 @@ def _group_norm(call, _isa: InstructionSet, operands: Operands, _max_error: floa
 
 def _pool(call, _isa: InstructionSet, operands: Operands, _max_error: float) -> Emitter:
     at = operands.tensor(call.args[0])
-    if op_name(call) == "relax.mean":
-        shape = shape_of(call.args[0])
+    if op_name(call) in GLOBAL_POOL:
+        shape, kind = shape_of(call.args[0]), GLOBAL_POOL[op_name(call)]
         channels = shape[3]
 
-        def mean_body(inputs, finish) -> None:
-            mean = pixel_mean(shape, inputs[at])
+        def global_body(inputs, finish) -> None:
+            pixels = whole_image(shape, kind, inputs[at])
 
             def one(index) -> None:
                 image, channel = T.bind(index // channels), T.bind(index % channels)
-                finish(mean(image, channel, 1), image, channel, 1, 1)
+                finish(pixels(image, channel, 1), image, channel, 1, 1)
 
             for_each(shape[0] * channels, one)
 
-        return mean_body, ("global_mean", shape)
+        return global_body, ("global", kind, shape)
     pool = pool_shape(call)
 
     def body(inputs, finish) -> None:
@@ -236,7 +237,7 @@ CUDA_ANCHORS: dict[str, Callable[..., Emitter]] = {
     "relax.nn.rms_norm": emit_rows,
     "relax.nn.group_norm": _group_norm,
     "relax.qfp8.l2_normalize": emit_rows,
-    "relax.mean": _pool,
+    **dict.fromkeys(GLOBAL_POOL, _pool),
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,
     "relax.concat": _concat,

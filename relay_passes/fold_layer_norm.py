@@ -1,6 +1,6 @@
 """Takes the scale and shift after a LayerNorm into it.
 
-Runs after ``Recognize``, which finds the normalisation alone. Before::
+Runs after ``RecognizeNorms``, which finds the normalisation alone. Before::
 
     lv = R.nn.layer_norm(x, ones, zeros, axes=[-1])
     lv1 = R.multiply(lv, gamma)
@@ -9,6 +9,8 @@ Runs after ``Recognize``, which finds the normalisation alone. Before::
 After::
 
     lv2 = R.nn.layer_norm(x, gamma, beta, axes=[-1])
+
+Over another axis likewise, with ``gamma`` and ``beta`` along it.
 """
 
 from __future__ import annotations
@@ -56,13 +58,9 @@ class _Rewriter(MainRewriter):
             if constant is None or x not in self.norms or self.uses[x] != 1:
                 continue
             norm, scale, shift = self.norms[x]
-            array = constant.value.numpy()
-            last = array.ndim and array.size == array.shape[-1] == len(scale)
-            axis = int(norm.attrs.axes[0]) % len(shape_of(var))
-            if (
-                axis != len(shape_of(var)) - 1
-                or static_shape(x) != static_shape(var)
-                or not (array.size == 1 or last)
+            array, rank = constant.value.numpy(), len(shape_of(var))
+            if static_shape(x) != static_shape(var) or not (
+                array.size == 1 or _is_row(array, rank, int(norm.attrs.axes[0]) % rank, len(scale))
             ):
                 continue
             number = array.reshape(-1)
@@ -71,3 +69,9 @@ class _Rewriter(MainRewriter):
                 (norm, scale * number, shift * number) if product else (norm, scale, shift + number)
             )
             return
+
+
+def _is_row(array: np.ndarray, rank: int, axis: int, length: int) -> bool:
+    """Whether a constant has a number for each place along the axis, and is the same along all others."""
+    extents = (1,) * (rank - array.ndim) + array.shape
+    return array.size == length == extents[axis]

@@ -30,7 +30,9 @@ ROW = (
     "relax.nn.rms_norm",
     "relax.qfp8.l2_normalize",
 )
-POOL = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.mean")
+GLOBAL_POOL = {"relax.mean": "mean", "relax.max": "max"}
+"""Reductions over height and width, and their kind."""
+POOL = ("relax.nn.max_pool2d", "relax.nn.avg_pool2d", *GLOBAL_POOL)
 POINTWISE = (*ELEMENTWISE, "relax.qfp8.interpolate", "relax.qfp8.halve", "relax.qfp8.encode")
 
 
@@ -142,17 +144,16 @@ def is_row_operator(value: relax.Expr) -> bool:
 
 
 def is_pooling(value: relax.Expr) -> bool:
-    """NHWC pooling over windows, or the mean over height and width."""
+    """NHWC pooling over windows, or the mean or maximum over height and width."""
     name = op_name(value)
     if name not in POOL or str(value.args[0].ty.dtype) != "float32" or static_shape(value.args[0]) is None:
         return False
-    if name == "relax.mean":
-        axes = value.attrs.axis
-        return (
-            len(value.args[0].ty.shape) == 4
-            and axes is not None
-            and sorted(int(a) % 4 for a in axes) == [1, 2]
-        )
+    if name in GLOBAL_POOL:
+        shape, axes = shape_of(value.args[0]), value.attrs.axis
+        if len(shape) != 4 or axes is None:
+            return False
+        reduced = {int(axis) % 4 for axis in axes}
+        return reduced <= {1, 2} and all(shape[axis] == 1 for axis in {1, 2} - reduced)
     attrs = value.attrs
     plain = not attrs.ceil_mode and str(attrs.layout) == "NHWC" and str(attrs.out_layout) in ("", "NHWC")
     return plain and all(int(d) == 1 for d in attrs.dilation)

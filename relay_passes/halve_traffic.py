@@ -33,6 +33,7 @@ from tvm_qfp8.format import decode_grid
 from tvm_qfp8.layer_names import layer_name
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import (
+    GLOBAL_POOL,
     POINTWISE,
     Group,
     Single,
@@ -75,7 +76,7 @@ KEEPING = (
     "relax.negative",
     "relax.nn.max_pool2d",
     "relax.nn.avg_pool2d",
-    "relax.mean",
+    *GLOBAL_POOL,
 )
 """Operators whose results are no more than their argument."""
 

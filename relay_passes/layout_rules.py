@@ -36,6 +36,10 @@ AXIS_OPERATORS: dict[str, Callable] = {
     "relax.nn.softmax": relax.op.nn.softmax,
     "relax.nn.log_softmax": relax.op.nn.log_softmax,
 }
+ROW_NORMS: dict[str, Callable] = {
+    "relax.nn.layer_norm": relax.op.nn.layer_norm,
+    "relax.nn.rms_norm": relax.op.nn.rms_norm,
+}
 Rewriter = Any  # choose_layout's
 
 
@@ -226,6 +230,16 @@ def along_axis(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.
     return AXIS_OPERATORS[op_name(value)](x, axis=nhwc_axis(value.attrs.axis, rank))
 
 
+def channel_norm(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
+    """LayerNorm and RMSNorm over the channels of each pixel."""
+    rank, attrs = _rank(value), value.attrs
+    if [int(axis) % rank for axis in attrs.axes] != [1]:
+        return None
+    x = rewriter.channels_last(value.args[0], rank)
+    scale_shift = [rewriter.expression(operand) for operand in value.args[1:]]
+    return ROW_NORMS[op_name(value)](x, *scale_shift, axes=[-1], epsilon=float(attrs.epsilon))
+
+
 def group_norm(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
     """GroupNorm, and InstanceNorm, which has a channel in each group; of one group, rows of what is in NHWC.
 
@@ -320,6 +334,19 @@ def pad(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call:
     return relax.op.nn.pad(x, widths, pad_mode=str(attrs.pad_mode), pad_value=float(attrs.pad_value))
 
 
+def view(rewriter: Rewriter, var: relax.Var, value: relax.Call) -> relax.Call | None:
+    """A reshape that only drops, adds or moves a height or width of 1."""
+    before, after = static_shape(value.args[0]) or (), static_shape(var) or ()
+    if not {len(before), len(after)} <= {3, 4} or before[:2] != after[:2]:
+        return None
+    if [n for n in before[2:] if n != 1] != [n for n in after[2:] if n != 1]:
+        return None
+    image = after if len(after) == 4 else (*after[:2], 1, after[2])
+    return relax.op.reshape(
+        rewriter.channels_last(value.args[0], len(before)), [image[axis] for axis in TO_NHWC[4]]
+    )
+
+
 STARTS: dict[str, Callable] = {
     "relax.nn.conv1d": convolution,
     "relax.nn.conv2d": convolution,
@@ -340,6 +367,7 @@ FOLLOWS: dict[str, Callable] = {
     "relax.nn.adaptive_avg_pool1d": global_pooling,
     "relax.nn.adaptive_avg_pool2d": global_pooling,
     "relax.image.resize2d": resize,
+    **dict.fromkeys(ROW_NORMS, channel_norm),
     "relax.nn.group_norm": group_norm,
     "relax.nn.instance_norm": group_norm,
     "relax.concat": concat,
@@ -347,4 +375,5 @@ FOLLOWS: dict[str, Callable] = {
     "relax.strided_slice": strided_slice,
     "relax.take": take,
     "relax.nn.pad": pad,
+    **dict.fromkeys(("relax.reshape", "relax.squeeze", "relax.expand_dims"), view),
 }

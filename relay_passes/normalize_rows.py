@@ -1,6 +1,6 @@
 """Every normalisation as one over the last axis, which is what the row kernels compute.
 
-Runs after ``Recognize``. Before::
+Runs after ``RecognizeNorms``. Before::
 
     lv = R.nn.group_norm(x, gamma, beta, num_groups=4, channel_axis=1, axes=[2, 3])   # x (2, 8, 5, 5)
 

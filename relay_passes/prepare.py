@@ -19,6 +19,7 @@ from tvm_qfp8.relay_passes.flatten_columns import FlattenColumns
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.fold_layer_norm import FoldLayerNorm
+from tvm_qfp8.relay_passes.fold_lookups import FoldLookups
 from tvm_qfp8.relay_passes.fold_padding import FoldPadding
 from tvm_qfp8.relay_passes.hoist_scales import HoistScales
 from tvm_qfp8.relay_passes.join_branches import JoinBranches
@@ -26,9 +27,11 @@ from tvm_qfp8.relay_passes.join_transpositions import JoinTranspositions
 from tvm_qfp8.relay_passes.lift_clip import LiftClip
 from tvm_qfp8.relay_passes.matmul_broadcasts import MatmulBroadcasts
 from tvm_qfp8.relay_passes.normalize_rows import NormalizeRows
+from tvm_qfp8.relay_passes.one_hot_lookups import OneHotLookups
 from tvm_qfp8.relay_passes.recognize import Recognize
 from tvm_qfp8.relay_passes.recognize_group_norm import RecognizeGroupNorm
 from tvm_qfp8.relay_passes.recognize_l2 import RecognizeL2
+from tvm_qfp8.relay_passes.recognize_norms import RecognizeNorms
 from tvm_qfp8.relay_passes.recognize_padding import RecognizePadding
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
@@ -54,7 +57,9 @@ def prepare_passes() -> list:
         LiftClip(),
         Canonicalize(),
         FoldPadding(),
+        OneHotLookups(),
         # -- nonlinear layers that the file holds as many small operators
+        RecognizeNorms(),
         Recognize(),
         RecognizeGroupNorm(),
         NormalizeRows(images=False),
@@ -62,6 +67,7 @@ def prepare_passes() -> list:
         RecognizeSoftmax(),
         RecognizeL2(),
         RecognizePadding(),
+        FoldLookups(),
         # -- 3-D convolutions become 2-D ones
         VolumesAsFrames(),
         # -- channels last, without transpositions that cancel

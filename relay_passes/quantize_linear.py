@@ -133,9 +133,9 @@ class _Rewriter(MainRewriter):
         for linear, constant in (value.args, reversed(value.args)):
             if not isinstance(linear, relax.Var) or not isinstance(constant, GenericConst):
                 continue
-            channels = shape_of(linear)[-1]
+            channels = shape_of(linear)[-1:]
             data = constant.value.numpy()
-            per_channel = data.size == channels and data.shape[-1:] == (channels,)
+            per_channel = (data.size,) == channels == data.shape[-1:]
             if layer_name(linear) in self.plan.linear and self.uses[linear] == 1 and per_channel:
                 self.next_add[linear] = (var, data.reshape(-1).astype(np.float32))
 

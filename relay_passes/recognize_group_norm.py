@@ -1,6 +1,6 @@
 """Puts GroupNorm and InstanceNorm back together, which ONNX files hold as rows between two reshapes.
 
-Runs after ``Recognize``, which finds the rows. Before::
+Runs after ``RecognizeNorms``, which finds the rows. Before::
 
     lv = R.reshape(x, (2, 4, 50))                                       # x (2, 8, 5, 5)
     lv1 = R.nn.layer_norm(lv, ones, zeros, axes=[-1])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tvm import tirx
 
-from tvm_qfp8.relay_passes.fuse import normalized_axis, op_name, parts_of, shape_of
+from tvm_qfp8.relay_passes.fuse import GLOBAL_POOL, normalized_axis, op_name, parts_of, shape_of
 from tvm_qfp8.relay_passes.operands import Emitter, Operands, array_of, layout_of
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.tables.softmax import build_softmax_exp, softmax_exp_error
@@ -23,7 +23,7 @@ from tvm_qfp8.topi.group_norm import GroupNormShape, emit_group_norm
 from tvm_qfp8.topi.interpolate import emit_table, lanes_from
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.panels import pad_channels
-from tvm_qfp8.topi.pooling import PoolShape, emit_global_mean, emit_pool
+from tvm_qfp8.topi.pooling import PoolShape, emit_global_pool, emit_pool
 from tvm_qfp8.topi.prim_func import load
 from tvm_qfp8.topi.rows import (
     Row,
@@ -314,11 +314,14 @@ def _pool(call, isa: InstructionSet, threads: int, operands: Operands, _max_erro
     at = operands.tensor(call.args[0])
     shape = shape_of(call.args[0])
     described: Any
-    if op_name(call) == "relax.mean":
-        described = ("global_mean", shape)
+    if op_name(call) in GLOBAL_POOL:
+        kind = GLOBAL_POOL[op_name(call)]
+        described = ("global", kind, shape)
 
         def body(inputs, finish) -> None:
-            emit_global_mean(isa, shape, inputs[at], lambda v, r, c, lanes: finish(v, r, c, lanes, lanes))
+            emit_global_pool(
+                isa, shape, kind, inputs[at], lambda v, r, c, lanes: finish(v, r, c, lanes, lanes)
+            )
     else:
         pool = pool_shape(call)
         described = pool
@@ -369,7 +372,7 @@ ROW_ANCHORS: dict[str, Callable] = {
     "relax.nn.rms_norm": _on_cpu,
     "relax.nn.group_norm": _group_norm,
     "relax.qfp8.l2_normalize": _on_cpu,
-    "relax.mean": _pool,
+    **dict.fromkeys(GLOBAL_POOL, _pool),
     "relax.nn.max_pool2d": _pool,
     "relax.nn.avg_pool2d": _pool,
     "relax.concat": _concat,

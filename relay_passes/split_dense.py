@@ -120,7 +120,7 @@ class _Rewriter(MainRewriter):
         value: Any = self.definition[var]
         constants = [self.constant(a) for a in value.args] if op_name(value) == "relax.add" else []
         shapes = [shape_of(c) for c in constants if c is not None]
-        return len(shapes) == 1 and math.prod(shapes[0]) == columns == shapes[0][-1]
+        return len(shapes) == 1 and (math.prod(shapes[0]),) == (columns,) == shapes[0][-1:]
 
     def _views(self, result: relax.Var, columns: int) -> list[_View]:
         """All that reads the result: reshapes whose parts are along one axis, or the result as it is."""

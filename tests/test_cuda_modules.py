@@ -137,7 +137,9 @@ def dense_and_residual() -> onnx.ModelProto:
         g = BatchNormalization (f, gamma, beta, mean, variance)
         h = Relu (g)
         i = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (h)
-        y = Conv (i, last)
+        j = Conv (i, last)
+        k = GlobalMaxPool (j)
+        y = Mul (j, k)
     """
     graph = onnx.parser.parse_graph(f"agraph (float[1, 3, 10, 10] x) => (float[1, 4, 5, 5] y) {{ {body} }}")
     graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in weights.items())

@@ -76,6 +76,7 @@ def nonlinear():
         ]
         outputs.append(builder.emit(relax.op.nn.softmax(v, axis=-1)))
         outputs.append(builder.emit(relax.op.mean(v, axis=[1, 2])))
+        outputs.append(builder.emit(relax.op.max(v, axis=[1, 2])))
         outputs.append(builder.emit(relax.op.nn.avg_pool2d(v, (3, 3), (2, 2), (1, 1, 1, 1), layout="NHWC")))
         return relax.Tuple(outputs)
 

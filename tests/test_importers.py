@@ -8,6 +8,7 @@ from models import cnn, images, model, run_reference
 from onnx import helper, numpy_helper
 from tvm import relax
 
+import tvm_qfp8
 from tvm_qfp8.calibration import evaluate
 from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
 from tvm_qfp8.importers import load_model
@@ -220,3 +221,40 @@ def test_a_given_model_is_left_as_it_was():
     before = made.SerializeToString()
     load_model(made)
     assert made.SerializeToString() == before
+
+
+def test_inputs_that_only_give_a_shape_stay_inputs():
+    nodes = [
+        helper.make_node("Shape", ["lengths"], ["count"]),
+        helper.make_node("ConstantOfShape", ["count"], ["zeros"]),
+        helper.make_node("Relu", ["x"], ["y"]),
+    ]
+    made = model(nodes, {"unread": (2,), "lengths": (3,), "x": (2, 3)}, {"y": (2, 3), "zeros": (3,)}, {})
+    module = tvm_qfp8.compile(made)
+    assert [spec.name for spec in module.inputs] == ["unread", "lengths", "x"]
+    x = np.array([[1, -2, 3], [-4, 5, -6]], np.float32)
+    y, zeros = module.run({"x": x, "lengths": np.ones(3, np.float32), "unread": np.ones(2, np.float32)})
+    np.testing.assert_array_equal(y, np.maximum(x, 0))
+    np.testing.assert_array_equal(zeros, np.zeros(3))
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_network_may_end_in_a_single_number(calibrated):
+    rng = np.random.default_rng(0)
+    constants = {
+        "w": rng.standard_normal((8, 1)).astype(np.float32),
+        "b": np.float32(0.5),
+        "first": np.array([0]),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("Add", ["product", "b"], ["shifted"]),
+        helper.make_node("Squeeze", ["shifted", "first"], ["number"]),
+        helper.make_node("Sigmoid", ["number"], ["y"]),
+    ]
+    made = model(nodes, {"x": (8,)}, {"y": ()}, constants)
+    samples = [{"x": rng.standard_normal(8).astype(np.float32)} for _ in range(4)]
+    module = tvm_qfp8.compile(made, calibration=samples if calibrated else None)
+    (got,) = module.run(samples[0])
+    expected = 1 / (1 + np.exp(-(samples[0]["x"] @ constants["w"][:, 0] + 0.5)))
+    assert got.shape == () and abs(got - expected) < 0.05

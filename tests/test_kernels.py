@@ -56,6 +56,13 @@ FEW_OUTPUTS = [
     (5, 40, 33, 5, (1, 9), (1, 1), (0, 4, 0, 4), (2, 1), 1),
     (6, 30, 8, 4, (5, 5), (1, 1), (2, 2, 2, 2), (1, 1), 2),
 ]
+COLUMNS = [
+    (40, 1, 18, 18, (7, 1), (1, 1), (3, 0, 3, 0), (1, 1), 18),
+    (40, 1, 16, 33, (5, 1), (1, 1), (2, 0, 1, 0), (1, 1), 1),
+    (41, 1, 12, 9, (3, 1), (2, 1), (1, 0, 1, 0), (2, 1), 3),
+    (40, 1, 8, 3, (9, 1), (1, 1), (4, 0, 4, 0), (1, 1), 1),
+    (30, 1, 6, 20, (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1),
+]
 CONVOLUTIONS = [
     # height, width, channels, out, kernel, stride, padding, dilation, groups
     (9, 11, 3, 8, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1),
@@ -70,6 +77,7 @@ CONVOLUTIONS = [
     (9, 11, 20, 20, (3, 3), (1, 1), (0, 0, 0, 0), (2, 2), 20),
     (1, 40, 18, 18, (1, 7), (1, 1), (0, 3, 0, 3), (1, 1), 18),
     (8, 8, 6, 6, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 6),
+    *COLUMNS,
     *FEW_OUTPUTS,
 ]
 
@@ -97,14 +105,38 @@ def test_conv2d_is_exact(target, case, batch):
             groups=groups,
         )
         shape = conv_shape(call)
+        assert shape.width > 1, "images a pixel wide are rows"
         y = builder.emit(call)
         residual = builder.emit(relax.op.add(y, relax.const(np.float32(0.5))))
         return relax.op.clip(residual, 0.0, 6.0)
 
     quantized = program([((batch, height, width, channels), "UE2M6")], emit)
-    value = reference.scale_and_bias(reference.conv2d(x, weight, shape), a, bias) + np.float32(0.5)
+    if width == 1:
+        x_twin, weight = x.reshape(batch, 1, height, channels), weight.reshape(out, *shape.kernel, -1)
+    else:
+        x_twin = x
+    value = reference.scale_and_bias(reference.conv2d(x_twin, weight, shape), a, bias) + np.float32(0.5)
     expected = np.minimum(np.float32(6), np.maximum(np.float32(0), value))
-    assert np.array_equal(run(build(quantized, target), x)[0], expected)
+    (got,) = run(build(quantized, target), x)
+    assert np.array_equal(got, expected.reshape(got.shape))
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_a_column_is_a_row(case):
+    height, width, channels, out, kernel, stride, padding, dilation, groups = case
+    layouts = get_layout("UE2M6"), get_layout("E2M5")
+    column = ConvShape(2, height, width, channels, out, kernel, stride, padding, dilation, groups, *layouts)
+    row = column.column_as_row()
+    rng = np.random.default_rng(height)
+    weight, x = (
+        random_codes(rng, (out, *kernel, channels // groups)),
+        random_codes(rng, (2, height, 1, channels)),
+    )
+    standing = reference.conv2d(x, weight, column)
+    lying = reference.conv2d(x.reshape(2, 1, height, channels), weight.reshape(out, *row.kernel, -1), row)
+    assert column.is_column and not row.is_column
+    assert standing.shape == (2, column.out_height, 1, out)
+    assert np.array_equal(standing.reshape(lying.shape), lying)
 
 
 @pytest.mark.parametrize("case", FEW_OUTPUTS)

@@ -81,6 +81,25 @@ class ConvShape:
         return (self.slab_width - self.dilation[1] * (self.kernel[1] - 1) - 1) // self.stride[1] + 1
 
     @property
+    def is_column(self) -> bool:
+        """Whether images are a pixel wide, as one-dimensional signals are in some files."""
+        beside = self.kernel[1], *self.padding[1::2]
+        return self.height > self.width == 1 and beside == (1, 0, 0)
+
+    def column_as_row(self) -> ConvShape:
+        """The same convolution of the same memory, of images a pixel high: kernels walk along rows."""
+        return replace(
+            self,
+            height=1,
+            width=self.height,
+            kernel=(1, self.kernel[0]),
+            stride=(1, self.stride[0]),
+            padding=(0, self.padding[0], 0, self.padding[2]),
+            dilation=(1, self.dilation[0]),
+            input_dilation=(1, self.input_dilation[0]),
+        )
+
+    @property
     def is_pointwise(self) -> bool:
         """A 1x1 convolution that is just a dense layer over pixels."""
         ones = self.kernel == self.stride == self.input_dilation == (1, 1) and not self.channels_first

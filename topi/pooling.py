@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -116,20 +117,23 @@ def _overlap(position, stride: int, padding: int, window: int, extent: int):
     return tirx.min(start + window, extent) - tirx.max(start, 0)
 
 
-def pixel_mean(shape: tuple[int, ...], x) -> Callable:
-    """``mean(image, channel, lanes)`` over height and width; pixel i is added in lane i mod 16 of its channel."""
+def whole_image(shape: tuple[int, ...], kind: str, x) -> Callable:
+    """``pooled(image, channel, lanes)`` over height and width; pixel i meets others in lane i mod 16 of its channel."""
     _, height, width, channels = shape
-    pixels = height * width
+    pixels, is_max = height * width, kind == "max"
+
+    def join(a, b):
+        return bind(tirx.max(a, b)) if is_max else add(a, b)
 
     def one(image, channel, lanes: int):
         vector = with_lanes("float32", lanes)
-        sums = T.alloc_buffer((LANES * lanes,), "float32", scope="local", align=64)
+        partial = T.alloc_buffer((LANES * lanes,), "float32", scope="local", align=64)
         for lane in range(LANES):
-            store(sums, lane * lanes, tirx.const(0.0, vector), lanes)
+            store(partial, lane * lanes, tirx.const(float("-inf") if is_max else 0.0, vector), lanes)
 
         def accumulate(index, lane: int) -> None:
             value = load_float(x, (image * pixels + index) * channels + channel, lanes)
-            store(sums, lane * lanes, add(load(sums, lane * lanes, lanes), value), lanes)
+            store(partial, lane * lanes, join(load(partial, lane * lanes, lanes), value), lanes)
 
         if pixels >= LANES:
             with T.serial(0, pixels // LANES) as block:
@@ -137,18 +141,20 @@ def pixel_mean(shape: tuple[int, ...], x) -> Callable:
                     accumulate(block * LANES + lane, lane)
         for lane in range(pixels % LANES):
             accumulate(pixels // LANES * LANES + lane, lane)
-        total = tree_sum([bind(load(sums, lane * lanes, lanes)) for lane in range(LANES)])
-        return bind(mul(total, tirx.const(float(np.float32(1.0) / np.float32(pixels)), vector)))
+        values = [bind(load(partial, lane * lanes, lanes)) for lane in range(LANES)]
+        if is_max:
+            return functools.reduce(join, values)
+        return bind(mul(tree_sum(values), tirx.const(float(np.float32(1.0) / np.float32(pixels)), vector)))
 
     return one
 
 
-def emit_global_mean(isa: InstructionSet, shape: tuple[int, ...], x, finish: Callable) -> None:
-    """``finish(mean, image, channel, lanes)`` for every vector of channels."""
-    mean = pixel_mean(shape, x)
+def emit_global_pool(isa: InstructionSet, shape: tuple[int, ...], kind: str, x, finish: Callable) -> None:
+    """``finish(value, image, channel, lanes)`` for every vector of channels; ``kind`` is ``max`` or ``mean``."""
+    pixels = whole_image(shape, kind, x)
     with T.serial(0, shape[0]) as image:
         vector_runs(
             shape[3],
             isa.lanes,
-            lambda channel, lanes: finish(mean(image, channel, lanes), image, channel, lanes),
+            lambda channel, lanes: finish(pixels(image, channel, lanes), image, channel, lanes),
         )

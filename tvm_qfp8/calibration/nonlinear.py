@@ -46,7 +46,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         out = np.exp(-x)
     out += 1
-    return np.divide(1, out, out=out)
+    return np.reciprocal(out)
 
 
 def silu(x: np.ndarray) -> np.ndarray:

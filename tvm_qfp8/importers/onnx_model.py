@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import io
 import warnings
@@ -64,9 +65,9 @@ def from_onnx_path(path: Path, params: Params, input_shapes: Shapes) -> Imported
 
 def from_onnx_model(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imported:
     """Import a model; it is not changed."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return _import(copy, params, input_shapes)
+    own = onnx.ModelProto()
+    own.CopyFrom(model)
+    return _import(own, params, input_shapes)
 
 
 def _import(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imported:
@@ -76,12 +77,14 @@ def _import(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imp
     batch = fix_input_shapes(model, bind_inputs(model, params, input_shapes))
     write_out_qlinear(model)
     notes = [*strip_dynamic_quantization(model), *strip_quantization(model), *to_float32(model)]
+    declared = [copy.deepcopy(value) for value in model.graph.input]
     simple = _simplified(expand_operators(model))
     if simple is not model:
         model.Clear()
     gc.collect()  # the simplifier leaves cycles that hold all weights
     while fold_if(simple) or choose_branches(simple):  # a branch may hold the condition of the next one
         simple = _simplified(expand_operators(simple))
+    _keep_inputs(simple, declared)
     adapt_operators(simple)
     write_out_stft(simple)
     explicit_padding(simple)
@@ -91,6 +94,13 @@ def _import(model: onnx.ModelProto, params: Params, input_shapes: Shapes) -> Imp
     mod = _converted(simple, shapes, layers)
     _check_output_shapes(simple, mod)
     return Imported(mod, list(shapes), [o.name for o in simple.graph.output], notes, batch)
+
+
+def _keep_inputs(simple: onnx.ModelProto, declared: list[onnx.ValueInfoProto]) -> None:
+    """Inputs as the file declares them, in its order: the simplifier drops those of which only the shape is read."""
+    left = {value.name: copy.deepcopy(value) for value in simple.graph.input}
+    del simple.graph.input[:]
+    simple.graph.input.extend(left.get(value.name, value) for value in declared)
 
 
 def _check_weights(model: onnx.ModelProto) -> None:
