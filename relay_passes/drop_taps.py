@@ -1,16 +1,21 @@
-"""Takes rows and columns off a convolution's window that never meet anything but padding.
+"""Takes rows and columns off a convolution's window that never meet anything but padding, or hold zeros.
 
-Large dilations on small images have them, as the pyramid of DeepLab: of a 3x3 window with dilation 36 on 16x16 pixels
-only the centre lies in the image. Before::
+Large dilations on small images have the first, as the pyramid of DeepLab: of a 3x3 window with dilation 36 on 16x16
+pixels only the centre lies in the image. Before::
 
     lv = R.nn.conv2d(x, w, padding=[36, 36, 36, 36], dilation=[36, 36])   # x (1, 16, 16, 960), w (256, 3, 3, 960)
 
 After::
 
     lv = R.nn.conv2d(x, w1, padding=[0, 0, 0, 0], dilation=[36, 36])      # w1 (256, 1, 1, 960), the centre
+
+Spectra in speech models have the second: sines of 400 samples in a window of 512. Where the image ends in pixels that
+no tap meets any more, they are cut off, if that saves more than it costs.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import tvm
@@ -19,6 +24,9 @@ from tvm.ir import GenericConst
 
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
+
+CUT_COST = 64
+"""Of a value of the image that stays when others are cut off, in multiply-adds."""
 
 
 @tvm.transform.module_pass(opt_level=0, name="DropTaps")
@@ -46,7 +54,8 @@ class _Rewriter(MainRewriter):
             stride, dilation = int(attrs.strides[index]), int(attrs.dilation[index])
             starts = np.arange(window.shape[place])[:, None] * dilation - padding[index]
             seen = starts + np.arange(result[axis]) * stride
-            useful = np.flatnonzero(((seen >= 0) & (seen < extent)).any(axis=1))
+            others = tuple(other for other in range(4) if other != place)
+            useful = np.flatnonzero(((seen >= 0) & (seen < extent)).any(axis=1) & window.any(axis=others))
             if not useful.size:
                 return None
             first, last = int(useful[0]), int(useful[-1])
@@ -54,13 +63,22 @@ class _Rewriter(MainRewriter):
             padding[index] -= first * dilation
             padding[2 + index] -= (window.shape[place] - 1 - last) * dilation
         fewer = np.ascontiguousarray(window[tuple(kept)])
-        if fewer.shape == window.shape or min(padding) < 0:
+        if fewer.shape == window.shape:
             return None
+        source = self.expression(x)
+        if min(padding) < 0:
+            saved = (window.size - fewer.size) * math.prod(result[axis] for axis in "NHW")
+            if saved < CUT_COST * math.prod(shape_of(x)):
+                return None
+            axes = [str(attrs.data_layout).index(axis) for axis in "HW"]
+            starts_at = [max(0, -p) for p in padding[:2]]
+            ends = [image[axis] - max(0, -p) for axis, p in zip("HW", padding[2:], strict=True)]
+            source = self.builder.emit(relax.op.strided_slice(source, axes, starts_at, ends))
         return relax.op.nn.conv2d(
-            self.expression(x),
+            source,
             relax.const(fewer),
             strides=attrs.strides,
-            padding=padding,
+            padding=[max(0, p) for p in padding],
             dilation=attrs.dilation,
             groups=int(attrs.groups),
             data_layout=str(attrs.data_layout),

@@ -90,7 +90,7 @@ def prepare_passes() -> list:
         FoldBatchnorm(),
         JoinTranspositions(),
         JoinBranches(),
-        relax.transform.FoldConstant(),
+        FoldConstants(),
         relax.transform.CanonicalizeBindings(),
         relax.transform.DeadCodeElimination(),
     ]

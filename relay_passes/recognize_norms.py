@@ -33,7 +33,8 @@ RESULTS = ("relax.divide", "relax.multiply", "relax.add", "relax.subtract")
 REDUCTIONS = {"relax.mean": np.mean, "relax.variance": np.var, "relax.sum": np.sum}
 VIEWS = ("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.broadcast_to")
 ALLOWED = (*UNARY, *BINARY, *REDUCTIONS, *VIEWS)
-ROW_SCALES = np.array([1e-3, 0.02, 0.3, 1.0, 4.0, 30.0])
+ROW_SCALES = (0.3, 1.0, 4.0)
+"""And as much of the root of each constant that may be epsilon: so it is one that is added, and no floor."""
 MOST_VALUES = 2**22
 """Of a row; more are not evaluated."""
 
@@ -173,8 +174,8 @@ class _Rewriter(ConeRewriter):
             return None
         # Rows are a new axis in front, which stands for all that are not normalised.
         last = tuple(axis - len(shape) for axis in axes)
-        scales = ROW_SCALES.reshape(-1, *[1] * len(shape))
-        rows = scales * (np.random.default_rng(0).standard_normal((len(ROW_SCALES), *extents)) * 2 + 0.5)
+        scales = np.outer([1.0, *np.sqrt(epsilons)], ROW_SCALES).reshape(-1, *[1] * len(shape))
+        rows = scales * (np.random.default_rng(0).standard_normal((len(scales), *extents)) * 2 + 0.5)
         own = {name: (lambda x, f=f: f(x, axis=last, keepdims=True)) for name, f in REDUCTIONS.items()}
         got = self.evaluate(var, source, rows, {**own, **dict.fromkeys(VIEWS, lambda x: x)})
         if got.shape != rows.shape or not np.isfinite(got).all():

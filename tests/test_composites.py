@@ -84,6 +84,16 @@ ONNX = {
         ],
         L2,
     ),
+    "TensorFlow": (
+        [
+            node("ReduceSumSquare", ["x"], ["q"], axes=[-1], keepdims=1),
+            node("Max", ["q", "low"], ["m"]),
+            node("Sqrt", ["m"], ["n"]),
+            node("Reciprocal", ["n"], ["r"]),
+            node("Mul", ["x", "r"], ["y"]),
+        ],
+        L2,
+    ),
     "Softmax, Log": ([node("Softmax", ["x"], ["s"], axis=-1), node("Log", ["s"], ["y"])], LOG_SOFTMAX),
     "ReduceLogSumExp": (
         [node("ReduceLogSumExp", ["x"], ["l"], axes=[-1]), node("Sub", ["x", "l"], ["y"])],
@@ -111,6 +121,14 @@ def test_forms_of_onnx(form):
     x = RNG.standard_normal(SHAPE).astype(np.float32)
     session = onnxruntime.InferenceSession(made.SerializeToString())
     check(made, x, session.run(None, {"x": x})[0], operator)
+
+
+def test_a_number_divided_by_a_norm_is_no_norm():
+    nodes = [*l2_nodes(), node("Div", ["one", "n"], ["y"])]
+    made = model(nodes, {"x": (2, 5)}, {"y": (2, 1)}, {"one": np.float32(1)}, 13)
+    x = RNG.standard_normal((2, 5)).astype(np.float32)
+    (got,) = tvm_qfp8.compile(made).run({"x": x})
+    np.testing.assert_allclose(got, 1 / np.linalg.norm(x, axis=-1, keepdims=True), rtol=1e-6)
 
 
 def _swiglu(a, b):

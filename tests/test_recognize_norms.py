@@ -209,3 +209,20 @@ def test_a_network_of_norms_as_frameworks_write_them_compiles():
     module = tvm_qfp8.compile(build(emit, (2, 24, 9)))
     expected = evaluate(build(emit, x.shape), {"x": x})[0]
     np.testing.assert_allclose(module.run({"x": x})[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 6), (5, 6, 7), (3, 4, 5, 6)])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_norms_over_any_axis_compile(shape, kind):
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    for axis, length in enumerate(shape):
+        one, zero = const(np.ones(length)), const(np.zeros(length))
+
+        def emit(e, v, axis=axis, one=one, zero=zero):
+            if kind == "rms_norm":
+                return op.nn.rms_norm(v, one, axes=[axis], epsilon=1e-5)
+            return op.nn.layer_norm(v, one, zero, axes=[axis], epsilon=1e-5)
+
+        mod = build(emit, shape)
+        got = tvm_qfp8.compile(mod).run({"x": x})[0]
+        np.testing.assert_allclose(got, evaluate(mod, {"x": x})[0], atol=1e-5)

@@ -6,8 +6,9 @@ for each sample of what other convolutions read by the sample (``topi.encode_sam
 Bytes multiply twice as fast as int16 values, but a linear layout has the fewest steps for the bulk of a row's values
 where a few channels stand out. A rotated row (``topi/rotation.py``) has no such channels, and errs less in E1M6 than
 unrotated in E3M4, whose grid spans 2000 to 1 (results/accuracy.json has what is lost, "qfp8 without samples"). Where
-channels cannot be rotated, dense layers read E3M4, pixels E2M5: the channels of a convolution are evened out by the
-normalisation that it was trained with. What is never negative has a layout without a sign.
+channels cannot be rotated, dense layers read E3M4, convolutions E2M5: their channels are evened out by the
+normalisation that they were trained with, and its grid is narrow enough for Winograd's algorithm in large tiles
+(``topi/winograd_tiling.py``). What is never negative has a layout without a sign.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tvm_qfp8.topi.rotation import largest_order
 ROTATED = "E1M6"
 """Layout of rows that are rotated."""
 
-ROWS, PIXELS, IMAGES = ("E3M4", "E2M5"), ("E2M5",), ("E3M4", "E2M5")
+ROWS, PIXELS, IMAGES = ("E3M4", "E2M5"), ("E2M5",), ("E2M5",)
 """Layouts of what dense layers read, 1x1 convolutions, and others: the first whose sums fit int32."""
 
 ROWS_ABOVE_ZERO, PIXELS_ABOVE_ZERO, IMAGES_ABOVE_ZERO = ("UE3M5", "UE2M6"), ("UE1M7",), ("UE2M6",)

@@ -46,8 +46,8 @@ STATE = "E1M6"
 """Layout of the hidden state of a recurrent layer: a step errs by 0.2 % of the limit, and bytes multiply twice as fast,
 which is most of the layer's time."""
 
-LEAST_MACS = 32
-"""For each value that a convolution reads."""
+LEAST_MACS, VECTOR = 32, 16
+"""For each value that a convolution reads. Fewer outputs than a vector holds take as long as these."""
 
 MATRIX = 2
 """Dimensions."""
@@ -195,7 +195,9 @@ def _reason_for_float32(
     """Why a layer's activation stays float32, empty where that is what was asked for; None: it is rounded."""
     if activations == FLOAT32:
         return ""
-    if linear.step.operator != "relax.matmul" and linear.macs < LEAST_MACS * math.prod(shape):
+    outputs = linear.weight.shape[linear.weight_axis]
+    macs = linear.macs * max(1.0, VECTOR / outputs)
+    if linear.step.operator != "relax.matmul" and macs < LEAST_MACS * math.prod(shape):
         return FEW_MACS
     if activations == "auto":
         return IS_INPUT if linear.source in inputs and not reads_image(linear) else None
