@@ -13,7 +13,6 @@ os.environ["OMP_NUM_THREADS"] = os.environ["TVM_NUM_THREADS"] = "1"
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -117,7 +116,7 @@ def measure(network: Network, turns: int) -> dict[str, Any]:
     from onnxruntime.quantization import quantize_dynamic
 
     import tvm_qfp8
-    from zoo.contest import CALLS
+    from zoo.contest import contest_on_one_thread
     from zoo.peers import session
 
     model, given = network.model(), network.sample(SAMPLES)
@@ -131,25 +130,12 @@ def measure(network: Network, turns: int) -> dict[str, Any]:
         runs = {"onnxruntime float32": session(plain), "onnxruntime int8 dynamic": session(dynamic)}
     contestants: dict[str, Callable] = {"QFP8": module.run, **runs}
     found, expected = module.run(given)[0], runs["onnxruntime float32"](given)[0]
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(turns + 1):
-        for name, run in contestants.items():
-            taken = []
-            for _ in range(1 + CALLS):
-                began = time.perf_counter()
-                run(given)
-                taken.append(time.perf_counter() - began)
-            if turn:  # the first one does not count
-                times[name].append(statistics.median(taken[1:]))
+    milliseconds, ratios = contest_on_one_thread(contestants, given, turns)
     return {
         "compile_seconds": compile_seconds,
         "sqnr_db": float(10 * np.log10(np.square(expected).sum() / np.square(found - expected).sum())),
-        "milliseconds": {name: 1e3 * statistics.median(taken) for name, taken in times.items()},
-        "times as fast as": {
-            name: statistics.median(a / b for a, b in zip(taken, times["QFP8"], strict=True))
-            for name, taken in times.items()
-            if name != "QFP8"
-        },
+        "milliseconds": milliseconds,
+        "times as fast as": ratios,
     }
 
 

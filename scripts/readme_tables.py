@@ -119,6 +119,22 @@ def recurrent() -> str:
     return _table(["layers", "QFP8", *peers, "SQNR, dB"], rows)
 
 
+def files() -> str:
+    """Networks of Python packages, from their files as they come."""
+    record = _load("bench_files.json")
+    if record is None:
+        return ""
+    peers = list(dict.fromkeys(name for row in record["rows"] for name in row["times as fast as"]))
+    quantized = list(dict.fromkeys(name for row in record["rows"] for name in row["sqnr_db"]))
+    rows = []
+    for row in record["rows"]:
+        times, ratios, sqnr = row["milliseconds"], row["times as fast as"], row["sqnr_db"]
+        cells = [f"{times[p]:.2f} ({ratios[p]:.2f})" if p in times else "fails" for p in peers]
+        decibels = " / ".join(f"{sqnr[name]:.0f}" if name in sqnr else "-" for name in quantized)
+        rows.append([row["file"], f"{times['QFP8']:.2f}", *cells, decibels])
+    return _table(["file", "QFP8", *peers, f"SQNR, dB: {' / '.join(quantized)}"], rows)
+
+
 def lengths() -> str:
     """One module for several lengths, on inputs of many."""
     record = _load("bench_lengths.json")
@@ -304,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "latency": latency,
     "lengths": lengths,
     "recurrent": recurrent,
+    "files": files,
     "kernels": kernels,
     "functions": functions,
     "cycles": cycles,

@@ -230,6 +230,27 @@ def test_samples_fit_the_model(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["magika: file types", "rapidocr: line direction", "silero_vad: voice, 32 ms"]
+)
+def test_samples_fit_packaged_files(name):
+    for library in ("PIL", "onnxruntime"):
+        pytest.importorskip(library, reason=EXTRA)
+    from zoo import packaged, peers
+
+    (model,) = (model for model in packaged.MODELS if model.name == name)
+    try:
+        run = peers.session(model.path())
+        first, again = model.samples(2, seed=0), model.samples(2, seed=0)
+    except fetch.FetchError as error:
+        pytest.skip(str(error))
+    for sample, same in zip(first, again, strict=True):
+        assert all(np.array_equal(sample[key], same[key]) for key in sample)
+        fixed = {key: np.array(value) for key, value in model.params.items()}
+        assert all(np.isfinite(output).all() for output in run(fixed | sample))
+
+
+@pytest.mark.slow
 def test_mobilenet_float32_hits():
     model = _zoo("mobilenetv2")
     from zoo import peers

@@ -1,4 +1,4 @@
-"""Runners that take turns, each in a process of its own.
+"""Runners that take turns, each in a process of its own, or on one thread in one.
 
 In one process the thread pools of several runtimes spin for a while after each call and slow the next contestant
 down, several times with two threads on two cores. A contestant here sleeps while another one runs. A turn is one
@@ -98,3 +98,28 @@ def contest(commands: dict[str, list[str]], threads: int, turns: int) -> dict[st
     for contestant in contestants.values():
         contestant.close()
     return {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
+
+
+def contest_on_one_thread(
+    runs: dict[str, Callable], inputs: Any, turns: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(median milliseconds of a call, median of the turns' ratios to the first runner's) in this process.
+
+    Runners that have one thread each leave none spinning. The first turn does not count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            taken = []
+            for _ in range(1 + CALLS):
+                began = time.perf_counter()
+                run(inputs)
+                taken.append(time.perf_counter() - began)
+            if turn:
+                seconds[name].append(statistics.median(taken[1:]))
+    first, *others = runs
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds[first], strict=True))
+        for name in others
+    }
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}, ratios
