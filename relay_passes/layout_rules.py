@@ -15,7 +15,7 @@ from tvm import relax
 
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
-from tvm_qfp8.relay_passes.normalize_rows import normalises_channels
+from tvm_qfp8.relay_passes.layout_rules_of_norms import NORMS
 
 TO_NHWC = {4: [0, 2, 3, 1], 3: [0, 2, 1]}
 ELEMENTWISE = (
@@ -35,10 +35,6 @@ REDUCTIONS: dict[str, Callable] = {
 AXIS_OPERATORS: dict[str, Callable] = {
     "relax.nn.softmax": relax.op.nn.softmax,
     "relax.nn.log_softmax": relax.op.nn.log_softmax,
-}
-ROW_NORMS: dict[str, Callable] = {
-    "relax.nn.layer_norm": relax.op.nn.layer_norm,
-    "relax.nn.rms_norm": relax.op.nn.rms_norm,
 }
 Rewriter = Any  # choose_layout's
 
@@ -230,59 +226,6 @@ def along_axis(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.
     return AXIS_OPERATORS[op_name(value)](x, axis=nhwc_axis(value.attrs.axis, rank))
 
 
-def channel_norm(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
-    """LayerNorm and RMSNorm over the channels of each pixel."""
-    rank, attrs = _rank(value), value.attrs
-    if [int(axis) % rank for axis in attrs.axes] != [1]:
-        return None
-    x = rewriter.channels_last(value.args[0], rank)
-    scale_shift = [rewriter.expression(operand) for operand in value.args[1:]]
-    return ROW_NORMS[op_name(value)](x, *scale_shift, axes=[-1], epsilon=float(attrs.epsilon))
-
-
-def group_norm(rewriter: Rewriter, _var: relax.Var, value: relax.Call) -> relax.Call | None:
-    """GroupNorm, and InstanceNorm, which has a channel in each group; of one group, rows of what is in NHWC.
-
-    Scale and shift are put behind it.
-    """
-    x, attrs = value.args[0], value.attrs
-    shape = static_shape(x)
-    constants = [rewriter.constant(operand) for operand in value.args[1:]]
-    if not shape or any(constant is None for constant in constants) or not normalises_channels(value):
-        return None
-    channels, epsilon = shape[1], float(attrs.epsilon)
-    groups = channels if op_name(value) == "relax.nn.instance_norm" else int(attrs.num_groups)
-    emit = rewriter.builder.emit
-    turned = rewriter.channels_last(x, len(shape))
-    image = [int(extent) for extent in turned.ty.shape]
-
-    def without_scale(length: int) -> list[relax.Expr]:
-        return [relax.const(np.full(length, number, np.float32)) for number in (1.0, 0.0)]
-
-    if groups == 1:
-        pixels = math.prod(image[1:])
-        rows = emit(relax.op.reshape(turned, (image[0], 1, pixels)))
-        rows = emit(relax.op.nn.layer_norm(rows, *without_scale(pixels), axes=2, epsilon=epsilon))
-        y = relax.op.reshape(rows, image)
-    else:
-        y = relax.op.nn.group_norm(
-            turned,
-            *without_scale(channels),
-            num_groups=groups,
-            channel_axis=3,
-            axes=[1, 2],
-            epsilon=epsilon,
-            center=False,
-            scale=False,
-        )
-    for constant, operator, used in zip(
-        constants, (relax.op.multiply, relax.op.add), (attrs.scale, attrs.center), strict=True
-    ):
-        if used:
-            y = operator(emit(y), constant)
-    return y
-
-
 def concat(rewriter: Rewriter, var: relax.Var, value: relax.Call) -> relax.Call | None:
     """Parts that are not in NHWC yet are turned."""
     rank = len(static_shape(var) or ())
@@ -367,9 +310,7 @@ FOLLOWS: dict[str, Callable] = {
     "relax.nn.adaptive_avg_pool1d": global_pooling,
     "relax.nn.adaptive_avg_pool2d": global_pooling,
     "relax.image.resize2d": resize,
-    **dict.fromkeys(ROW_NORMS, channel_norm),
-    "relax.nn.group_norm": group_norm,
-    "relax.nn.instance_norm": group_norm,
+    **NORMS,
     "relax.concat": concat,
     "relax.split": split,
     "relax.strided_slice": strided_slice,
