@@ -125,7 +125,7 @@ class _Rewriter(MainRewriter):
         if _turns(value, [0, 3, 1, 2]):
             return self.expression(value.args[0])
         columns = value.args[0] if op_name(value) == "relax.reshape" else None
-        turned: Any = self.definition.get(columns) if isinstance(columns, relax.Var) else None
+        turned = self.bound(columns)
         if not _turns(turned, [0, 2, 1]) or shape_of(columns)[:2] != shape[:2]:
             return None
         rows = self.expression(turned.args[0])

@@ -14,8 +14,6 @@ So ``torch.export`` writes dense layers of transposed batches, as in ``torch.nn.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import tvm
 from tvm import relax
@@ -48,7 +46,7 @@ class _Rewriter(MainRewriter):
 
     def _before_broadcast(self, expr: relax.Expr) -> relax.Expr | None:
         """The matrices that ``expr`` repeats, if it does nothing else."""
-        value: Any = self.definition.get(expr) if isinstance(expr, relax.Var) else None
+        value = self.bound(expr)
         if op_name(value) != "relax.broadcast_to" or static_shape(value.args[0]) is None:
             return None
         shape = shape_of(value.args[0])

@@ -15,8 +15,6 @@ Numbers outside give rows of zeros, as they did.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import tvm
 from tvm import relax
@@ -51,13 +49,13 @@ class _Rewriter(MainRewriter):
 
     def _indices(self, x: relax.Expr, depth: int) -> relax.Expr | None:
         """Of the new program: which of ``depth`` places of each row is 1; None where rows are not one-hot."""
-        call: Any = self._call(x)
+        call = self.bound(x)
         if op_name(call) == "relax.reshape" and shape_of(call)[-1] == shape_of(call.args[0])[-1] == depth:
             # As the simplifier puts before a dense layer.
             indices = self._indices(call.args[0], depth)
             return None if indices is None else self.builder.emit(relax.op.reshape(indices, shape_of(x)[:-1]))
         if op_name(call) == "relax.astype":
-            call = self._call(call.args[0])
+            call = self.bound(call.args[0])
         if op_name(call) == "relax.one_hot":
             return self._of_operator(call, depth)
         if op_name(call) != "relax.equal":
@@ -82,6 +80,3 @@ class _Rewriter(MainRewriter):
         usual = (float(on.value), float(off.value)) == (1.0, 0.0) and int(call.attrs.depth) == depth
         wide = str(indices.ty.dtype) in ("int32", "int64")
         return self.expression(indices) if last and usual and wide else None
-
-    def _call(self, expr: relax.Expr) -> relax.Expr | None:
-        return self.definition.get(expr) if isinstance(expr, relax.Var) else None

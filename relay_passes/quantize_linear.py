@@ -250,7 +250,7 @@ class _Rewriter(MainRewriter):
     def _image(self, value: relax.Call) -> relax.Var | None:
         """The NCHW tensor of few channels whose transposition a convolution reads."""
         x: Any = value.args[0]
-        made: Any = self.definition.get(x) if isinstance(x, relax.Var) else None
+        made = self.bound(x)
         if op_name(value) != "relax.nn.conv2d" or op_name(made) != "relax.permute_dims":
             return None
         to_nhwc = made.attrs.axes is not None and [int(axis) for axis in made.attrs.axes] == [0, 2, 3, 1]
@@ -301,7 +301,7 @@ class _Rewriter(MainRewriter):
 
         Only where the values of a row stay together without the exchange: moving rows is much cheaper.
         """
-        value: Any = self.definition.get(var) if isinstance(var, relax.Var) else None
+        value = self.bound(var)
         if op_name(value) != "relax.permute_dims" or value.attrs.axes is None:
             return None
         axes = [int(axis) for axis in value.attrs.axes]
@@ -335,7 +335,7 @@ class _Rewriter(MainRewriter):
 
     def _keeps_samples(self, expr: relax.Expr) -> bool:
         """Whether this only moves elements within the samples of what it reads, so that bytes may be moved instead."""
-        value: Any = self.definition.get(expr) if isinstance(expr, relax.Var) else None
+        value = self.bound(expr)
         pads = _pads_codes(value) and min(map(int, value.attrs.pad_width)) >= 0
         if not pads and op_name(value) not in ("relax.reshape", "relax.permute_dims"):
             return False
@@ -382,7 +382,7 @@ class _Rewriter(MainRewriter):
     def _encode(self, expr: relax.Expr, layout: str, scale: float) -> relax.Expr:
         key = (expr, layout, scale)
         if key not in self._encoded:
-            value: Any = self.definition.get(expr) if isinstance(expr, relax.Var) else None
+            value = self.bound(expr)
             if op_name(value) == "relax.concat" and self._is_read_as_codes(expr):
                 # Codes are joined instead: the encodes fuse with what makes the parts.
                 parts = [self._encode(part, layout, scale) for part in value.args[0].fields]

@@ -18,6 +18,7 @@ TensorFlow multiplies with the inverse root instead, ``R.multiply(x, R.rsqrt(R.m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import tvm
@@ -33,7 +34,7 @@ class _Root(NamedTuple):
     total: Any
     """The call that it is the root of."""
     floor: float
-    """No less than this; NaN where it is no number."""
+    """No less than this."""
 
 
 @tvm.transform.module_pass(opt_level=0, name="RecognizeL2")
@@ -46,64 +47,64 @@ class RecognizeL2:
 
 class _Rewriter(MainRewriter):
     def replacement(self, _var: relax.Var, value: relax.Expr) -> relax.Expr | None:
-        for x, norm in self._quotients(value):
-            found = self._floor_and_axis(x, norm)
+        for x, root in self._quotients(value):
+            found = self._floor_and_axis(x, root)
             if found is not None:
                 return qfp8_ops.l2_normalize(self.expression(x), *found)
         return None
 
-    def _quotients(self, value: relax.Expr) -> list[tuple[relax.Expr, _Root]]:
+    def _quotients(self, value: relax.Expr) -> Iterator[tuple[relax.Expr, _Root]]:
         """(x, root) where the value is x divided by the root, or times its inverse."""
+        pairs: list[tuple[relax.Expr, _Root | None]] = []
         if op_name(value) == "relax.divide":
-            return [(value.args[0], root) for root in self._root(value.args[1])]
-        if op_name(value) != "relax.multiply":
-            return []
-        return [
-            (x, root)
-            for x, other in (value.args, reversed(value.args))
-            for root in self._inverse_root(self._call(other))
-        ]
+            pairs = [(value.args[0], self._root(value.args[1]))]
+        elif op_name(value) == "relax.multiply":
+            pairs = [(x, self._inverse_root(other)) for x, other in (value.args, reversed(value.args))]
+        return ((x, root) for x, root in pairs if root is not None)
 
-    def _inverse_root(self, call: Any) -> list[_Root]:
-        if op_name(call) == "relax.broadcast_to":
-            call = self._call(call.args[0])
+    def _unspread(self, expr: relax.Expr) -> Any:
+        """What a variable is bound to, before it is broadcast."""
+        call = self.bound(expr)
+        return self.bound(call.args[0]) if op_name(call) == "relax.broadcast_to" else call
+
+    def _inverse_root(self, expr: relax.Expr) -> _Root | None:
+        call = self._unspread(expr)
         if op_name(call) == "relax.rsqrt":
             return self._root_of(call.args[0])
         if op_name(call) == "relax.divide" and self._number(call.args[0]) == 1.0:
             return self._root(call.args[1])
-        return []
+        return None
 
-    def _root(self, expr: relax.Expr) -> list[_Root]:
-        """What a norm is the root of, at most one; it may be no less than a floor."""
-        call = self._call(expr)
-        if op_name(call) == "relax.broadcast_to":
-            call = self._call(call.args[0])
-        floor = 0.0
-        if op_name(call) == "relax.maximum":
-            floor, call = self._number(call.args[1]) or math.nan, self._call(call.args[0])
-        if op_name(call) != "relax.sqrt" and not (
+    def _root(self, expr: relax.Expr) -> _Root | None:
+        """A root, or no less than a floor."""
+        call, floor = self._bounded(self._unspread(expr))
+        is_root = op_name(call) == "relax.sqrt" or (
             op_name(call) == "relax.power" and self._number(call.args[1]) == 0.5
-        ):
-            return []
-        return [_Root(total, max(floor, inner)) for total, inner in self._root_of(call.args[0])]
+        )
+        found = self._root_of(call.args[0]) if is_root and floor >= 0.0 else None
+        return None if found is None else _Root(found.total, max(floor, found.floor))
 
-    def _root_of(self, expr: relax.Expr) -> list[_Root]:
-        """The same of what the root is taken of."""
-        call = self._call(expr)
+    def _root_of(self, expr: relax.Expr) -> _Root | None:
+        """The root of a value, or of no less than a floor."""
+        total, least = self._bounded(self.bound(expr))
+        return _Root(total, math.sqrt(least)) if least >= 0.0 else None
+
+    def _bounded(self, call: Any) -> tuple[Any, float]:
+        """A call without its lower bound, and the bound: 0 without one, NaN if it is no number."""
         if op_name(call) != "relax.maximum":
-            return [_Root(call, 0.0)]
-        least = self._number(call.args[1])
-        return [_Root(self._call(call.args[0]), math.sqrt(least))] if least is not None and least >= 0 else []
+            return call, 0.0
+        number = self._number(call.args[1])
+        return self.bound(call.args[0]), math.nan if number is None else number
 
     def _floor_and_axis(self, x: relax.Expr, root: _Root) -> tuple[float, int] | None:
         """The least norm that the quotient divides by, 0 without one, and the axis; None if it is none."""
-        total: Any = root.total
-        if not static_shape(x) or str(x.ty.dtype) != "float32" or 0 in shape_of(x) or not root.floor >= 0.0:
+        total = root.total
+        if not static_shape(x) or str(x.ty.dtype) != "float32" or 0 in shape_of(x):
             return None
         if op_name(total) != "relax.sum" or not total.attrs.keepdims or total.attrs.axis is None:
             return None
         axes = [int(axis) % len(shape_of(x)) for axis in total.attrs.axis]
-        if len(axes) != 1 or not self._is_square(self._call(total.args[0]), x):
+        if len(axes) != 1 or not self._is_square(self.bound(total.args[0]), x):
             return None
         return root.floor, axes[0]
 
@@ -113,12 +114,8 @@ class _Rewriter(MainRewriter):
             return all(argument.same_as(x) for argument in call.args)
         if name != "relax.square" and not (name == "relax.power" and self._number(call.args[1]) == 2.0):
             return False
-        base = self._call(call.args[0])
+        base = self.bound(call.args[0])
         return call.args[0].same_as(x) or (op_name(base) == "relax.abs" and base.args[0].same_as(x))
-
-    def _call(self, expr: relax.Expr) -> Any:
-        """What a variable is bound to; None for anything else."""
-        return self.definition.get(expr) if isinstance(expr, relax.Var) else None
 
     def _number(self, expr: relax.Expr) -> float | None:
         constant = self.constant(expr) if isinstance(expr, relax.Var | GenericConst) else None

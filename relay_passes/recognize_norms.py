@@ -35,8 +35,10 @@ VIEWS = ("relax.reshape", "relax.squeeze", "relax.expand_dims", "relax.broadcast
 ALLOWED = (*UNARY, *BINARY, *REDUCTIONS, *VIEWS)
 ROW_SCALES = (0.3, 1.0, 4.0)
 """And as much of the root of each constant that may be epsilon: so it is one that is added, and no floor."""
-MOST_VALUES = 2**22
+MOST_VALUES = 2**18
 """Of a row; more are not evaluated."""
+FEW = 64
+"""Places along an axis that tell as much as more do, where each is treated alike."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class _Rewriter(ConeRewriter):
             if axes is None:
                 continue
             epsilons = sorted({number for number in constants if 0 < number < 1e-1})
-            found = self._matching(var, source, axes, epsilons)
+            found = self._matching(cone, source, axes, epsilons)
             if found is not None and found.centred:
                 return found
             # A source further away may hold the mean too: then it is LayerNorm.
@@ -136,16 +138,17 @@ class _Rewriter(ConeRewriter):
 
     def _aligns(self, call: relax.Call, shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
         """Whether an operator would do the same if reductions kept their axes as 1."""
+        kept = tuple(1 if axis in axes else extent for axis, extent in enumerate(shape))
+        dropped = tuple(extent for axis, extent in enumerate(shape) if axis not in axes)
         name = op_name(call)
         if name in REDUCTIONS:
-            return True
+            return static_shape(call) in (kept, dropped)
         if name in VIEWS:
+            spread = name == "relax.broadcast_to"
             before, after = static_shape(call.args[0]), static_shape(call)
-            if before is None or after is None or before == shape:
-                return False
-            if name == "relax.broadcast_to":
-                return len(before) == len(after)
-            return [n for n in before if n != 1] == [n for n in after if n != 1]
+            return before == kept and after == shape if spread else {before, after} <= {kept, dropped}
+        if static_shape(call) not in (shape, kept, dropped):
+            return False
         ranks = set()
         for argument in call.args:
             constant = self.constant(argument) if isinstance(argument, relax.Var | GenericConst) else None
@@ -165,11 +168,28 @@ class _Rewriter(ConeRewriter):
             ranks.add(len(shape))
         return len(ranks) == 1
 
+    def _depends_on_length(self, cone: list[relax.Var]) -> bool:
+        """Whether a cone sums up, which a constant makes a mean of, or has a constant for each place of a row."""
+        calls = [self.definition[v] for v in cone]
+        constants = [
+            self.constant(a) for call in calls for a in call.args if isinstance(a, relax.Var | GenericConst)
+        ]
+        return any(op_name(call) == "relax.sum" for call in calls) or any(
+            constant is not None and constant.value.numpy().size > 1 for constant in constants
+        )
+
     def _matching(
-        self, var: relax.Var, source: relax.Var, axes: tuple[int, ...], epsilons: list[float]
+        self,
+        cone: list[relax.Var],
+        source: relax.Var,
+        axes: tuple[int, ...],
+        epsilons: list[float],
     ) -> Norm | None:
+        """The norm that the first variable of a cone is."""
         shape = shape_of(source)
         extents = [extent if axis in axes else 1 for axis, extent in enumerate(shape)]
+        if not self._depends_on_length(cone):
+            extents = [min(extent, FEW) for extent in extents]
         if not epsilons or np.prod(extents) > MOST_VALUES or 0 in shape:
             return None
         # Rows are a new axis in front, which stands for all that are not normalised.
@@ -177,7 +197,7 @@ class _Rewriter(ConeRewriter):
         scales = np.outer([1.0, *np.sqrt(epsilons)], ROW_SCALES).reshape(-1, *[1] * len(shape))
         rows = scales * (np.random.default_rng(0).standard_normal((len(scales), *extents)) * 2 + 0.5)
         own = {name: (lambda x, f=f: f(x, axis=last, keepdims=True)) for name, f in REDUCTIONS.items()}
-        got = self.evaluate(var, source, rows, {**own, **dict.fromkeys(VIEWS, lambda x: x)})
+        got = self.evaluate(cone[0], source, rows, {**own, **dict.fromkeys(VIEWS, lambda x: x)})
         if got.shape != rows.shape or not np.isfinite(got).all():
             return None
         for epsilon in epsilons:
@@ -194,7 +214,8 @@ def _affine(normalised: np.ndarray, got: np.ndarray) -> tuple[np.ndarray | None,
     """(scale, shift) of each place, the same for all rows; None where there are none that fit."""
     centre, mean = normalised.mean(0), got.mean(0)
     deviation = normalised - centre
-    scale = (deviation * (got - mean)).sum(0) / (deviation**2).sum(0)
+    with np.errstate(invalid="ignore"):  # a row of one place is 0 whatever it holds
+        scale = (deviation * (got - mean)).sum(0) / (deviation**2).sum(0)
     shift = mean - scale * centre
     largest = max(1.0, float(np.abs(got).max()))
     if not np.allclose(scale * normalised + shift, got, rtol=1e-6, atol=1e-8 * largest):

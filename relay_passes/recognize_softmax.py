@@ -141,7 +141,7 @@ class _Rewriter(MainRewriter):
         return None
 
     def _defined(self, expr: relax.Expr | None, name: str) -> relax.Call | None:
-        value = self.definition.get(expr) if isinstance(expr, relax.Var) else None
+        value = self.bound(expr)
         return value if op_name(value) == name else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import tvm
 from tvm import relax
@@ -85,6 +86,10 @@ class MainRewriter:
         if isinstance(expr, relax.Call):
             return relax.Call(expr.op, [self.expression(a) for a in expr.args], expr.attrs, expr.ty_args)
         return expr
+
+    def bound(self, expr: relax.Expr) -> Any:
+        """What a variable of the old program is bound to; None for anything else."""
+        return self.definition.get(expr) if isinstance(expr, relax.Var) else None
 
     def constant(self, expr: relax.Expr) -> GenericConst | None:
         """The constant that ``expr`` is or is bound to."""

@@ -175,7 +175,17 @@ def rows_on_columns(e, x):
     return op.divide(e(op.subtract(x, mean)), e(op.sqrt(e(op.add(variance, const(1e-5))))))
 
 
-@pytest.mark.parametrize("emit, shape", [(wrong_count, SHAPE), (rows_on_columns, (32, 32))])
+def means_turned(e, x):
+    """Means that lose their axis and get one of 1 at another place."""
+    mean = e(op.reshape(e(op.mean(x, [1], keepdims=False)), (1, 32, 1)))
+    variance = e(op.reshape(e(op.variance(x, [1], keepdims=False)), (1, 32, 1)))
+    return op.divide(e(op.subtract(x, mean)), e(op.sqrt(e(op.add(variance, const(1e-5))))))
+
+
+@pytest.mark.parametrize(
+    "emit, shape",
+    [(wrong_count, SHAPE), (rows_on_columns, (32, 32)), (means_turned, (1, 32, 32))],
+)
 def test_near_misses_stay(emit, shape):
     mod = RecognizeNorms()(build(emit, shape))
     assert not {"relax.nn.layer_norm", "relax.nn.rms_norm"} & set(operators(mod))
