@@ -136,6 +136,7 @@ def peers(packaged, calibration: list[Inputs]) -> tuple[dict[str, Run], dict[str
             nncf.Dataset(samples),
             subset_size=len(samples),
             preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER if packaged.has_attention else None,
         )
         return functools.partial(run_openvino, core.compile_model(quantized, "CPU", in_float32))
 

@@ -33,6 +33,8 @@ class Packaged:
     sample: Callable[[np.random.Generator], Inputs]
     params: Mapping[str, float] = field(default_factory=dict)
     """Inputs that are always the same."""
+    has_attention: bool = False
+    """NNCF has a mode of its own for it."""
 
     def path(self) -> Path:
         """The file, unpacked in the cache."""
@@ -163,6 +165,7 @@ MODELS = (
         "rapidocr-onnxruntime",
         "rapidocr_onnxruntime/models/ch_PP-OCRv4_rec_infer.onnx",
         _lines("x", 320, 48),
+        has_attention=True,
     ),
     Packaged(
         "basic_pitch: notes, 2 s",
