@@ -31,10 +31,10 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
+from tvm_qfp8.calibration.linear import LINEAR
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of
 from tvm_qfp8.relay_passes.interpolate import called_function
-from tvm_qfp8.relay_passes.quantize_linear import LINEAR
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
 from tvm_qfp8.tables.families import find_function
 from tvm_qfp8.topi.rotation import largest_order

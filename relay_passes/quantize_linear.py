@@ -12,9 +12,9 @@ After::
 
 ``a[c]`` is the product of the weight's and the activation's scale; the bias already holds the calibration's
 correction. A tensor read by several layers is encoded once, and read by sums as codes, too, where the plan says so.
-Where the plan has a scale for each row, ``encode_rows`` makes codes and scales, and the matmul takes both. An encode
-moves up through operators that only move data or repeat it, so that they move bytes. Products of two activations
-(attention) are quantized where the plan has both. What the plan skips stays in float32, with its reason in the plan.
+Where the plan has a scale for each row, ``encode_rows`` makes codes and scales, and the matmul takes both
+(``encodings``). Products of two activations (attention) are quantized where the plan has both. What the plan skips
+stays in float32, with its reason in the plan.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from tvm import relax
 from tvm.ir import GenericConst
 
 from tvm_qfp8.calibration.linear import LINEAR
-from tvm_qfp8.calibration.plan import (
-    ActivationQuantization,
-    LinearQuantization,
-    QuantizationPlan,
-)
+from tvm_qfp8.calibration.plan import LinearQuantization, QuantizationPlan
 from tvm_qfp8.calibration.recurrent_layer import RECURRENT
-from tvm_qfp8.data_movement import KEEPS_ELEMENTS
 from tvm_qfp8.dtype import codes_tensor
 from tvm_qfp8.format import get_layout
 from tvm_qfp8.layer_names import layer_name
 from tvm_qfp8.recurrent_cell import Cell
 from tvm_qfp8.relay_passes import qfp8_ops
+from tvm_qfp8.relay_passes.conv_attributes import (
+    conv2d_attributes,
+    transposed_attributes,
+    transposed_weights,
+)
+from tvm_qfp8.relay_passes.encodings import EncodingRewriter
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
-from tvm_qfp8.relay_passes.rewriter import MainRewriter
 
 MAX_IMAGE_CHANNELS = 4
 """Up to so many channels a convolution reads NCHW itself."""
@@ -49,60 +49,6 @@ MAX_IMAGE_CHANNELS = 4
 def codes_constant(codes: np.ndarray, layout: str) -> relax.Expr:
     """A Relax constant of the layout's data type."""
     return relax.const(codes_tensor(codes, get_layout(layout)))
-
-
-def _four(padding) -> list[int]:
-    """Padding as top, left, bottom, right."""
-    values = [int(p) for p in padding]
-    return values if len(values) == 4 else values * 2 if len(values) == 2 else values * 4
-
-
-def _conv2d_attributes(call: relax.Call) -> dict:
-    attrs = call.attrs
-    return {
-        "strides": [int(s) for s in attrs.strides],
-        "padding": _four(attrs.padding),
-        "dilation": [int(d) for d in attrs.dilation],
-        "groups": int(attrs.groups),
-    }
-
-
-def _transposed_weights(call: relax.Call, weights: np.ndarray) -> np.ndarray:
-    """``kernel_layout`` IOHW or OHWI-like weights -> OHWI of the equal convolution: flipped, groups unfolded."""
-    layout, groups = str(call.attrs.kernel_layout), int(call.attrs.groups)
-    iohw = weights.transpose([layout.index(axis) for axis in "IOHW"])[:, :, ::-1, ::-1]
-    inputs, outputs, kernel_h, kernel_w = iohw.shape
-    grouped = iohw.reshape(groups, inputs // groups, outputs, kernel_h, kernel_w)
-    return grouped.transpose(0, 2, 3, 4, 1).reshape(groups * outputs, kernel_h, kernel_w, inputs // groups)
-
-
-def _transposed_attributes(call: relax.Call) -> dict:
-    attrs = call.attrs
-    dilation = [int(d) for d in attrs.dilation]
-    layout = str(attrs.kernel_layout)
-    kernel = [shape_of(call.args[1])[layout.index(axis)] for axis in "HW"]
-    top, left, bottom, right = _four(attrs.padding)
-    extra = [int(p) for p in attrs.output_padding]
-    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    padding = [reach[0] - top, reach[1] - left, reach[0] - bottom + extra[0], reach[1] - right + extra[1]]
-    return {
-        "strides": [1, 1],
-        "padding": padding,
-        "dilation": dilation,
-        "groups": int(attrs.groups),
-        "input_dilation": [int(s) for s in attrs.strides],
-    }
-
-
-def _pads_codes(value: Any) -> bool:
-    """Padding with zeros, whose code is 0, or with what the tensor itself holds."""
-    if op_name(value) != "relax.nn.pad":
-        return False
-    return str(value.attrs.pad_mode) != "constant" or float(value.attrs.pad_value) == 0.0
-
-
-def _repeats_pixels(value: Any) -> bool:
-    return op_name(value) == "relax.image.resize2d" and str(value.attrs.method) == "nearest_neighbor"
 
 
 @tvm.transform.module_pass(opt_level=0, name="QuantizeLinear")
@@ -116,12 +62,10 @@ class QuantizeLinear:
         return _Rewriter(mod, self.plan).rewrite()
 
 
-class _Rewriter(MainRewriter):
+class _Rewriter(EncodingRewriter):
     def __init__(self, mod: tvm.IRModule, plan: QuantizationPlan) -> None:
-        super().__init__(mod)
-        self.plan = plan
+        super().__init__(mod, plan)
         self.next_add: dict[relax.Var, tuple[relax.Var, np.ndarray]] = {}
-        self._encoded: dict[tuple, Any] = {}
         self._done: set[relax.Var] = set()
         for var, value in self.definition.items():
             self._note_bias(var, value)
@@ -144,7 +88,7 @@ class _Rewriter(MainRewriter):
         kept = self.plan.codes.get(layer_name(var))
         if kept is not None:
             assert kept.scale is not None
-            codes = self._encode(var, kept.layout, kept.scale)
+            codes = self.encode(var, kept.layout, kept.scale)
             self.variables[var] = self.builder.emit(qfp8_ops.decode(codes, kept.scale), var.name)
 
     def _lower(self, var: relax.Var, value: relax.Expr) -> None:
@@ -190,7 +134,7 @@ class _Rewriter(MainRewriter):
         if operator == "relax.matmul":
             weights = weights.T
         elif operator == "relax.nn.conv2d_transpose":
-            weights = _transposed_weights(value, weights)
+            weights = transposed_weights(value, weights)
         channels = weights.shape[0]
         target, bias = self.next_add.get(var, (var, np.zeros(channels, np.float32)))
         a = np.tile(scale, channels // len(scale))
@@ -203,20 +147,20 @@ class _Rewriter(MainRewriter):
         else:
             image = None if activation.by_rows else self._image(value)
             if activation.scale is None:
-                x, scales = self._encode_at_run_time(x if image is None else image, activation)
+                x, scales = self.encode_at_run_time(x if image is None else image, activation)
             else:
                 a = a * np.float32(activation.scale)
                 if activation.factors is not None:
-                    x = self._encode_channels(x, activation)
+                    x = self.encode_channels(x, activation)
                 else:
-                    x = self._encode(x if image is None else image, activation.layout, activation.scale)
+                    x = self.encode(x if image is None else image, activation.layout, activation.scale)
         weights = np.ascontiguousarray(weights)
         weight = relax.const(weights) if layout is None else codes_constant(weights, layout)
         constants = (weight, relax.const(a.astype(np.float32)), relax.const(bias))
         if operator == "relax.matmul":
             result = self.builder.emit(qfp8_ops.matmul(x, *constants, row_scales=scales), var.name)
         elif operator == "relax.nn.conv2d":
-            attributes = _conv2d_attributes(value)
+            attributes = conv2d_attributes(value)
             if activation is not None and activation.by_rows:
                 x, scales = (self._every(attributes["strides"], part) for part in (x, scales))
                 attributes["strides"] = [1, 1]
@@ -263,7 +207,7 @@ class _Rewriter(MainRewriter):
         nchw = str(value.attrs.data_layout) == "NCHW"
         if nchw:
             x = self.builder.emit(relax.op.permute_dims(x, to_nhwc))
-        call = qfp8_ops.conv2d(x, *constants, **_transposed_attributes(value), scales=scales)
+        call = qfp8_ops.conv2d(x, *constants, **transposed_attributes(value), scales=scales)
         result = self.builder.emit(call, var.name)
         return self.builder.emit(relax.op.permute_dims(result, back)) if nchw else result
 
@@ -275,7 +219,7 @@ class _Rewriter(MainRewriter):
             if chosen[1].by_samples and axes is not None and axes[0] != 0:
                 source, axes = y, None  # samples of the source are others than the product's
             operands = zip((x, source), chosen, strict=True)
-            (left, x_scale, x_scales), (right, y_scale, y_scales) = (self._operand(*one) for one in operands)
+            (left, x_scale, x_scales), (right, y_scale, y_scales) = (self.operand(*one) for one in operands)
         else:
             left, right, x_scales, y_scales = self.expression(x), self.expression(source), None, None
             x_scale = y_scale = np.float32(1)
@@ -286,15 +230,6 @@ class _Rewriter(MainRewriter):
             left, right, scale, transpose_y=axes is not None, x_scales=x_scales, y_scales=y_scales
         )
         self.variables[var] = self.builder.emit(call, var.name)
-
-    def _operand(
-        self, expr: relax.Expr, activation: ActivationQuantization
-    ) -> tuple[relax.Expr, np.float32, relax.Expr | None]:
-        """Codes, their scale, and the scales that are found at run time."""
-        if activation.scale is None:
-            codes, scales = self._encode_at_run_time(expr, activation)
-            return codes, np.float32(1), scales
-        return self._encode(expr, activation.layout, activation.scale), np.float32(activation.scale), None
 
     def _last_two_swapped(self, var: relax.Expr) -> tuple[relax.Var, list[int]] | None:
         """(x, axes) where ``var`` is ``permute_dims(x, axes)`` with the last two axes exchanged.
@@ -310,93 +245,9 @@ class _Rewriter(MainRewriter):
         rows_stay = rank >= 2 and straight[-1] == rank - 1
         return (value.args[0], straight) if rows_stay and isinstance(value.args[0], relax.Var) else None
 
-    def _encode_at_run_time(
-        self, expr: relax.Expr, activation: ActivationQuantization
-    ) -> tuple[relax.Expr, relax.Expr]:
-        """Codes and the scale of each row or sample; layers that read one tensor by row have the same factors."""
-        key = (expr, activation.layout, "rows" if activation.by_rows else "samples")
-        if key not in self._encoded and activation.by_samples and self._keeps_samples(expr):
-            value: Any = self.definition[expr]
-            codes, scales = self._encode_at_run_time(value.args[0], activation)
-            moved = relax.Call(value.op, [codes, *map(self.expression, value.args[1:])], value.attrs)
-            self._encoded[key] = [self.builder.emit(moved, f"{expr.name}_samples"), scales]
-        if key not in self._encoded:
-            x, layout = self.expression(expr), get_layout(activation.layout)
-            if activation.by_rows:
-                ones = np.ones(shape_of(expr)[-1], np.float32)
-                factors = ones if activation.factors is None else activation.factors
-                call = qfp8_ops.encode_rows(x, relax.const(factors), layout, activation.rotation)
-            else:
-                call = qfp8_ops.encode_samples(x, layout)
-            both = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_{key[-1]}")
-            self._encoded[key] = [self.builder.emit(relax.TupleGetItem(both, part)) for part in range(2)]
-        codes, scales = self._encoded[key]
-        return codes, scales
-
-    def _keeps_samples(self, expr: relax.Expr) -> bool:
-        """Whether this only moves elements within the samples of what it reads, so that bytes may be moved instead."""
-        value = self.bound(expr)
-        pads = _pads_codes(value) and min(map(int, value.attrs.pad_width)) >= 0
-        if not pads and op_name(value) not in ("relax.reshape", "relax.permute_dims"):
-            return False
-        source = value.args[0]
-        if not isinstance(source, relax.Var) or not static_shape(source):
-            return False
-        if op_name(value) == "relax.permute_dims":
-            return value.attrs.axes is not None and int(value.attrs.axes[0]) == 0
-        return shape_of(source)[0] == shape_of(value)[0]
-
-    def _is_read_as_codes(self, var: Any) -> bool:
-        """Whether one thing reads it, or only layers, which all have the same codes of it."""
-
-        def takes_codes(reader: relax.Var) -> bool:
-            chosen = self.plan.linear.get(layer_name(reader))
-            return chosen is not None and chosen.activation is not None and chosen.activation.has_one_scale
-
-        readers = self.readers[var]
-        return self.uses[var] == 1 or self.uses[var] == len(readers) and all(map(takes_codes, readers))
-
-    def _is_taken_often(self, value: Any) -> bool:
-        """Places along an axis of what is read several times, as the frames that a 3-D convolution joins."""
-        taken = op_name(value) == "relax.take" and value.attrs.axis is not None
-        return taken and isinstance(value.args[0], relax.Var) and self.uses[value.args[0]] > 1
-
     def _every(self, strides: list[int], rows: relax.Expr) -> relax.Expr:
         """Of codes or scales of pixels, those that a 1x1 convolution with ``strides`` reads."""
         if strides == [1, 1]:
             return rows
         ends = shape_of(rows)[1:3]
         return self.builder.emit(relax.op.strided_slice(rows, [1, 2], [0, 0], ends, strides))
-
-    def _encode_channels(self, expr: relax.Expr, activation: ActivationQuantization) -> relax.Expr:
-        """Codes with a scale for each channel: factors are powers of two, so that one multiplication does for both."""
-        assert activation.scale is not None and activation.factors is not None
-        key = (expr, activation.layout, "channels")
-        if key not in self._encoded:
-            reciprocals = activation.factors * (np.float32(1) / np.float32(activation.scale))
-            layout, constant = get_layout(activation.layout), relax.const(reciprocals.astype(np.float32))
-            call = qfp8_ops.encode(self.expression(expr), layout, activation.scale, constant)
-            self._encoded[key] = self.builder.emit(call, f"{getattr(expr, 'name', 'constant')}_codes")
-        return self._encoded[key]
-
-    def _encode(self, expr: relax.Expr, layout: str, scale: float) -> relax.Expr:
-        key = (expr, layout, scale)
-        if key not in self._encoded:
-            value = self.bound(expr)
-            if op_name(value) == "relax.concat" and self._is_read_as_codes(expr):
-                # Codes are joined instead: the encodes fuse with what makes the parts.
-                parts = [self._encode(part, layout, scale) for part in value.args[0].fields]
-                moved = relax.Call(value.op, [relax.Tuple(parts)], value.attrs)
-            elif (
-                op_name(value) in KEEPS_ELEMENTS
-                or _pads_codes(value)
-                or self._is_taken_often(value)
-                or _repeats_pixels(value)
-                and self._is_read_as_codes(expr)
-            ):
-                source = self._encode(value.args[0], layout, scale)
-                moved = relax.Call(value.op, [source, *map(self.expression, value.args[1:])], value.attrs)
-            else:
-                moved = qfp8_ops.encode(self.expression(expr), get_layout(layout), scale)
-            self._encoded[key] = self.builder.emit(moved, f"{getattr(expr, 'name', 'constant')}_codes")
-        return self._encoded[key]

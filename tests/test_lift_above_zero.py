@@ -6,11 +6,11 @@ from quantized_programs import program
 from tvm import relax
 
 from tvm_qfp8.calibration.evaluate import evaluate
+from tvm_qfp8.calibration.linear import LINEAR
 from tvm_qfp8.compiler import compile
 from tvm_qfp8.relay_passes import qfp8_ops
 from tvm_qfp8.relay_passes.fuse import op_name
 from tvm_qfp8.relay_passes.lift_above_zero import lift_above_zero
-from tvm_qfp8.relay_passes.quantize_linear import LINEAR
 
 RNG = np.random.default_rng(0)
 ROWS, IMAGE = (1, 6, 16), (1, 5, 7, 16)
