@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from kernel_bench.cases import Convolution
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAPES = (
-    # size, channels, out channels
+    # size, channels, out channels, dilation
     *((56, 64, 64), (28, 128, 128), (14, 256, 256), (7, 512, 512)),
     *(
         (56, 3, 16),
@@ -32,6 +34,7 @@ SHAPES = (
         (28, 32, 32),
     ),
     *((3, 64, 64), (4, 64, 64), (5, 128, 128), (8, 256, 256), (13, 32, 256), (13, 256, 32)),
+    *((28, 256, 256, 2), (28, 512, 512, 4), (40, 512, 64, 12), (20, 16, 16, 2), (20, 16, 16, 8)),
 )
 TARGETS = ("native", "x86-64-v3", "x86-64")
 
@@ -45,15 +48,15 @@ def main() -> None:
     from bench_models import NOISY, reference_work
 
     from kernel_bench import ours
-    from kernel_bench.cases import Convolution
     from zoo.machine import describe_machine
 
     record: dict[str, Any] = {"machine": describe_machine(), "turns": arguments.turns, "cases": []}
     before = reference_work()
     for target in TARGETS:
-        for shape in SHAPES:
+        for size, channels, wide, *dilation in SHAPES:
+            case = Convolution(size, channels, wide, 3, 1, dilation=dilation[0] if dilation else 1)
             for layouts in (ours.LAYOUTS, ours.LINEAR_LAYOUTS):
-                row = measure(target, *shape, layouts[Convolution], arguments.turns)
+                row = measure(target, case, layouts[Convolution], arguments.turns)
                 record["cases"].append(row)
                 print(
                     f"{target:10} {row['case']:28} {row['microseconds']} takes {row['chosen']}",
@@ -65,18 +68,14 @@ def main() -> None:
     print(f"written to {arguments.output}")
 
 
-def measure(
-    target: str, size: int, channels: int, out_channels: int, layouts: tuple[str, str], turns: int
-) -> dict[str, Any]:
+def measure(target: str, case: Convolution, layouts: tuple[str, str], turns: int) -> dict[str, Any]:
     """Microseconds of each form that is possible, and the one that ``compile`` takes."""
     from kernel_bench import ours
-    from kernel_bench.cases import Convolution
     from kernel_bench.clock import medians
     from tvm_qfp8.relay_passes import conv_kernels
     from tvm_qfp8.topi.winograd_plan import plan_tiling, plan_winograd
     from tvm_qfp8.topi.winograd_tiling import F2, F4
 
-    case = Convolution(size, channels, out_channels, kernel=3, layers=1)
     chosen = []
 
     def asked(*arguments):
@@ -90,7 +89,7 @@ def measure(
     runner(asked)
     runs = {"direct": runner(lambda *arguments: None)}
     for tiling in (F2, F4):
-        if size >= tiling.outputs:
+        if case.size // case.dilation >= tiling.outputs:
             runs[repr(tiling)] = runner(
                 lambda shape, codes, *rates, tiling=tiling: plan_tiling(tiling, shape, codes)
             )
@@ -103,7 +102,7 @@ def measure(
     activation, weight = layouts
     return {
         "target": target,
-        "case": f"{size}x{size}x{channels}-{out_channels} {activation} {weight}",
+        "case": f"{case.name} {activation} {weight}",
         "microseconds": {name: round(value, 2) for name, value in found.items()},
         "chosen": repr(chosen[0].tiling) if chosen[0] else "direct",
         "first_call_takes_longer_by_us": {

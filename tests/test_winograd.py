@@ -26,11 +26,18 @@ COMPUTED = [name for name, layout in LAYOUTS.items() if layout.exponent_bits <= 
 
 
 def conv_shape(
-    batch=1, height=8, width=8, channels=16, out=16, padding=(1, 1, 1, 1), act="UE2M6", weight="E2M5"
+    batch=1,
+    height=8,
+    width=8,
+    channels=16,
+    out=16,
+    padding=(1, 1, 1, 1),
+    act="UE2M6",
+    weight="E2M5",
+    dilation=(1, 1),
 ):
-    ones = (1, 1)
     layouts = get_layout(act), get_layout(weight)
-    return ConvShape(batch, height, width, channels, out, (3, 3), ones, padding, ones, 1, *layouts)
+    return ConvShape(batch, height, width, channels, out, (3, 3), (1, 1), padding, dilation, 1, *layouts)
 
 
 def small_codes(rng, shape, layout="E2M5"):
@@ -73,6 +80,10 @@ SHAPES = [
     conv_shape(batch=3, height=2, width=5, channels=20, out=40, padding=(2, 0, 1, 3)),
     conv_shape(height=3, width=30, channels=9, out=100, padding=(0, 2, 1, 0), act="E2M5"),
     conv_shape(height=6, width=4, channels=400, out=20, act="UE3M5"),
+    conv_shape(height=10, width=10, padding=(2, 2, 2, 2), dilation=(2, 2)),
+    conv_shape(2, 15, 13, 11, 7, padding=(3, 1, 0, 4), act="E2M5", dilation=(3, 2)),
+    conv_shape(height=9, width=19, channels=40, out=33, padding=(0, 4, 2, 4), dilation=(1, 4)),
+    conv_shape(batch=3, height=17, width=6, padding=(6, 1, 2, 0), dilation=(4, 1), act="UE3M5"),
 ]
 
 
@@ -92,7 +103,7 @@ POSSIBLE = [
     (tiling, shape)
     for shape in SHAPES
     for tiling in (F2, F4)
-    if min(shape.out_height, shape.out_width) >= tiling.outputs
+    if min(shape.out_height // shape.dilation[0], shape.out_width // shape.dilation[1]) >= tiling.outputs
     and tiling.offsets(shape.activation) is not None
 ]
 
@@ -207,7 +218,7 @@ def test_extreme_weights_are_exact():
 
 
 @pytest.mark.parametrize(
-    "changed", [dict(stride=(2, 1)), dict(dilation=(1, 2)), dict(groups=2), dict(kernel=(1, 3))]
+    "changed", [dict(stride=(2, 1)), dict(dilation=(1, 4)), dict(groups=2), dict(kernel=(1, 3))]
 )
 def test_what_it_cannot_do_is_left_alone(changed):
     shape = replace(conv_shape(), **changed)
@@ -216,9 +227,16 @@ def test_what_it_cannot_do_is_left_alone(changed):
 
 
 def test_what_is_faster():
-    def taken(size, channels, direct_rate=32, rate=32):
+    def taken(size, channels, direct_rate=32, rate=32, dilation=1):
         shape = conv_shape(
-            height=size, width=size, channels=channels, out=channels, act="UE1M7", weight="E1M6"
+            height=size,
+            width=size,
+            channels=channels,
+            out=channels,
+            padding=(dilation,) * 4,
+            act="UE1M7",
+            weight="E1M6",
+            dilation=(dilation, dilation),
         )
         codes = small_codes(np.random.default_rng(0), (channels, 3, 3, channels), "E1M6")
         plan = plan_winograd(shape, codes, rate, direct_rate)
@@ -231,6 +249,9 @@ def test_what_is_faster():
     assert taken(4, 64) is F4 and taken(3, 64) is F2
     assert taken(56, 3) is None
     assert taken(56, 8) is F4 and taken(56, 8, direct_rate=64) is None
+    assert taken(28, 64, dilation=2) is F4 and taken(40, 64, dilation=12) is F2
+    assert taken(20, 16, dilation=2) is F4 and taken(20, 16, direct_rate=64, dilation=2) is None
+    assert taken(20, 64, dilation=8) is None, "images of 2 and 3 pixels"
 
 
 def test_threads_give_the_same_bits():

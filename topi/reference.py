@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -139,6 +140,16 @@ def winograd_conv2d(x: Array, weight: Array, shape: ConvShape, tiling: Tiling) -
     """The sums of ``conv2d`` by Winograd's algorithm, int64; only for 3x3 filters with stride 1."""
     activation, layout = shape.layouts()
     top, left, bottom, right = shape.padding
+    step_h, step_w = shape.dilation
+    if (step_h, step_w) != (1, 1):
+        x = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+        out = np.empty((shape.batch, shape.out_height, shape.out_width, shape.out_channels), np.int64)
+        for row, column in np.ndindex(step_h, step_w):
+            part = x[:, row::step_h, column::step_w]
+            height, width = part.shape[1:3]
+            one = replace(shape, height=height, width=width, padding=(0, 0, 0, 0), dilation=(1, 1))
+            out[:, row::step_h, column::step_w] = winograd_conv2d(part, weight, one, tiling)
+        return out
     step = tiling.outputs
     padding = (
         (0, 0),

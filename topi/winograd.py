@@ -3,12 +3,14 @@
 Filters are transformed to int16 at the first call and kept in memory that the module owns. A block of tiles is
 decoded and transformed into ``(positions, tiles, channels)`` int16, which stays in the second-level cache.
 Then a group of tiles at a time: a small matrix product into int32 scratch at each position, their inverse transform,
-the epilogue.
+the epilogue. With dilation tiles are of one phase (``winograd_plan.py``), whose pixels lie apart in the image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tvm import tirx
@@ -121,11 +123,26 @@ class _Kernel:
             )
 
 
+@dataclass(frozen=True)
+class _TileRow:
+    """A row of tiles: its image, the first row and column of the image that its phase reads, its first row there."""
+
+    image: Any
+    first_row: Any
+    first_column: Any
+    top: Any
+
+
+def _every(extent: int, step: int, first):
+    """How many of ``extent`` there are from ``first``, in steps."""
+    return extent if step == 1 else tirx.floordiv(extent + step - 1 - first, step)
+
+
 class _Convolution(_Kernel):
     def __init__(self, isa: InstructionSet, plan: WinogradPlan, x, corrections, epilogue: Callable) -> None:
         super().__init__(isa, plan)
         self.x, self.corrections, self.epilogue = x, corrections, epilogue
-        self.slab_row = self.shape.slab_width * self.depth
+        self.slab_row = (plan.phase_width + FILTER - 1) * self.depth
         self.offsets = {
             position: int(offset)
             for position, offset in enumerate(plan.input_offsets().reshape(-1))
@@ -136,7 +153,7 @@ class _Convolution(_Kernel):
 
     def blocks(self, panels, threads: int) -> None:
         plan = self.plan
-        rows = self.shape.batch * plan.tiles_high
+        rows = plan.tile_rows
         by_rows = threads > 1 and favours_rows(rows, 1, self.panel_count, threads, decodes=False)
         most = max(1, SCRATCH_BYTES // (2 * self.tiling.positions * self.depth * plan.tiles_wide))
         self.block_rows, blocks = shared_blocks(rows, most, threads if by_rows else 1)
@@ -158,26 +175,37 @@ class _Convolution(_Kernel):
         with (T.parallel if by_rows and blocks > 1 else T.serial)(0, blocks) as index:
             block(index)
 
-    def position_of(self, tile_row) -> tuple:
-        """(image, first output row) of a tile row; the last one of an image may overlap the one before it."""
-        image = T.bind(tirx.floordiv(tile_row, self.plan.tiles_high)) if self.shape.batch > 1 else 0
-        row = (tile_row - image * self.plan.tiles_high) * self.tiling.outputs
-        return image, T.bind(tirx.min(row, self.shape.out_height - self.tiling.outputs))
+    def row_of_tiles(self, index) -> _TileRow:
+        """The last row of a phase may overlap the one before it."""
+        plan, outputs, (step_h, step_w) = self.plan, self.tiling.outputs, self.shape.dilation
+        images = self.shape.batch * plan.phases
+        part = T.bind(tirx.floordiv(index, plan.tiles_high)) if images > 1 else 0
+        image, phase = (part, 0) if plan.phases == 1 else (part // plan.phases, part % plan.phases)
+        first_row, first_column = phase // step_w, phase % step_w
+        high = _every(self.shape.out_height, step_h, first_row)
+        top = T.bind(tirx.min((index - part * plan.tiles_high) * outputs, high - outputs))
+        return _TileRow(image, first_row, first_column, top)
+
+    def left_of_tile(self, row: _TileRow, index):
+        """The first column of outputs of a tile in its row, among those of the phase."""
+        outputs = self.tiling.outputs
+        wide = _every(self.shape.out_width, self.shape.dilation[1], row.first_column)
+        return tirx.min(index * outputs, wide - outputs)
 
     # -- inputs
 
     def transform_inputs(self, first_row, inputs) -> None:
         """Decode the input rows of each row of tiles, two of which the next row needs again."""
-        outputs, window, shared = self.tiling.outputs, self.tiling.window, FILTER - 1
+        window, shared = self.tiling.window, FILTER - 1
         slab = T.alloc_buffer((window * self.slab_row,), "int16", align=64)
         with T.serial(0, self.block_rows) as r:
-            image, top = self.position_of(first_row + r)
-            start = T.bind(tirx.if_then_else(tirx.any(r == 0, top == 0), 0, shared))
+            row = self.row_of_tiles(first_row + r)
+            start = T.bind(tirx.if_then_else(tirx.any(r == 0, row.top == 0), 0, shared))
             with T.serial(0, window - start) as k:
-                self.decode_row(image, top + start + k, slab)
-            rows = [T.bind(tirx.floormod(top + k, window) * self.slab_row) for k in range(window)]
+                self.decode_row(row, row.top + start + k, slab)
+            rows = [T.bind(tirx.floormod(row.top + k, window) * self.slab_row) for k in range(window)]
             with T.serial(0, self.plan.tiles_wide) as c:
-                left = T.bind(tirx.min(c * outputs, self.shape.out_width - outputs) * self.depth)
+                left = T.bind(self.left_of_tile(row, c) * self.depth)
                 target = T.bind((r * self.plan.tiles_wide + c) * self.depth)
                 vector_runs(
                     self.depth,
@@ -185,30 +213,46 @@ class _Convolution(_Kernel):
                     lambda at, lanes: self.transform_tile(slab, rows, left + at, inputs, target + at, lanes),
                 )
 
-    def decode_row(self, image, slab_row, slab) -> None:
-        """One padded input row, at its place in a ring of as many as a tile reads."""
+    def decode_row(self, tile_row: _TileRow, slab_row, slab) -> None:
+        """One padded input row of a phase, at its place in a ring of as many as a tile reads."""
         shape, channels = self.shape, self.shape.channels
         top, left, _, right = shape.padding
-        activation, _ = shape.layouts()
+        step_h, step_w = shape.dilation
         at = T.bind(tirx.floormod(slab_row, self.tiling.window) * self.slab_row)
-        row = T.bind(slab_row - top)
+        row = T.bind(tile_row.first_row + slab_row * step_h - top)
+        source = (tile_row.image * shape.height + row) * (shape.width * channels)
         with T.If(tirx.all(row >= 0, row < shape.height)):
             with T.Then():
-                zero_run(self.isa, slab, at, left * self.depth)
-                source = T.bind((image * shape.height + row) * (shape.width * channels))
-                first = at + left * self.depth
-                if self.depth == channels:
-                    decode_run(self.isa, activation, self.x, source, slab, first, shape.width * channels)
+                source = T.bind(source)
+                if step_w > 1:
+                    with T.serial(0, self.slab_row // self.depth) as pixel:
+                        column = T.bind(tile_row.first_column + pixel * step_w - left)
+                        target = at + pixel * self.depth
+                        with T.If(tirx.all(column >= 0, column < shape.width)):
+                            with T.Then():
+                                self.decode_pixel(source + column * channels, slab, target)
+                            with T.Else():
+                                zero_run(self.isa, slab, target, self.depth)
                 else:
-                    with T.serial(0, shape.width) as pixel:
-                        target = first + pixel * self.depth
-                        decode_run(
-                            self.isa, activation, self.x, source + pixel * channels, slab, target, channels
-                        )
-                        zero_run(self.isa, slab, target + channels, self.depth - channels)
-                zero_run(self.isa, slab, at + (left + shape.width) * self.depth, right * self.depth)
+                    zero_run(self.isa, slab, at, left * self.depth)
+                    first = at + left * self.depth
+                    if self.depth == channels:
+                        self.decode(source, slab, first, shape.width * channels)
+                    else:
+                        with T.serial(0, shape.width) as pixel:
+                            self.decode_pixel(source + pixel * channels, slab, first + pixel * self.depth)
+                    zero_run(self.isa, slab, first + shape.width * self.depth, right * self.depth)
             with T.Else():
                 zero_run(self.isa, slab, at, self.slab_row)
+
+    def decode_pixel(self, source, slab, target) -> None:
+        """And zeros behind its channels."""
+        channels = self.shape.channels
+        self.decode(source, slab, target, channels)
+        zero_run(self.isa, slab, target + channels, self.depth - channels)
+
+    def decode(self, source, slab, target, values: int) -> None:
+        decode_run(self.isa, self.shape.layouts()[0], self.x, source, slab, target, values)
 
     def transform_tile(self, slab, rows, at, inputs, target, lanes: int) -> None:
         window = [
@@ -317,10 +361,12 @@ class _Convolution(_Kernel):
     def finish(self, scratch, sums, first_row, tile, i, panel) -> None:
         """The epilogue of one tile."""
         lanes, shape, outputs = self.isa.lanes, self.shape, self.tiling.outputs
+        step_h, step_w = shape.dilation
         tile_row = T.bind(tirx.floordiv(tile, self.plan.tiles_wide))
-        image, top = self.position_of(first_row + tile_row)
-        left = tirx.min((tile - tile_row * self.plan.tiles_wide) * outputs, shape.out_width - outputs)
-        corner = T.bind((image * shape.out_height + top) * shape.out_width + left)
+        row = self.row_of_tiles(first_row + tile_row)
+        left = self.left_of_tile(row, tile - tile_row * self.plan.tiles_wide) * step_w + row.first_column
+        top = row.top * step_h + row.first_row
+        corner = T.bind((row.image * shape.out_height + top) * shape.out_width + left)
         first_column = self.first_column(panel)
 
         def finish_vector(at, valid) -> None:
@@ -330,7 +376,7 @@ class _Convolution(_Kernel):
                 places = [(i * outputs**2 + pixel) * self.width + at for pixel in range(outputs**2)]
                 values = [bind(load(sums, place, lanes)) for place in places]
             for pixel, value in enumerate(values):
-                row = corner + pixel // outputs * shape.out_width + pixel % outputs
-                self.epilogue(value, row, first_column + at, valid)
+                place = corner + pixel // outputs * step_h * shape.out_width + pixel % outputs * step_w
+                self.epilogue(value, place, first_column + at, valid)
 
         self.each_vector(finish_vector)

@@ -1,7 +1,11 @@
-"""Convolutions by Winograd's algorithm: which can take it, in which tiles, and how filters are packed."""
+"""Convolutions by Winograd's algorithm: which can take it, in which tiles, and how filters are packed.
+
+With dilation d a filter reads every d-th row and column: d x d smaller images, its phases, none of which it mixes.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +18,8 @@ from tvm_qfp8.topi.winograd_tiling import F2, F4, FILTER, Tiling
 
 TAPS = FILTER**2
 LEAST_CHANNELS = 6
-"""With fewer channels in a part the transforms cost more than the products they save."""
+"""With fewer channels in a part the transforms cost more than the products they save; twice as many where the pixels of
+a row lie apart."""
 MARGIN = 1.35
 """So many times more time for its multiply-adds must the direct form need where it multiplies bytes."""
 CACHED_BYTES = 5 << 20
@@ -39,18 +44,32 @@ class WinogradPlan:
     parts: int
 
     @property
+    def phases(self) -> int:
+        """Images whose pixels no filter mixes with those of another, in one image."""
+        return math.prod(self.shape.dilation)
+
+    @property
+    def phase_width(self) -> int:
+        """Outputs in a row of the widest phase."""
+        return -(-self.shape.out_width // self.shape.dilation[1])
+
+    @property
     def tiles_high(self) -> int:
-        """Tiles in a column of outputs; the last one overlaps where the height is not a multiple."""
-        return -(-self.shape.out_height // self.tiling.outputs)
+        """Tiles in a column of a phase's outputs; the last one overlaps where the height is not a multiple."""
+        return -(-self.shape.out_height // (self.shape.dilation[0] * self.tiling.outputs))
 
     @property
     def tiles_wide(self) -> int:
-        return -(-self.shape.out_width // self.tiling.outputs)
+        return -(-self.phase_width // self.tiling.outputs)
+
+    @property
+    def tile_rows(self) -> int:
+        """Of the whole batch."""
+        return self.shape.batch * self.phases * self.tiles_high
 
     @property
     def tiles(self) -> int:
-        """Of the whole batch."""
-        return self.shape.batch * self.tiles_high * self.tiles_wide
+        return self.tile_rows * self.tiles_wide
 
     def cost(self, rate: float) -> float:
         """Of an output channel, in instructions that multiply ``rate`` values."""
@@ -111,10 +130,10 @@ def plan_winograd(
 
 def plan_tiling(tiling: Tiling, shape: ConvShape, codes: np.ndarray) -> WinogradPlan | None:
     """The same with this tiling; None where it cannot be."""
-    ones = shape.stride == shape.dilation == shape.input_dilation == (1, 1)
+    ones = shape.stride == shape.input_dilation == (1, 1)
     if shape.kernel != (FILTER, FILTER) or not ones or shape.groups != 1 or shape.activation is None:
         return None
-    if min(shape.out_height, shape.out_width) < tiling.outputs:
+    if min(shape.out_height // shape.dilation[0], shape.out_width // shape.dilation[1]) < tiling.outputs:
         return None
     activation, weight = shape.layouts()
     if tiling.offsets(activation) is None or not tiling.filters_fit(weight):
@@ -127,7 +146,8 @@ def is_faster(plan: WinogradPlan, rate: float, direct_rate: float) -> bool:
     """Whether it beats the direct form, which ``scripts/bench_winograd.py`` measures on both sides of this line."""
     shape, times = plan.shape, direct_rate / rate
     direct = shape.batch * shape.out_height * shape.out_width * TAPS * shape.channels / direct_rate
-    enough = shape.channels >= LEAST_CHANNELS * plan.parts * times
+    apart = 2 if plan.phases > 1 else 1
+    enough = shape.channels >= LEAST_CHANNELS * apart * plan.parts * times
     return enough and plan.cost(rate) * (MARGIN if times > 1 else 1) < direct
 
 

@@ -42,12 +42,14 @@ class Convolution:
     layers: int
     stride: int = 1
     depthwise: bool = False
+    dilation: int = 1
 
     @property
     def name(self) -> str:
         channels = f"{self.channels}" if self.channels == self.wide else f"{self.channels}-{self.wide}"
         stride = f" stride {self.stride}" if self.stride > 1 else ""
-        return f"{self.size}x{self.size}x{channels}{stride}"
+        dilation = f" dilation {self.dilation}" if self.dilation > 1 else ""
+        return f"{self.size}x{self.size}x{channels}{stride}{dilation}"
 
     @property
     def groups(self) -> int:
@@ -55,7 +57,7 @@ class Convolution:
 
     @property
     def padding(self) -> int:
-        return self.kernel // 2
+        return self.kernel // 2 * self.dilation
 
     @property
     def macs(self) -> int:

@@ -98,7 +98,7 @@ def _layer(case: Case, index: int, x: relax.Expr, layout: str, rng: np.random.Ge
         bias,
         strides=(case.stride, case.stride),
         padding=(case.padding,) * 4,
-        dilation=(1, 1),
+        dilation=(case.dilation, case.dilation),
         groups=case.groups,
     )
 
