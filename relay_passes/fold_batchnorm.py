@@ -13,7 +13,8 @@ After::
     lv = R.nn.conv2d(x, weight * scale)
     lv3 = R.add(lv, bias * scale + shift)
 
-A chain after any other operator, as BatchNorm after a concatenation, becomes one product and one sum.
+A chain after any other operator, as BatchNorm after a concatenation, becomes one product and one sum. A convolution
+that only scales channels is part of a chain, too.
 
 Between a layer and its chain may stand the mark of its training (``trained``), whose scales are multiplied likewise.
 A value that is also read elsewhere ends the chain. Weights keep float32; the arithmetic is float64.
@@ -29,6 +30,7 @@ from tvm.ir import GenericConst
 from tvm_qfp8.calibration.linear import LINEAR
 from tvm_qfp8.relay_passes.fuse import op_name, shape_of, static_shape
 from tvm_qfp8.relay_passes.rewriter import MainRewriter
+from tvm_qfp8.relay_passes.scale_channels import channel_scales
 
 AFFINE = ("relax.add", "relax.subtract", "relax.multiply", "relax.divide")
 
@@ -47,9 +49,11 @@ class _Rewriter(MainRewriter):
         self.folded: set[relax.Var] = set()
 
     def binding(self, var: relax.Var, value: relax.Expr) -> None:
+        if var in self.folded:
+            return
         axis = self._output_axis(value)
         if axis is None:
-            if var in self.folded or not self._shorten(var, value):
+            if not self._shorten(var, value):
                 self.keep(var, value)
             return
         mark = self._mark(var)
@@ -96,10 +100,6 @@ class _Rewriter(MainRewriter):
         self.variables[chain[-1]] = result
         self.folded.update([var, *chain])
         return True
-
-    def keep(self, var: relax.Var, value: relax.Expr) -> None:
-        if var not in self.folded:
-            super().keep(var, value)
 
     def _mark(self, linear: relax.Var) -> relax.Var | None:
         """The mark that alone reads a layer, with a scale for each channel or one for all."""
@@ -153,6 +153,9 @@ class _Rewriter(MainRewriter):
         self, var: relax.Var, after: relax.Var, value: relax.Expr
     ) -> tuple[np.ndarray | float, np.ndarray | float] | None:
         """(a, b), each one number per channel or one for all, where ``after = a * var + b``."""
+        factors = channel_scales(value)
+        if factors is not None and self._mark(after) is None:
+            return factors.astype(np.float64), 0.0
         if op_name(value) not in AFFINE or static_shape(after) != static_shape(var):
             return None
         x_first = isinstance(value.args[0], relax.Var) and value.args[0].same_as(var)

@@ -34,6 +34,7 @@ from tvm_qfp8.relay_passes.recognize_l2 import RecognizeL2
 from tvm_qfp8.relay_passes.recognize_norms import RecognizeNorms
 from tvm_qfp8.relay_passes.recognize_padding import RecognizePadding
 from tvm_qfp8.relay_passes.recognize_softmax import RecognizeSoftmax
+from tvm_qfp8.relay_passes.scale_channels import ScaleChannels
 from tvm_qfp8.relay_passes.simplify_views import SimplifyViews
 from tvm_qfp8.relay_passes.sink_reshapes import SinkReshapes
 from tvm_qfp8.relay_passes.split_dense import SplitDense
@@ -90,6 +91,7 @@ def prepare_passes() -> list:
         FoldBatchnorm(),
         JoinTranspositions(),
         JoinBranches(),
+        ScaleChannels(),
         FoldConstants(),
         relax.transform.CanonicalizeBindings(),
         relax.transform.DeadCodeElimination(),
