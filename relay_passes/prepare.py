@@ -13,6 +13,7 @@ from tvm import relax
 from tvm_qfp8.relay_passes.canonicalize import Canonicalize
 from tvm_qfp8.relay_passes.choose_layout import ChooseLayout
 from tvm_qfp8.relay_passes.compare_booleans import CompareBooleans
+from tvm_qfp8.relay_passes.constants_right import ConstantsRight
 from tvm_qfp8.relay_passes.drop_taps import DropTaps
 from tvm_qfp8.relay_passes.drop_unread import DropUnread
 from tvm_qfp8.relay_passes.flatten_columns import FlattenColumns
@@ -57,6 +58,7 @@ def prepare_passes() -> list:
         # -- bounds in one form, nothing that does nothing
         LiftClip(),
         Canonicalize(),
+        ConstantsRight(),
         FoldPadding(),
         OneHotLookups(),
         # -- nonlinear layers that the file holds as many small operators

@@ -8,6 +8,7 @@ from tvm import relax, te, tirx
 
 from tvm_qfp8.calibration import evaluate
 from tvm_qfp8.relay_passes.canonicalize import Canonicalize
+from tvm_qfp8.relay_passes.constants_right import ConstantsRight
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
 from tvm_qfp8.relay_passes.hoist_scales import HoistScales
@@ -311,6 +312,21 @@ def test_prelu_of_one_slope_is_leaky_relu():
 def test_a_weight_that_is_repeated_for_a_matmul_is_held_once(weight, shape, expected):
     w = random(*weight)
     check(lambda e, x: op.matmul(x, e(op.broadcast_to(w, shape))), expected, MatmulBroadcasts())
+
+
+@pytest.mark.parametrize("shape, left", [((3, 4, 5), (6, 4)), ((2, 3, 4, 5), (1, 6, 4)), ((4, 5), (6, 4))])
+def test_a_constant_on_the_left_of_a_matmul_comes_to_the_right(shape, left):
+    w = random(*left)
+    expected = ["relax.permute_dims", "relax.matmul", "relax.permute_dims"]
+    check(lambda e, x: op.matmul(w, x), expected, ConstantsRight(), shape, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape, left", [((3, 4, 5), (3, 6, 4)), ((4, 3), (4,)), ((4,), (6, 4)), ((4, 5), (1, 6, 4))]
+)
+def test_other_constants_on_the_left_stay(shape, left):
+    w = random(*left)
+    check(lambda e, x: op.matmul(w, x), ["relax.matmul"], ConstantsRight(), shape, rtol=1e-5)
 
 
 def test_an_activation_that_is_repeated_for_a_matmul():
