@@ -6,8 +6,10 @@ import tvm
 from elftools.elf.elffile import ELFFile
 from tvm import s_tir, tirx
 
+from tvm_qfp8 import code_generation
 from tvm_qfp8.code_generation import LEFT_OUT, generate_code
 from tvm_qfp8.format import get_layout
+from tvm_qfp8.kernel_pipeline import EachKernel
 from tvm_qfp8.linker import linker
 from tvm_qfp8.tables import build_table
 from tvm_qfp8.targets import cpu_features, isa, parse_target
@@ -78,6 +80,29 @@ def test_passes_that_are_left_out_are_those_that_tvm_has():
         s_tir.transform.InjectPermutedLayout(),
         s_tir.transform.InjectVirtualThread(),
         s_tir.transform.RenormalizeSplitPattern(),
+        tirx.transform.AnnotateEntryFunc(),
         tirx.transform.CommonSubexprElim(),
     ]
     assert [one.info.name for one in passes] == LEFT_OUT
+
+
+def test_kernels_that_are_lowered_alone_become_the_same_code(monkeypatch):
+    target = parse_target("x86-64-v3")
+    kernels = {
+        name: table_and_codes("x86-64-v3", vectors)["main"].with_attr("global_symbol", name)
+        for name, vectors in (("one", 1), ("two", 2), ("three", 3))
+    }
+    found = []
+    for pipeline in (code_generation.pipeline_of_each_kernel, code_generation.kernel_pipeline):
+        monkeypatch.setattr(code_generation, "pipeline_of_each_kernel", pipeline)
+        found.append(generate_code(tvm.IRModule(kernels), target).mod.inspect_source("asm"))
+    assert found[0] == found[1]
+
+
+def test_what_a_pass_refuses_is_raised_from_its_thread():
+    @tvm.transform.module_pass(opt_level=0, name="Refuses")
+    def refuses(mod, _context):
+        raise ValueError(f"{len(mod.functions_items())} function")
+
+    with pytest.raises(ValueError, match="1 function"):
+        EachKernel(refuses)(table_and_codes("x86-64"))
