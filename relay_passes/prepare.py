@@ -16,6 +16,7 @@ from tvm_qfp8.relay_passes.compare_booleans import CompareBooleans
 from tvm_qfp8.relay_passes.constants_right import ConstantsRight
 from tvm_qfp8.relay_passes.drop_taps import DropTaps
 from tvm_qfp8.relay_passes.drop_unread import DropUnread
+from tvm_qfp8.relay_passes.einsum_products import EinsumProducts
 from tvm_qfp8.relay_passes.flatten_columns import FlattenColumns
 from tvm_qfp8.relay_passes.fold_batchnorm import FoldBatchnorm
 from tvm_qfp8.relay_passes.fold_constants import FoldConstants
@@ -49,6 +50,7 @@ def prepare_passes() -> list:
         # -- BatchNorm becomes arithmetic with constants; what importers compute from constants becomes constant
         relax.transform.DecomposeOpsForInference(),
         relax.transform.CanonicalizeBindings(),
+        EinsumProducts(),
         MatmulBroadcasts(),
         FoldConstants(),
         # -- what quantization-aware training decided becomes a mark on each layer

@@ -18,7 +18,7 @@ from onnx import numpy_helper, version_converter
 from tvm import relax
 
 from tvm_qfp8.errors import ModelError, UnsupportedOperatorError
-from tvm_qfp8.importers import onnx_pad, onnx_pairwise, onnx_recurrent
+from tvm_qfp8.importers import onnx_einsum, onnx_pad, onnx_pairwise, onnx_recurrent
 from tvm_qfp8.importers.finite_weights import check_finite
 from tvm_qfp8.importers.imported import Imported, result_types
 from tvm_qfp8.importers.name_layers import LayerNames, node_names
@@ -185,7 +185,7 @@ def _noting_names(importer: Any, names: LayerNames) -> Iterator[None]:
 def _more_converters(front_end: Any) -> Iterator[None]:
     """Our converters beside those of TVM's front end, which looks them up by a function of its own."""
     look_up = front_end._get_convert_map
-    ours = onnx_recurrent.CONVERTERS | onnx_pairwise.CONVERTERS | onnx_pad.CONVERTERS
+    ours = onnx_recurrent.CONVERTERS | onnx_pairwise.CONVERTERS | onnx_pad.CONVERTERS | onnx_einsum.CONVERTERS
     front_end._get_convert_map = lambda: look_up() | ours
     try:
         yield
