@@ -10,6 +10,7 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
+from tvm_qfp8.relay_passes.broadcast_products import BroadcastProducts
 from tvm_qfp8.relay_passes.canonicalize import Canonicalize
 from tvm_qfp8.relay_passes.choose_layout import ChooseLayout
 from tvm_qfp8.relay_passes.compare_booleans import CompareBooleans
@@ -61,6 +62,7 @@ def prepare_passes() -> list:
         LiftClip(),
         Canonicalize(),
         ConstantsRight(),
+        BroadcastProducts(),
         FoldPadding(),
         OneHotLookups(),
         # -- nonlinear layers that the file holds as many small operators
