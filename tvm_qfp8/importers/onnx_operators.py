@@ -170,5 +170,6 @@ _VARIANTS: dict[str, Callable] = {
     "SpaceToDepth": _mode("mode", (b"DCR",)),
     "Resize": _resize,
     "Pad": check_reflection,
+    "NonMaxSuppression": lambda *_: "as many results as it finds (shapes are static)",
     **dict.fromkeys(CONVERTERS, check_recurrent),
 }
