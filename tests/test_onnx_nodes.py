@@ -139,7 +139,6 @@ NAMES = [
 # Errors of TVM that reach the user as they are, still to be turned into support or a refusal.
 RAW = {
     "test_constantofshape_float_ones",
-    "test_nonmaxsuppression_center_point_box_format",
     "test_rotary_embedding",
 }
 
