@@ -76,7 +76,7 @@ def op_name(value: Any) -> str:
 def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
     """The shape of a tensor as ints, None if it is not static or not a tensor."""
     shape = getattr(expr.ty, "shape", None)
-    if shape is None or not all(hasattr(extent, "value") for extent in shape):
+    if not isinstance(shape, relax.ShapeExpr) or not all(hasattr(extent, "value") for extent in shape):
         return None
     return tuple(int(extent) for extent in shape)
 

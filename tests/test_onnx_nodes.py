@@ -136,11 +136,6 @@ NAMES = [
     "test_scatternd",
     "test_selu",
 ]
-# Errors of TVM that reach the user as they are, still to be turned into support or a refusal.
-RAW = {
-    "test_constantofshape_float_ones",
-    "test_rotary_embedding",
-}
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +147,6 @@ def cases():
 def test_supported_or_refused(cases, name):
     if name not in cases:
         pytest.skip("this version of onnx has no such test")
-    if name in RAW:
-        pytest.xfail("an error of TVM, not yet one of ours")
     model, (inputs, expected) = cases[name].model, cases[name].data_sets[0]
     try:
         module = tvm_qfp8.compile(model)
