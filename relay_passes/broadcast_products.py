@@ -65,7 +65,7 @@ class _Rewriter(MainRewriter):
         ):
             return False
         x, y = map(static_shape, value.args)
-        if x is None or y is None or min(len(x), len(y)) < 2 or x[:-2] == y[:-2]:
+        if x is None or y is None or min(len(x), len(y)) < 2 or x[:-2] == y[:-2] or 0 in shape_of(value):
             return False
         return len(y) > 2 or self.constant(value.args[1]) is None
 

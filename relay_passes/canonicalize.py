@@ -12,6 +12,7 @@ After::
 
 A lower bound of 0 alone is ``R.nn.relu``; another single bound, or one that is an array, is a maximum or minimum.
 PReLU of one slope is ``R.nn.leakyrelu``; powers of 2, 0.5 and -0.5 are ``R.square``, ``R.sqrt`` and ``R.rsqrt``.
+A matmul over no values is zero.
 """
 
 from __future__ import annotations
@@ -86,7 +87,12 @@ class _Rewriter(MainRewriter):
             self.keep(var, value)
 
     def _matmul(self, var: relax.Var, value: relax.Call) -> None:
-        """Constant weights lose dimensions of 1 in front."""
+        """Constant weights lose dimensions of 1 in front; a sum of no products is 0."""
+        shape = static_shape(value)
+        empty = any(0 in (static_shape(operand) or ()) for operand in value.args)
+        if empty and shape is not None and 0 not in shape:
+            self.variables[var] = self.builder.emit(relax.op.zeros(shape, value.ty.dtype), var.name)
+            return
         x, weight = value.args[0], self.constant(value.args[1])
         array = None if weight is None else weight.value.numpy()
         rank = len(static_shape(x) or ())

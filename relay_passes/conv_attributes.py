@@ -15,6 +15,7 @@ def _four(padding) -> list[int]:
 
 
 def conv2d_attributes(call: relax.Call) -> dict:
+    """Of ``relax.nn.conv2d``."""
     attrs = call.attrs
     return {
         "strides": [int(s) for s in attrs.strides],
@@ -34,6 +35,7 @@ def transposed_weights(call: relax.Call, weights: np.ndarray) -> np.ndarray:
 
 
 def transposed_attributes(call: relax.Call) -> dict:
+    """Of the convolution over zeros between pixels that equals a ``relax.nn.conv2d_transpose``."""
     attrs = call.attrs
     dilation = [int(d) for d in attrs.dilation]
     layout = str(attrs.kernel_layout)

@@ -82,6 +82,10 @@ class _Rewriter(MainRewriter):
                     return None  # an axis of 1 that is repeated
         if any(len(set(names)) < len(names) for names in [*labels, result]):
             return None
+        if 0 in shape_of(value):
+            return None
+        if 0 in extents.values():
+            return relax.op.zeros(shape_of(value), "float32")
         self.extents, self.name = extents, var.name
         x, names = self.expression(operands[0]), labels[0]
         for position, (other, found) in enumerate(zip(operands[1:], labels[1:], strict=True), 1):

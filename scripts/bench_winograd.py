@@ -20,8 +20,7 @@ from unittest import mock
 from kernel_bench.cases import Convolution
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHAPES = (
-    # size, channels, out channels, dilation
+NEIGHBOURS = (
     *((56, 64, 64), (28, 128, 128), (14, 256, 256), (7, 512, 512)),
     *(
         (56, 3, 16),
@@ -34,7 +33,13 @@ SHAPES = (
         (28, 32, 32),
     ),
     *((3, 64, 64), (4, 64, 64), (5, 128, 128), (8, 256, 256), (13, 32, 256), (13, 256, 32)),
-    *((28, 256, 256, 2), (28, 512, 512, 4), (40, 512, 64, 12), (20, 16, 16, 2), (20, 16, 16, 8)),
+)
+"""Size, channels, out channels."""
+DILATED = ((28, 256, 256, 2), (28, 512, 512, 4), (40, 512, 64, 12), (20, 16, 16, 2), (20, 16, 16, 8))
+"""And dilation."""
+CASES = tuple(
+    Convolution(size, channels, wide, kernel=3, layers=1, dilation=dilation)
+    for size, channels, wide, dilation in (*((*shape, 1) for shape in NEIGHBOURS), *DILATED)
 )
 TARGETS = ("native", "x86-64-v3", "x86-64")
 
@@ -53,8 +58,7 @@ def main() -> None:
     record: dict[str, Any] = {"machine": describe_machine(), "turns": arguments.turns, "cases": []}
     before = reference_work()
     for target in TARGETS:
-        for size, channels, wide, *dilation in SHAPES:
-            case = Convolution(size, channels, wide, 3, 1, dilation=dilation[0] if dilation else 1)
+        for case in CASES:
             for layouts in (ours.LAYOUTS, ours.LINEAR_LAYOUTS):
                 row = measure(target, case, layouts[Convolution], arguments.turns)
                 record["cases"].append(row)

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: running compiled modules for 64-bit Arm under qemu."""
+"""Fixtures of several tests: instruction sets, and compiled modules for 64-bit Arm that run under qemu."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from quantized_programs import TARGETS, TILES, machine_runs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CROSS_COMPILER = "aarch64-linux-gnu-g++"
@@ -106,3 +107,11 @@ def _manifest_line(kind: str, dtype: np.dtype, shape: Sequence[int], file: str) 
 def _read(folder: Path, line: str) -> np.ndarray:
     _, dtype, _, *shape, file = line.split()
     return np.fromfile(folder / file, dtype).reshape([int(extent) for extent in shape])
+
+
+@pytest.fixture(params=[*TARGETS.values(), TILES], ids=[*TARGETS, "amx"])
+def target(request):
+    """Every instruction set that this machine runs."""
+    if not machine_runs(request.param):
+        pytest.skip(f"this CPU does not run {request.param}")
+    return request.param

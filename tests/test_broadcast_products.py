@@ -66,3 +66,12 @@ def test_queries_of_all_heads_meet_one_key():
     assert layer.operator == "matmul" and "QFP8" in layer.became
     found, expected = module.run(inputs)[0], np.matmul(*inputs.values())
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    "x, y", [((0, 4, 3, 5), (0, 1, 5, 6)), ((2, 4, 3, 5), (2, 1, 5, 0)), ((1, 4, 3, 0), (1, 1, 0, 6))]
+)
+def test_extents_of_zero(x, y):
+    inputs = data(x, y)
+    found, expected = tvm_qfp8.compile(program(x, y)).run(inputs)[0], np.matmul(*inputs.values())
+    np.testing.assert_array_equal(found, expected)

@@ -329,6 +329,11 @@ def test_other_constants_on_the_left_stay(shape, left):
     check(lambda e, x: op.matmul(w, x), ["relax.matmul"], ConstantsRight(), shape, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape, weight", [((4, 0), (0, 3)), ((2, 4, 0), (2, 0, 3))])
+def test_a_sum_of_no_products_is_zero(shape, weight):
+    check(lambda e, x: op.matmul(x, random(*weight)), ["relax.zeros"], Canonicalize(), shape)
+
+
 def test_an_activation_that_is_repeated_for_a_matmul():
     w = random(2, 3, 5, 6)
     check(

@@ -90,6 +90,16 @@ def test_diagonals_and_repeated_axes_stay(subscripts, shapes):
     assert check(subscripts, shapes) == ["relax.einsum"]
 
 
+@pytest.mark.parametrize(
+    "subscripts, shapes",
+    [("ibnd,jbnd->bnij", [(4, 0, 2, 3), (5, 0, 2, 3)]), ("bij,bjk->bik", [(2, 4, 0), (2, 0, 3)])],
+)
+def test_extents_of_zero(subscripts, shapes):
+    inputs = {f"x{i}": np.ones(shape, np.float32) for i, shape in enumerate(shapes)}
+    found = tvm_qfp8.compile(program(subscripts, shapes)).run(inputs)[0]
+    np.testing.assert_array_equal(found, np.einsum(subscripts, *inputs.values()))
+
+
 def test_labels():
     assert labels_of("ij, jk", [2, 2]) == (["ij", "jk"], "ik")
     assert labels_of("ba", [2]) == (["ba"], "ab")

@@ -3,42 +3,39 @@
 Filters are transformed to int16 at the first call and kept in memory that the module owns. A block of tiles is
 decoded and transformed into ``(positions, tiles, channels)`` int16, which stays in the second-level cache.
 Then a group of tiles at a time: a small matrix product into int32 scratch at each position, their inverse transform,
-the epilogue. With dilation tiles are of one phase (``winograd_plan.py``), whose pixels lie apart in the image.
+the epilogue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from tvm_qfp8.topi.codec import decode_expr
-from tvm_qfp8.topi.float_contract import bind, like, with_lanes
+from tvm_qfp8.topi.float_contract import bind, with_lanes
 from tvm_qfp8.topi.gemm import MIN_PARALLEL_MACS
 from tvm_qfp8.topi.isa import InstructionSet
 from tvm_qfp8.topi.micro_kernel import RegisterTile
 from tvm_qfp8.topi.panels import (
     CHANNEL_PADDING,
     balanced_blocks,
-    decode_run,
     overlapped_start,
-    zero_run,
 )
 from tvm_qfp8.topi.prim_func import TensorSpec, build_prim_func, load, prefetch_run, store, vector_runs
 from tvm_qfp8.topi.schedules import SCRATCH_BYTES
 from tvm_qfp8.topi.sharing import favours_rows, shared_blocks
 from tvm_qfp8.topi.static_memory import filled_once
+from tvm_qfp8.topi.winograd_inputs import InputTransform
 from tvm_qfp8.topi.winograd_plan import TAPS, WinogradPlan
+from tvm_qfp8.topi.winograd_rows import left_of_tile, row_of_tiles
 from tvm_qfp8.topi.winograd_tiling import FILTER
 from tvm_qfp8.topi.winograd_transforms import (
     divide_outputs,
     in_both_directions,
     transform_filters,
-    transform_inputs,
     transform_outputs,
 )
 from tvm_qfp8.topi.wrapping import with_wrapping_sums, wrapping_add
@@ -123,31 +120,11 @@ class _Kernel:
             )
 
 
-@dataclass(frozen=True)
-class _TileRow:
-    """A row of tiles: its image, the first row and column of the image that its phase reads, its first row there."""
-
-    image: Any
-    first_row: Any
-    first_column: Any
-    top: Any
-
-
-def _every(extent: int, step: int, first):
-    """How many of ``extent`` there are from ``first``, in steps."""
-    return extent if step == 1 else tirx.floordiv(extent + step - 1 - first, step)
-
-
 class _Convolution(_Kernel):
     def __init__(self, isa: InstructionSet, plan: WinogradPlan, x, corrections, epilogue: Callable) -> None:
         super().__init__(isa, plan)
         self.x, self.corrections, self.epilogue = x, corrections, epilogue
-        self.slab_row = (plan.phase_width + FILTER - 1) * self.depth
-        self.offsets = {
-            position: int(offset)
-            for position, offset in enumerate(plan.input_offsets().reshape(-1))
-            if offset != 0
-        }
+        self.offsets = plan.offset_of_position()
 
     # -- blocks of tile rows, counted over all images
 
@@ -164,106 +141,17 @@ class _Convolution(_Kernel):
         # An odd number of cache lines between positions: their lines fall into different sets.
         lines = -(-self.block_tiles * self.depth // CACHE_LINE)
         self.position_step = (lines | 1) * CACHE_LINE
+        transform = InputTransform(self.isa, plan, self.x, self.position_step)
 
         def block(index) -> None:
             first_row = overlapped_start(index, self.block_rows, rows)
             inputs = T.alloc_buffer((self.tiling.positions * self.position_step,), "int16", align=64)
-            self.transform_inputs(first_row, inputs)
+            transform.rows(first_row, self.block_rows, inputs)
             with (T.parallel if threads > 1 and not by_rows else T.serial)(0, self.panel_count) as panel:
                 self.panel(first_row, inputs, panels, panel)
 
         with (T.parallel if by_rows and blocks > 1 else T.serial)(0, blocks) as index:
             block(index)
-
-    def row_of_tiles(self, index) -> _TileRow:
-        """The last row of a phase may overlap the one before it."""
-        plan, outputs, (step_h, step_w) = self.plan, self.tiling.outputs, self.shape.dilation
-        images = self.shape.batch * plan.phases
-        part = T.bind(tirx.floordiv(index, plan.tiles_high)) if images > 1 else 0
-        image, phase = (part, 0) if plan.phases == 1 else (part // plan.phases, part % plan.phases)
-        first_row, first_column = phase // step_w, phase % step_w
-        high = _every(self.shape.out_height, step_h, first_row)
-        top = T.bind(tirx.min((index - part * plan.tiles_high) * outputs, high - outputs))
-        return _TileRow(image, first_row, first_column, top)
-
-    def left_of_tile(self, row: _TileRow, index):
-        """The first column of outputs of a tile in its row, among those of the phase."""
-        outputs = self.tiling.outputs
-        wide = _every(self.shape.out_width, self.shape.dilation[1], row.first_column)
-        return tirx.min(index * outputs, wide - outputs)
-
-    # -- inputs
-
-    def transform_inputs(self, first_row, inputs) -> None:
-        """Decode the input rows of each row of tiles, two of which the next row needs again."""
-        window, shared = self.tiling.window, FILTER - 1
-        slab = T.alloc_buffer((window * self.slab_row,), "int16", align=64)
-        with T.serial(0, self.block_rows) as r:
-            row = self.row_of_tiles(first_row + r)
-            start = T.bind(tirx.if_then_else(tirx.any(r == 0, row.top == 0), 0, shared))
-            with T.serial(0, window - start) as k:
-                self.decode_row(row, row.top + start + k, slab)
-            rows = [T.bind(tirx.floormod(row.top + k, window) * self.slab_row) for k in range(window)]
-            with T.serial(0, self.plan.tiles_wide) as c:
-                left = T.bind(self.left_of_tile(row, c) * self.depth)
-                target = T.bind((r * self.plan.tiles_wide + c) * self.depth)
-                vector_runs(
-                    self.depth,
-                    2 * self.isa.lanes,
-                    lambda at, lanes: self.transform_tile(slab, rows, left + at, inputs, target + at, lanes),
-                )
-
-    def decode_row(self, tile_row: _TileRow, slab_row, slab) -> None:
-        """One padded input row of a phase, at its place in a ring of as many as a tile reads."""
-        shape, channels = self.shape, self.shape.channels
-        top, left, _, right = shape.padding
-        step_h, step_w = shape.dilation
-        at = T.bind(tirx.floormod(slab_row, self.tiling.window) * self.slab_row)
-        row = T.bind(tile_row.first_row + slab_row * step_h - top)
-        source = (tile_row.image * shape.height + row) * (shape.width * channels)
-        with T.If(tirx.all(row >= 0, row < shape.height)):
-            with T.Then():
-                source = T.bind(source)
-                if step_w > 1:
-                    with T.serial(0, self.slab_row // self.depth) as pixel:
-                        column = T.bind(tile_row.first_column + pixel * step_w - left)
-                        target = at + pixel * self.depth
-                        with T.If(tirx.all(column >= 0, column < shape.width)):
-                            with T.Then():
-                                self.decode_pixel(source + column * channels, slab, target)
-                            with T.Else():
-                                zero_run(self.isa, slab, target, self.depth)
-                else:
-                    zero_run(self.isa, slab, at, left * self.depth)
-                    first = at + left * self.depth
-                    if self.depth == channels:
-                        self.decode(source, slab, first, shape.width * channels)
-                    else:
-                        with T.serial(0, shape.width) as pixel:
-                            self.decode_pixel(source + pixel * channels, slab, first + pixel * self.depth)
-                    zero_run(self.isa, slab, first + shape.width * self.depth, right * self.depth)
-            with T.Else():
-                zero_run(self.isa, slab, at, self.slab_row)
-
-    def decode_pixel(self, source, slab, target) -> None:
-        """And zeros behind its channels."""
-        channels = self.shape.channels
-        self.decode(source, slab, target, channels)
-        zero_run(self.isa, slab, target + channels, self.depth - channels)
-
-    def decode(self, source, slab, target, values: int) -> None:
-        decode_run(self.isa, self.shape.layouts()[0], self.x, source, slab, target, values)
-
-    def transform_tile(self, slab, rows, at, inputs, target, lanes: int) -> None:
-        window = [
-            [bind(load(slab, row + column * self.depth + at, lanes)) for column in range(len(rows))]
-            for row in rows
-        ]
-        transformed = in_both_directions(lambda d: transform_inputs(self.tiling, d), window)
-        for position, value in enumerate(v for row in transformed for v in row):
-            if position in self.offsets:
-                value = value - like(self.offsets[position], value, "int16")
-            store(inputs, target + position * self.position_step, value, lanes)
 
     # -- products and outputs
 
@@ -363,8 +251,10 @@ class _Convolution(_Kernel):
         lanes, shape, outputs = self.isa.lanes, self.shape, self.tiling.outputs
         step_h, step_w = shape.dilation
         tile_row = T.bind(tirx.floordiv(tile, self.plan.tiles_wide))
-        row = self.row_of_tiles(first_row + tile_row)
-        left = self.left_of_tile(row, tile - tile_row * self.plan.tiles_wide) * step_w + row.first_column
+        row = row_of_tiles(self.plan, first_row + tile_row)
+        left = (
+            left_of_tile(self.plan, row, tile - tile_row * self.plan.tiles_wide) * step_w + row.first_column
+        )
         top = row.top * step_h + row.first_row
         corner = T.bind((row.image * shape.out_height + top) * shape.out_width + left)
         first_column = self.first_column(panel)

@@ -109,6 +109,11 @@ class WinogradPlan:
         assert offsets is not None
         return offsets
 
+    def offset_of_position(self) -> dict[int, int]:
+        """The same for each position where there is one, counted row by row."""
+        offsets = enumerate(self.input_offsets().reshape(-1))
+        return {position: int(offset) for position, offset in offsets if offset != 0}
+
 
 def _unspared(isa: InstructionSet) -> InstructionSet:
     """No register is spared for an epilogue: products go to memory first."""
